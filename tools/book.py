@@ -1,0 +1,258 @@
+"""Make the book: `python -m tools.book [--profile P] [--only CHAPTER] [--renderer offline|quarto]`.
+
+Each chapter of `_quarto.yml` is executed into `_build/<profile>/`; the sources stay as they are. A chapter whose key is
+unchanged isn't run again: the key is a hash of its code cells, the run settings, the modules of the package that it
+reaches, and constraints.txt. Then the site is rendered, by Quarto where it is installed, otherwise by tools.site.
+"""
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+from lora_book.core.settings import load_settings
+from tools.execute import is_skipped
+from tools.site import config
+from tools.site.__main__ import main as render_offline
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "lora_book"
+DATA = (".json", ".csv", ".yml")
+SILENT = {"workers", "threads", "cell_timeout", "cache_dir", "results_dir", "source"}
+QUARTO_FAULTS = re.compile(r"Unable to resolve crossref|citeproc: citation .* not found|Could not (convert|fetch)|could not be resolved", re.I)
+
+
+# What a chapter depends on
+
+def code_cells(notebook: Path) -> list:
+    "The sources of a notebook's code cells."
+    return ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def parsed(source: str) -> ast.AST:
+    "The syntax tree of a cell or module; IPython's own lines are passed over, and so is code that Python can't read."
+    plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M)
+    try:
+        return ast.parse(plain)
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def imported(tree: ast.AST, module: str = "") -> set:
+    "Dotted names that a piece of code imports; relative ones are resolved against `module`."
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[:-node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Name) and node.id == "import_module" or isinstance(node, ast.Attribute) and node.attr == "import_module":
+            names.add(f"{PACKAGE}.*")
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+def module_file(root: Path, name: str) -> tuple[str, Path] | None:
+    "The file of a dotted name, and the name that relative imports in it start from."
+    path = root.joinpath(*name.split("."))
+    if (path / "__init__.py").is_file():
+        return f"{name}.__init__", path / "__init__.py"
+    return (name, path.with_suffix(".py")) if path.with_suffix(".py").is_file() else None
+
+
+def closure(root: Path, sources: list) -> list:
+    """Every file of the package that the code in `sources` reaches, directly or through other modules, in order.
+
+    A package's __init__ counts where it is imported by its own name, not where a module inside it is."""
+    waiting = {name for source in sources for name in imported(parsed(source))}
+    names, files = set(), set()
+    while waiting:
+        name = waiting.pop()
+        if name in names:
+            continue
+        names.add(name)
+        if name == f"{PACKAGE}.*":
+            waiting |= {".".join(path.relative_to(root).with_suffix("").parts) for path in (root / PACKAGE).rglob("*.py")}
+        found = module_file(root, name)
+        if found:
+            files |= {found[1], *(path for path in found[1].parent.iterdir() if path.suffix in DATA)}
+            waiting |= imported(parsed(found[1].read_text(encoding="utf-8")), found[0])
+    return sorted(files)
+
+
+def chapter_key(root: Path, notebook: Path, settings: dict) -> str:
+    "The hash of everything that the outputs of a chapter depend on."
+    sources = code_cells(notebook)
+    run = {key: str(value) for key, value in settings.items() if key not in SILENT}
+    digest = hashlib.sha256(json.dumps([sources, run, os.environ.get("LORA_BOOK_RUN", "")], sort_keys=True).encode())
+    if any(is_skipped(source, set(os.environ.get("LORA_BOOK_RUN", "").split())) for source in sources):
+        digest.update(notebook.read_bytes())
+    for file in [*closure(root, sources), root / "constraints.txt", root / "tools/execute.py"]:
+        if file.is_file():
+            digest.update(f"\0{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def stored_key(target: Path) -> str:
+    try:
+        return json.loads(target.read_text(encoding="utf-8"))["metadata"]["lora_book"]["key"]
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+# Running the chapters
+
+class Run:
+    "Executes chapters in `workers` processes; `failures` holds (chapter, message)."
+
+    def __init__(self, root: Path, build: Path, settings):
+        self.root, self.build, self.settings = root, build, settings
+        self.children, self.failures, self.stopped = set(), [], False
+
+    def chapters(self, paths: list) -> None:
+        start, total = time.perf_counter(), len(paths)
+        with ThreadPoolExecutor(self.settings.workers) as pool:
+            jobs = [pool.submit(self.chapter, path) for path in paths]
+            for done, job in enumerate(as_completed(jobs), 1):
+                path, state, seconds, message = job.result()
+                print(f"[{done:{len(str(total))}}/{total}] {path:<44} {state:<7} {seconds:6.1f} s", flush=True)
+                if message:
+                    self.failures.append((path, message))
+        print(f"{total - len(self.failures)} of {total} chapters ready in {time.perf_counter() - start:.0f} s", flush=True)
+
+    def chapter(self, path: str) -> tuple[str, str, float, str]:
+        "Execute one chapter unless its key is unchanged: its path, what happened, seconds, message."
+        start = time.perf_counter()
+        source, target = self.root / path, self.build / path
+        if self.stopped or not source.is_file():
+            return path, "MISSING" if not self.stopped else "stopped", 0.0, "no such notebook"
+        key = chapter_key(self.root, source, asdict(self.settings))
+        if stored_key(target) == key:
+            fresh(source, target)
+            return path, "cached", time.perf_counter() - start, ""
+        code, message = self.execute(source, target, key)
+        return path, "FAILED" if code else "ran", time.perf_counter() - start, message if code else ""
+
+    def execute(self, source: Path, target: Path, key: str) -> tuple[int, str]:
+        target.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "tools.execute", str(source), str(target)]
+        child = subprocess.Popen(command, cwd=self.root, env=self.environment(key), text=True, encoding="utf-8",
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.children.add(child)
+        message = child.communicate()[0]
+        self.children.discard(child)
+        return child.returncode, message
+
+    def environment(self, key: str) -> dict:
+        threads = str(self.settings.threads)
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), threads)
+        given = {"LORA_BOOK_PROFILE": self.settings.profile, "LORA_BOOK_CELL_TIMEOUT": str(self.settings.cell_timeout),
+                 "LORA_BOOK_KEY": key, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
+                 "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH", "")]))}
+        offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        return {**os.environ, **limits, **given, **offline}
+
+    def stop(self, *_) -> None:
+        self.stopped = True
+        for child in list(self.children):
+            child.terminate()
+        raise KeyboardInterrupt
+
+
+def fresh(source: Path, target: Path) -> None:
+    "Take changed markdown cells of the source into the executed copy; its code cells and their outputs stay."
+    new, old = (json.loads(path.read_text(encoding="utf-8")) for path in (source, target))
+    code = iter([cell for cell in old["cells"] if cell["cell_type"] == "code"])
+    cells = [next(code) | {"id": cell.get("id")} if cell["cell_type"] == "code" else cell for cell in new["cells"]]
+    if cells != old["cells"]:
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(old | {"cells": cells}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, target)
+
+
+# Rendering
+
+def render_quarto(root: Path, build: Path, quarto: str) -> int:
+    "Render a copy of the book, with executed notebooks, with Quarto; its warnings about references and citations are failures."
+    site = root / "_site"
+    copy = build / "quarto"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(root, copy, ignore=lambda folder, names: {name for name in names if name.startswith((".", "_build", "_site"))})
+    shutil.copytree(build / "nbs", copy / "nbs", dirs_exist_ok=True)
+    done = subprocess.run([quarto, "render", str(copy)], capture_output=True, text=True, encoding="utf-8", check=False)
+    faults = [line for line in done.stderr.splitlines() if QUARTO_FAULTS.search(line)]
+    if done.returncode or faults:
+        print("\n".join(faults) or done.stderr, file=sys.stderr)
+        return 1
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.move(copy / "_site", site)
+    print(f"{(site / 'index.html').resolve()}")
+    return 0
+
+
+def render(root: Path, build: Path, renderer: str | None, partial: bool) -> int:
+    quarto = shutil.which("quarto")
+    renderer = renderer or ("quarto" if quarto and not partial else "offline")
+    if renderer == "quarto":
+        if not quarto:
+            print("quarto isn't on PATH; use --renderer offline", file=sys.stderr)
+            return 1
+        print("rendering with quarto", flush=True)
+        return render_quarto(root, build, quarto)
+    print("rendering with the offline renderer (tools.site)", flush=True)
+    return render_offline(["--root", str(root), "--build", str(build), *(["--partial"] if partial else [])])
+
+
+def chosen_chapters(paths: list, only: list | None) -> list:
+    "The chapters that `only` names, by path or by name; all without it."
+    if not only:
+        return paths
+    found = [path for path in paths if any(name in (path, Path(path).stem, path.removeprefix("nbs/").removesuffix(".ipynb")) for name in only)]
+    if not found:
+        sys.exit(f"no chapter {', '.join(only)}; chapters: {', '.join(Path(path).stem for path in paths)}")
+    return found
+
+
+def main(arguments: list | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="tools.book", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", help="smoke, laptop or gpu (default: settings.ini)")
+    parser.add_argument("--only", action="append", metavar="CHAPTER", help="execute this chapter alone; the others show their stored outputs")
+    parser.add_argument("--renderer", choices=("offline", "quarto"), help="default: quarto where it is on PATH, else offline")
+    parser.add_argument("--no-render", action="store_true", help="execute only")
+    parser.add_argument("--render-only", action="store_true", help="render what was executed before")
+    chosen = parser.parse_args(arguments)
+    environ = dict(os.environ) | ({"LORA_BOOK_PROFILE": chosen.profile} if chosen.profile else {})
+    settings = load_settings(root / "settings.ini", environ)
+    build = root / "_build" / settings.profile
+    if chosen.render_only:
+        return render(root, build, chosen.renderer, True)
+    listed = [page.path for page in config.load(root).pages if page.is_notebook]
+    run = Run(root, build, settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.stop)
+    print(f"profile {settings.profile}: {len(listed)} chapters, {settings.workers} workers with {settings.threads} threads", flush=True)
+    try:
+        run.chapters(chosen_chapters(listed, chosen.only))
+    except KeyboardInterrupt:
+        print("interrupted; finished chapters are kept", file=sys.stderr)
+        return 130
+    for path, message in run.failures:
+        print(f"\n{path} failed:\n{message}", file=sys.stderr)
+    if run.failures:
+        print(f"{len(run.failures)} chapters failed: {', '.join(path for path, _ in run.failures)}", file=sys.stderr)
+        return 1
+    return 0 if chosen.no_render else render(root, build, chosen.renderer, bool(chosen.only))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

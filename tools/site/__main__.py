@@ -1,0 +1,28 @@
+"""`python -m tools.site [--root DIR] [--build DIR] [--out DIR] [--partial]`: render the book, or say why not."""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from .render import render
+
+
+def main(arguments: list | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.site", description="Render the book without Quarto and without a network.")
+    parser.add_argument("--root", type=Path, default=Path("."), help="the folder with _quarto.yml")
+    parser.add_argument("--build", type=Path, help="the folder with the executed notebooks (default: the sources' own outputs)")
+    parser.add_argument("--out", type=Path, help="where to write the site (default: _site in the root)")
+    parser.add_argument("--partial", action="store_true", help="take notebooks that aren't in the build folder from the sources")
+    chosen = parser.parse_args(arguments)
+    start = time.perf_counter()
+    out = chosen.out or chosen.root / "_site"
+    book, count = render(chosen.root, chosen.build, out, chosen.partial)
+    if book.problems:
+        print(f"{book.problems}\n{len(book.problems)} problems; the book was not published", file=sys.stderr)
+        return 1
+    print(f"{count} pages in {time.perf_counter() - start:.1f} s: {(out / 'index.html').resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The one template: a page's blocks between the sidebar, the table of contents and the way to its neighbours."""
+import ast
+import re
+from html import escape
+from pathlib import Path
+from string import Template
+
+from .cells import Cell
+from .config import Book, Page
+from .tree import attr, text, transform, write, write_many
+
+ASSETS = Path(__file__).parent / "assets"
+TEMPLATE = Template((ASSETS / "page.html").read_text(encoding="utf-8"))
+
+
+def unlinked(inlines: list) -> list:
+    "A title without the links in it, to stand inside a link."
+    return transform(inlines, lambda item: item["c"][1] if item["t"] == "Link" else [] if item["t"] == "Note" else None)
+
+
+class Site:
+    "Renders pages once all of them are numbered and resolved."
+
+    def __init__(self, book: Book, exports: dict):
+        self.book, self.exports = book, exports
+        flat = [(page.path, heading) for page in book.pages for heading in page.outline]
+        titles = write_many([unlinked(page.title) for page in book.pages] + [unlinked(heading[3]) for _, heading in flat])
+        self.titles = dict(zip((page.path for page in book.pages), titles))
+        self.outline: dict = {page.path: [] for page in book.pages}
+        for (path, (level, ident, number, _)), html in zip(flat, titles[len(book.pages):]):
+            self.outline[path].append((level, ident, number, html))
+
+    def render(self, page: Page) -> str:
+        index = self.book.pages.index(page)
+        before = self.book.pages[index - 1] if index else None
+        after = self.book.pages[index + 1] if index + 1 < len(self.book.pages) else None
+        name = text(page.title, False).strip()
+        full = escape(name if page.path == "index.qmd" else f"{name} – {self.book.title}")
+        return TEMPLATE.substitute(
+            full=full, up=page.up, book=escape(self.book.title), subtitle=escape(self.book.subtitle), home=page.up + self.book.pages[0].url,
+            sidebar=self.sidebar(page), contents=self.contents(page), header=self.header(page), body=write(_claim(page)),
+            neighbours=self.neighbour(page, before, "prev", "Previous") + self.neighbour(page, after, "next", "Next"))
+
+    def name(self, page: Page) -> str:
+        number = f'<span class="secno">{page.number}</span> ' if page.number else ""
+        return number + self.titles[page.path]
+
+    def header(self, page: Page) -> str:
+        kicker = f"{page.part} · Chapter {page.number}" if page.number and page.part else page.part
+        kicker = f'<p class="kicker">{escape(kicker)}</p>' if kicker else ""
+        ident = f' id="{page.ident}"' if page.ident else ""
+        return f'<header class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{self.source(page)}</header>'
+
+    def source(self, page: Page) -> str:
+        "Where the chapter comes from and what it adds to the package."
+        if not page.is_notebook:
+            return ""
+        module, names = self.exports.get(page.path, ("", []))
+        file = Path(page.path).name
+        parts = [f'<div><dt>Source of this chapter</dt><dd><a href="{escape(file)}" download>{escape(page.path)}</a></dd></div>']
+        if module:
+            parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code></dd></div>")
+        if names:
+            links = ", ".join(f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names)
+            parts.append(f"<div><dt>Names</dt><dd>{links}</dd></div>")
+        return f'<dl class="source">{"".join(parts)}</dl>'
+
+    def sidebar(self, page: Page) -> str:
+        out, part, opened = [], None, False
+        for other in self.book.pages:
+            if other.part != part:
+                out.append("</ul></details>" if opened else "")
+                part, opened = other.part, bool(other.part)
+                if opened:
+                    here = " open" if part == page.part else ""
+                    out.append(f"<details{here}><summary>{escape(part)}</summary><ul>")
+            here = ' aria-current="page"' if other is page else ""
+            item = f'<a href="{page.up}{other.url}"{here}>{self.name(other)}</a>'
+            out.append(f"<li>{item}</li>" if opened else f'<p class="lone">{item}</p>')
+        out.append("</ul></details>" if opened else "")
+        return "".join(out)
+
+    def contents(self, page: Page) -> str:
+        items = [(level, ident, number, html) for level, ident, number, html in self.outline[page.path] if level <= 3]
+        shown = "".join(f'<li class="l{level}"><a href="#{ident}">{f"<span class=secno>{number}</span> " if number else ""}{html}</a></li>'
+                        for level, ident, number, html in items)
+        return f"<ul>{shown}</ul>" if shown else ""
+
+    def neighbour(self, page: Page, other: Page | None, rel: str, word: str) -> str:
+        if other is None:
+            return "<span></span>"
+        return f'<a class="{rel}" rel="{rel}" href="{page.up}{other.url}"><small>{word}</small>{self.name(other)}</a>'
+
+
+def _claim(page: Page) -> list:
+    "A chapter's first paragraph is its claim."
+    if page.is_notebook and page.blocks and page.blocks[0]["t"] == "Para":
+        return [{"t": "Div", "c": [attr("", ("claim",)), page.blocks[:1]]}, *page.blocks[1:]]
+    return page.blocks
+
+
+def exported(cells: list, everything: list) -> tuple[str, list]:
+    "The module that a notebook exports, and its public names with the place of the cell that defines each."
+    module = next((str(cell.options["default_exp"]) for cell in everything if "default_exp" in cell.options), "")
+    names = []
+    for cell in cells:
+        if cell.says("export", False):
+            names += [(name, f"cell-{cell.ident}") for name in defined(cell)]
+    return module, names
+
+
+def defined(cell: Cell) -> list:
+    "Names that a cell defines at its top level, without the private ones."
+    if re.search(r"^[%!]", cell.source, re.M):
+        return []
+    names = []
+    for node in ast.parse(cell.source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [name for name in dict.fromkeys(names) if not name.startswith("_")]

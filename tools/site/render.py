@@ -1,0 +1,57 @@
+"""All steps in order: read, fill, number, resolve, convert, write, look again."""
+import posixpath
+import re
+import shutil
+from pathlib import Path
+
+from . import audit, cells, code, config, links, maths, pages, search
+from .numbering import Numbering
+from .tree import each, read, save
+
+
+def render(root: Path, build: Path | None, out: Path, partial: bool = False) -> tuple[config.Book, int]:
+    "Render the book of `root` into `out`. With problems nothing takes the place of the last good site."
+    book = config.load(root, build, partial)
+    numbering, exports, files = Numbering(book.problems), {}, {}
+    for page in book.pages:
+        markdown, shown, every = cells.assemble(page, book.problems)
+        blocks, meta = read(markdown)
+        page.blocks, pictures = cells.fill(page, blocks, shown, book.code_fold, book.problems)
+        files.update(pictures)
+        if page.is_notebook:
+            exports[page.path] = pages.exported(shown, every)
+            files[page.path] = page.file.read_bytes()
+        numbering.run(page, meta)
+    links.resolve(book, numbering.labels)
+    files.update(_pictures(book, files))
+    files["assets/search.js"] = search.script(book)
+    maths.convert(book)
+    for page in book.pages:
+        page.blocks = code.colour(page.blocks)
+    site = pages.Site(book, exports)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for page in book.pages:
+        save(part / page.url, site.render(page))
+    for name, content in files.items():
+        save(part / name, content)
+    for name in ("style.css", "book.js"):
+        save(part / "assets" / name, (pages.ASSETS / name).read_bytes())
+    audit.audit(part, {page.url: page.path for page in book.pages}, book.problems)
+    if not book.problems:
+        shutil.rmtree(out, ignore_errors=True)
+        part.rename(out)
+    return book, len(book.pages)
+
+
+def _pictures(book: config.Book, made: dict) -> dict:
+    "The image files that markdown cells name, by address; one that is missing is found by the audit."
+    found = {}
+    for page in book.pages:
+        for item in each(page.blocks):
+            target = item["c"][2][0] if item["t"] == "Image" else ""
+            if target and not re.match(r"^([a-z]+:|//)", target):
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(page.path), target))
+                if name not in made and (book.root / name).is_file():
+                    found[name] = (book.root / name).read_bytes()
+    return found

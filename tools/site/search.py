@@ -1,0 +1,48 @@
+"""The search index: one entry a section, made from the text of the pages before they are rendered."""
+import json
+import re
+
+from .config import Book
+from .tree import each, text
+
+
+def entries(book: Book) -> list:
+    "[address, page title, section title, words] for each section of each page."
+    found = []
+    for page in book.pages:
+        name = _clean(text(page.title))
+        shown = f"{page.number} {name}".strip()
+        section, words = ["", ""], []
+        for block in _flat(page.blocks):
+            if block["t"] == "Header":
+                found.append([page.url + section[0], shown, section[1], _clean(" ".join(words))])
+                section, words = ["#" + block["c"][1][0], _clean(text(block["c"][2]))], []
+            else:
+                words.append(_words(block))
+        found.append([page.url + section[0], shown, section[1], _clean(" ".join(words))])
+    return found
+
+
+def _flat(blocks: list):
+    "The blocks of a page with those inside boxes taken out one by one."
+    for block in blocks:
+        if block["t"] == "Div":
+            yield from _flat(block["c"][1])
+        else:
+            yield block
+
+
+def _words(block: dict) -> str:
+    "The words of a block, and of its code the names that it defines."
+    if block["t"] == "CodeBlock":
+        return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.M))
+    return " ".join(text(item) for item in each(block) if item["t"] in ("Para", "Plain")) if block["t"] != "RawBlock" else ""
+
+
+def _clean(words: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[\\{}$&^_]+", " ", words)).strip()
+
+
+def script(book: Book) -> str:
+    "The index as a script, because a page opened from disk may load a script but not a JSON file."
+    return "window.BOOK_INDEX=" + json.dumps(entries(book), ensure_ascii=False, separators=(",", ":")) + ";\n"
