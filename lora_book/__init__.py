@@ -1,1 +1,21 @@
+"""lora_book: the open textbook of low-rank adaptation, as a package."""
+import importlib
+
+from lora_book.core.adapting import delta, disabled, n_trainable, param_groups
+from lora_book.core.errors import LoraBookError
+from lora_book.core.hosts import adapters
+from lora_book.core.merging import merge, unmerge
+from lora_book.core.saving import save
+from lora_book.core.steps import advance, train_step
+from lora_book.registry import adapt, load, methods
+
 __version__ = "0.1.0"
+__all__ = ["LoraBookError", "adapt", "adapters", "advance", "delta", "disabled", "load", "merge", "methods", "n_trainable",
+           "param_groups", "save", "train_step", "unmerge"]
+_PARTS = ("analysis", "core", "experiments", "future", "past", "present", "theory")
+
+
+def __getattr__(name: str):
+    if name in _PARTS:
+        return importlib.import_module(f"lora_book.{name}")
+    raise AttributeError(f"module 'lora_book' has no attribute {name!r}")
