@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_book.core.settings import load_settings
 from tools.execute import is_skipped
+from tools.settings import load_settings
 from tools.site import config
 from tools.site.__main__ import main as render_offline
 
@@ -182,9 +182,8 @@ def fresh(source: Path, target: Path) -> None:
 
 # Rendering
 
-def render_quarto(root: Path, build: Path, quarto: str) -> int:
+def render_quarto(root: Path, build: Path, site: Path, quarto: str) -> int:
     "Render a copy of the book, with executed notebooks, with Quarto; its warnings about references and citations are failures."
-    site = root / "_site"
     copy = build / "quarto"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(root, copy, ignore=lambda folder, names: {name for name in names if name.startswith((".", "_build", "_site"))})
@@ -200,7 +199,8 @@ def render_quarto(root: Path, build: Path, quarto: str) -> int:
     return 0
 
 
-def render(root: Path, build: Path, renderer: str | None, partial: bool) -> int:
+def render(root: Path, build: Path, site: Path, renderer: str | None, partial: bool) -> int:
+    "Render the site with the renderer asked for, or with Quarto where there's one."
     quarto = shutil.which("quarto")
     renderer = renderer or ("quarto" if quarto and not partial else "offline")
     if renderer == "quarto":
@@ -208,9 +208,9 @@ def render(root: Path, build: Path, renderer: str | None, partial: bool) -> int:
             print("quarto isn't on PATH; use --renderer offline", file=sys.stderr)
             return 1
         print("rendering with quarto", flush=True)
-        return render_quarto(root, build, quarto)
+        return render_quarto(root, build, site, quarto)
     print("rendering with the offline renderer (tools.site)", flush=True)
-    return render_offline(["--root", str(root), "--build", str(build), *(["--partial"] if partial else [])])
+    return render_offline(["--root", str(root), "--build", str(build), "--out", str(site), *(["--partial"] if partial else [])])
 
 
 def chosen_chapters(paths: list, only: list | None) -> list:
@@ -228,14 +228,15 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--profile", help="smoke, laptop or gpu (default: settings.ini)")
     parser.add_argument("--only", action="append", metavar="CHAPTER", help="execute this chapter alone; the others show their stored outputs")
     parser.add_argument("--renderer", choices=("offline", "quarto"), help="default: quarto where it is on PATH, else offline")
+    parser.add_argument("--out", type=Path, default="_site", help="where the site goes (default: _site)")
     parser.add_argument("--no-render", action="store_true", help="execute only")
     parser.add_argument("--render-only", action="store_true", help="render what was executed before")
     chosen = parser.parse_args(arguments)
     environ = dict(os.environ) | ({"LORA_BOOK_PROFILE": chosen.profile} if chosen.profile else {})
     settings = load_settings(root / "settings.ini", environ)
-    build = root / "_build" / settings.profile
+    build, site = root / "_build" / settings.profile, root / chosen.out
     if chosen.render_only:
-        return render(root, build, chosen.renderer, True)
+        return render(root, build, site, chosen.renderer, True)
     listed = [page.path for page in config.load(root).pages if page.is_notebook]
     run = Run(root, build, settings)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -251,7 +252,7 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
     if run.failures:
         print(f"{len(run.failures)} chapters failed: {', '.join(path for path, _ in run.failures)}", file=sys.stderr)
         return 1
-    return 0 if chosen.no_render else render(root, build, chosen.renderer, bool(chosen.only))
+    return 0 if chosen.no_render else render(root, build, site, chosen.renderer, bool(chosen.only))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> int:
         results = [
             step("lint", [PYTHON, "-m", "ruff", "check", "."]),
             step("tests", [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}"], report),
-            step("book", [PYTHON, "-m", "tools.book", "--profile", "smoke", "--renderer", "offline"])]
+            step("book", [PYTHON, "-m", "tools.book", "--profile", "smoke", "--renderer", "offline", "--out", "_build/smoke/_site"])]
     passed, failed, skipped = (sum(column) for column in zip(*results))
     told = f", {skipped} skipped" if skipped else ""
     print(f"{passed} passed, {failed} failed{told} in {time.perf_counter() - start:.0f} s")

@@ -9,8 +9,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_book.core.settings import load_settings
 from tools.book import ROOT
+from tools.settings import load_settings
 
 
 def store(path: str) -> str:

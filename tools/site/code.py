@@ -21,10 +21,10 @@ def _html(block: dict) -> str:
     if classes[:1] == ["printed"]:
         kind = classes[1]
         name = {"stderr": "Messages", "error": "Error"}.get(kind, "Output")
-        return f'<pre class="output printed {kind}" tabindex="0" aria-label="{name}">{escape(source, quote=False)}</pre>'
+        return f'<pre class="output printed {kind}" aria-label="{name}">{escape(source, quote=False)}</pre>'
     language = next(iter(classes), "")
     marks = " exported" if "exported" in classes else ""
-    return f'<div class="code{marks}"><pre tabindex="0" aria-label="Code"><code>{_coloured(source, language)}</code></pre></div>'
+    return f'<div class="code{marks}"><pre aria-label="Code"><code>{_coloured(source, language)}</code></pre></div>'
 
 
 def _coloured(source: str, language: str) -> str:

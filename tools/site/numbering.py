@@ -281,7 +281,7 @@ class Numbering:
 
 
 def _formula(item: dict) -> dict:
-    return div([plain([item])], "", ("formula",), tabindex="0")
+    return div([plain([item])], "", ("formula",))
 
 
 def _name(options: dict, content: list, key: str = "name") -> tuple[list, list]:

@@ -146,6 +146,16 @@
   addEventListener("scroll", follow, { passive: true });
   follow();
 
+  // whatever scrolls sideways can be reached with the keyboard
+  function reach() {
+    all("main pre, main .formula, main .scroll, main .output.html").forEach(function (box) {
+      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    });
+  }
+  addEventListener("load", reach);
+  addEventListener("resize", reach);
+
   // a link to something inside a folded box opens the box
   function unfold() {
     var target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
