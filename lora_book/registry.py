@@ -14,6 +14,7 @@ from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
+from .present.rslora import rslora
 
 # %% ../nbs/registry.ipynb #c03
 METHODS: dict[str, Method] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Method] = {
     "linear_probe": linear_probe,
     "bitfit": bitfit,
     "lora": lora,
+    "rslora": rslora,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
@@ -45,7 +47,7 @@ def make_step(name: str, options: dict) -> tuple[PlainStep, dict]:
     return STEPS[name](**own), own
 
 
-def make_plan(model: nn.Module, method_id: str, target_modules=None, *, step: str | None = None, targets: list | None = None, **settings) -> Plan:
+def make_plan(model: nn.Module, method_id: str, target_modules=None, *, step: str | None = None, targets: tuple | None = None, **settings) -> Plan:
     "Check everything and build the adapters without changing the model; see `adapt`."
     chosen = method(method_id)
     common = {k: settings.pop(k) for k in ("r", "alpha", "head", "seed", "generator", "dtype", "lr_ratio") if k in settings}
@@ -80,7 +82,7 @@ def plan_of_description(model: nn.Module, description: dict) -> Plan:
     settings = {key: config[key] for key in ("r", "alpha", "seed", "lr_ratio", "step")} | config["options"] | config["step_options"]
     head = sorted({name.rpartition(".")[0] for name in description["head"]}) or None
     return make_plan(model, description["method"], config["target_modules"], dtype=dtype, head=head,
-                     targets=exactly(model, description["sites"]), **settings)
+                     targets=(exactly(model, description["sites"]), description["in_place"]), **settings)
 
 
 def load(model: nn.Module, path) -> nn.Module:
