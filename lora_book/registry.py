@@ -14,6 +14,7 @@ from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
+from .present.lora_plus import lora_plus
 from .present.rslora import rslora
 
 # %% ../nbs/registry.ipynb #c03
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
     "bitfit": bitfit,
     "lora": lora,
     "rslora": rslora,
+    "lora_plus": lora_plus,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
