@@ -14,6 +14,7 @@ from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
+from .present.asymmetric import asymmetric
 from .present.lora_plus import lora_plus
 from .present.rslora import rslora
 
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "lora": lora,
     "rslora": rslora,
     "lora_plus": lora_plus,
+    "asymmetric": asymmetric,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
