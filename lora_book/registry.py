@@ -15,6 +15,7 @@ from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
 from .present.asymmetric import asymmetric
+from .present.cola import cola
 from .present.lora_plus import lora_plus
 from .present.rslora import rslora
 
@@ -27,6 +28,7 @@ METHODS: dict[str, Method] = {
     "rslora": rslora,
     "lora_plus": lora_plus,
     "asymmetric": asymmetric,
+    "cola": cola,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
