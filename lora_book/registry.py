@@ -17,6 +17,7 @@ from .past.lora import lora
 from .present.asymmetric import asymmetric
 from .present.cola import cola
 from .present.lora_plus import lora_plus
+from .present.rac import rac
 from .present.rslora import rslora
 
 # %% ../nbs/registry.ipynb #c03
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
     "lora_plus": lora_plus,
     "asymmetric": asymmetric,
     "cola": cola,
+    "rac": rac,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
