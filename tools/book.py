@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_book"
 DATA = (".json", ".csv", ".yml")
 SILENT = {"workers", "threads", "cell_timeout", "cache_dir", "results_dir", "source"}
-QUARTO_FAULTS = re.compile(r"Unable to resolve crossref|citeproc: citation .* not found|Could not (convert|fetch)|could not be resolved", re.I)
+QUARTO_FAULTS = re.compile(r"Unable to resolve crossref|citeproc: citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
 
 
 # What a chapter depends on
@@ -40,7 +40,7 @@ def code_cells(notebook: Path) -> list:
 
 def parsed(source: str) -> ast.AST:
     "The syntax tree of a cell or module; IPython's own lines are passed over, and so is code that Python can't read."
-    plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M)
+    plain = re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
     try:
         return ast.parse(plain)
     except SyntaxError:

@@ -14,7 +14,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-MARKS = re.compile(r"^#\|\s*(slow|gpu|eval)\s*:?\s*(\w*)", re.M)
+MARKS = re.compile(r"^#\|\s*(slow|gpu|eval)\s*:?\s*(\w*)", re.MULTILINE)
 SKIP = "skip-execution"
 
 

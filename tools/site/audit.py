@@ -9,7 +9,7 @@ from .config import Problems
 
 FETCHING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
             "object": "data", "image": "href", "use": "href"}
-REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.I)
+REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.IGNORECASE)
 
 
 class _Page(HTMLParser):

@@ -201,7 +201,7 @@ class _Filler:
         if mime in ("image/png", "image/jpeg", "image/svg+xml"):
             return [("picture", self.image(k, mime, output))]
         if mime == "text/html":
-            html = re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.S)
+            html = re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.DOTALL)
             tabular = "<table" in html
             return [("tabular" if tabular else "picture" if "<svg" in html or "<script" in html else "other",
                      div([raw_block(html)], "", ("output", "html", "scroll") if tabular else ("output", "html")))]

@@ -8,7 +8,7 @@ from .config import Book, Page
 from .numbering import LABEL, NAMES, Label
 from .tree import div, document, each, link, pandoc, span, string, text, transform
 
-CROSS = re.compile(LABEL.pattern, re.I)
+CROSS = re.compile(LABEL.pattern, re.IGNORECASE)
 
 
 def resolve(book: Book, labels: dict) -> None:

@@ -14,7 +14,7 @@ THEOREMS = {"thm": "Theorem", "lem": "Lemma", "cor": "Corollary", "prp": "Propos
 CALLOUTS = {"note": "nte", "tip": "tip", "warning": "wrn", "important": "imp", "caution": "cau"}
 NAMES = {"sec": "Section", "fig": "Figure", "tbl": "Table", "eq": "Equation", "lst": "Listing", **THEOREMS,
          "nte": "Note", "tip": "Tip", "wrn": "Warning", "imp": "Important", "cau": "Caution"}
-LABEL = re.compile(r"^(%s)-[\w.:-]+$" % "|".join(NAMES))
+LABEL = re.compile(r"^({})-[\w.:-]+$".format("|".join(NAMES)))
 EQUATION = re.compile(r"^\{#(eq-[\w.:-]+)\}")
 UNNAMED = {"proof": "Proof", "remark": "Remark", "solution": "Solution"}
 UNSUPPORTED = re.compile(r"^(panel-|column-|aside$|content-(visible|hidden)|cell-output|grid$|g-col-|incremental$|line-block$|hidden$)")
@@ -188,7 +188,7 @@ class Numbering:
         return [self.floated("lst", ident, caption, [block], first=True)]
 
     def figure(self, block: dict) -> list:
-        (ident, classes, _), (_, caption), content = block["c"]
+        (ident, _classes, _), (_, caption), content = block["c"]
         for inner in content:
             for item in inner.get("c", []):
                 if isinstance(item, dict) and item.get("t") == "Image":

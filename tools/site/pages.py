@@ -111,7 +111,7 @@ def exported(cells: list, everything: list) -> tuple[str, list]:
 
 def defined(cell: Cell) -> list:
     "Names that a cell defines at its top level, without the private ones."
-    if re.search(r"^[%!]", cell.source, re.M):
+    if re.search(r"^[%!]", cell.source, re.MULTILINE):
         return []
     names = []
     for node in ast.parse(cell.source).body:

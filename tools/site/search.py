@@ -35,7 +35,7 @@ def _flat(blocks: list):
 def _words(block: dict) -> str:
     "The words of a block, and of its code the names that it defines."
     if block["t"] == "CodeBlock":
-        return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.M))
+        return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.MULTILINE))
     return " ".join(text(item) for item in each(block) if item["t"] in ("Para", "Plain")) if block["t"] != "RawBlock" else ""
 
 
