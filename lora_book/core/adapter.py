@@ -80,10 +80,16 @@ def keep_wide(moved: Tensor, old: Tensor) -> Tensor:
 
 # %% ../../nbs/core/adapter.ipynb #c11
 class Block:
-    "One adapter's place in a layer: the rows of the layer's weight it changes (a slice, or None for all) and its W0."
+    "One adapter's place in a layer: the rows of the layer's weight it changes (a slice, or None for all), its W0 and b0."
 
-    def __init__(self, rows: slice | None, adapter: Adapter, W0: Tensor):
-        self.rows, self.adapter, self.W0 = rows, adapter, W0
+    def __init__(self, rows: slice | None, adapter: Adapter, W0: Tensor, b0: Tensor | None = None):
+        self.rows, self.adapter, self.W0, self.b0 = rows, adapter, W0, b0
+
+    def change(self, x: Tensor) -> Tensor:
+        "What the block adds to the base's output for x (..., m), in float64: x ΔWᵀ plus the bias's change."
+        product = x.double() @ self.adapter.delta(self.W0).double().T
+        shift = self.adapter.bias_delta(self.b0)
+        return product if shift is None else product + shift.double()
 
 
 def default_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:

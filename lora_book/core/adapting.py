@@ -46,6 +46,7 @@ class Method:
     lr_ratio: float | None = None
     after: Callable = no_change
     penalty: Callable = no_penalty
+    count: Callable | None = None
 
     def options(self) -> list[str]:
         "The names of the method's own keyword options."
@@ -152,16 +153,17 @@ def build_adapters(targets: list[Target], method: Method, r: int, alpha, seed: i
 # %% ../../nbs/core/adapting.ipynb #c15
 def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, *, r: int = 8, alpha: float | None = None, head=None,
          seed: int = 0, generator: torch.Generator | None = None, dtype: torch.dtype | None = None, step: Callable, step_options: dict,
-         lr_ratio: float | None = None, targets: list | None = None, **options) -> Plan:
-    "Check every argument and build every adapter; the model isn't changed. `targets` overrides `target_modules`."
+         lr_ratio: float | None = None, targets: tuple[list, list] | None = None, **options) -> Plan:
+    "Check every argument and build every adapter; the model isn't changed. `targets` (targets, names that train in place) overrides `target_modules`."
     if find_record(model) is not None:
         raise BadValue(f"the model is adapted already, with {find_record(model).method_id!r}; unload it first with merge(model, unload=True)")
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator))
     check_common(r, alpha, lr_ratio, seed)
     heads = head_modules(model, head)
-    usual, in_place = method.targets(model, list(heads)) if target_modules is None else (None, [])
-    chosen = targets if targets is not None else choose(model, target_modules, list(heads)) if usual is None else usual
+    if targets is None:
+        targets = method.targets(model, list(heads)) if target_modules is None else (choose(model, target_modules, list(heads)), [])
+    chosen, in_place = targets
     if not chosen and not in_place and not heads:
         raise BadValue(f"{method_id!r} would train nothing: name target_modules= or head=")
     built = build_adapters(chosen, method, r, alpha, seed, dtype, options)

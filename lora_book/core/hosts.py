@@ -47,8 +47,8 @@ class Site:
 
     def blocks(self) -> list[Block]:
         "The site's adapters with their rows and their W0."
-        base = self.base_weight()
-        return [Block(view.slice, self.adapters[key], view.of(base)) for key, view in self.views.items()]
+        W, b = self.base_weight(), self.base_bias()
+        return [Block(view.slice, self.adapters[key], view.of(W), view.of_bias(b)) for key, view in self.views.items()]
 
     def base_weight(self) -> Tensor:
         "The stored base weight, also while merged."

@@ -124,7 +124,7 @@ def query_value(model: nn.Module) -> list[str]:
     for endings in QUERY_VALUE:
         if all(any(ends_with(name, ending.split("[")[0]) for name in names) for ending in endings):
             return endings
-    raise unknown("query and value projection under a known name; say target_modules=", "query", names or ["(no linear map)"])
+    raise UnknownName(f"no query and value projections under a known name; say target_modules=, for example one of {nearest('query', names)}")
 
 # %% ../../nbs/core/targets.ipynb #c16
 def choose(model: nn.Module, target_modules, head: list[str] = ()) -> list[Target]:

@@ -111,6 +111,7 @@ def nothing(model: nn.Module, head: list[str]) -> tuple[list, list]:
     return [], []
 
 
-full = Method(Full, "Full fine-tuning", "the reference that all methods are measured against", targets=every_parameter)
-linear_probe = Method(LinearProbe, "Linear probe", "a classifier on frozen features", targets=nothing)
-bitfit = Method(BitFit, "BitFit", "Ben Zaken, Goldberg, Ravfogel 2022", targets=every_bias)
+full = Method(Full, "Full fine-tuning", "the reference that all methods are measured against", targets=every_parameter,
+              count=lambda n, m, r: n * m)
+linear_probe = Method(LinearProbe, "Linear probe", "a classifier on frozen features", targets=nothing, count=lambda n, m, r: 0)
+bitfit = Method(BitFit, "BitFit", "Ben Zaken, Goldberg, Ravfogel 2022", targets=every_bias, count=lambda n, m, r: n)

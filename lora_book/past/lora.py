@@ -41,4 +41,4 @@ class LoRA(LowRank):
         return self.start(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
 
 
-lora = Method(LoRA, "LoRA", "Hu et al. 2022")
+lora = Method(LoRA, "LoRA", "Hu et al. 2022", count=lambda n, m, r: r * (n + m))
