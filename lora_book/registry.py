@@ -17,6 +17,7 @@ from .past.lora import lora
 from .present.asymmetric import asymmetric
 from .present.cola import cola
 from .present.lora_plus import lora_plus
+from .present.paca import paca
 from .present.rac import rac
 from .present.rslora import rslora
 
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
     "asymmetric": asymmetric,
     "cola": cola,
     "rac": rac,
+    "paca": paca,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
