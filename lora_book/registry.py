@@ -20,6 +20,7 @@ from .present.lora_plus import lora_plus
 from .present.paca import paca
 from .present.rac import rac
 from .present.rslora import rslora
+from .future.cla import cla, random_cla
 
 # %% ../nbs/registry.ipynb #c03
 METHODS: dict[str, Method] = {
@@ -33,6 +34,8 @@ METHODS: dict[str, Method] = {
     "cola": cola,
     "rac": rac,
     "paca": paca,
+    "cla": cla,
+    "random_cla": random_cla,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
