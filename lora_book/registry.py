@@ -20,6 +20,7 @@ from .present.lora_plus import lora_plus
 from .present.paca import paca
 from .present.rac import rac
 from .present.rslora import rslora
+from .future.c3la import c3la, random_c3la
 from .future.cla import cla, random_cla
 
 # %% ../nbs/registry.ipynb #c03
@@ -36,6 +37,8 @@ METHODS: dict[str, Method] = {
     "paca": paca,
     "cla": cla,
     "random_cla": random_cla,
+    "c3la": c3la,
+    "random_c3la": random_c3la,
 }
 STEPS: dict[str, type] = {"plain": PlainStep}
 
