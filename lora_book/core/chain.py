@@ -14,6 +14,8 @@ from .errors import BadValue, check_count
 class Chain(LowRank):
     "ΔW = Σ_j s·B^j A^j: finished links rest, the last one trains. `init` makes a link; it may look at `self.done`."
 
+    kept = ("A", "B")
+
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None):
         for name, value in (("chain_length", chain_length), ("reset_every", reset_every)):
@@ -21,8 +23,9 @@ class Chain(LowRank):
                 check_count(name, value)
         self.chain_length, self.reset_every, self.done = chain_length, reset_every, 0
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
-        self.register_buffer("links_A", self.A.detach().new_empty(0, *self.A.shape))
-        self.register_buffer("links_B", self.B.detach().new_empty(0, *self.B.shape))
+        for name in self.kept:
+            part = getattr(self, name).detach()
+            self.register_buffer(f"links_{name}", part.new_empty(0, *part.shape))
 
     def resting(self) -> list:
         "The finished links as (A_j, B_j, s)."
@@ -54,19 +57,25 @@ class Chain(LowRank):
     def advance(self) -> None:
         "Rest the training link and open the next, in the same parameters."
         self.check_advance()
-        self.links_A = torch.cat([self.links_A, self.A.detach()[None]])
-        self.links_B = torch.cat([self.links_B, self.B.detach()[None]])
+        for name in self.kept:
+            links, part = getattr(self, f"links_{name}"), getattr(self, name).detach()
+            setattr(self, f"links_{name}", torch.cat([links, part[None]]))
         self.done += 1
         shape = torch.empty(self.B.shape[0], self.A.shape[1], device="meta")
-        A, B = self.init(shape, self.r, generator(self.seed, "link", self.done))
+        self.renew(*self.init(shape, self.r, generator(self.seed, "link", self.done)))
+
+    def renew(self, A: Tensor, B: Tensor) -> None:
+        "Put a new link's start into the tensors of the old one."
         self.A.copy_(A)
         self.B.copy_(B)
 
     def _load_from_state_dict(self, state, prefix, *args):
-        if prefix + "links_A" in state:
-            self.done = state[prefix + "links_A"].shape[0]
-            self.links_A = self.links_A.new_empty(self.done, *self.A.shape)
-            self.links_B = self.links_B.new_empty(self.done, *self.B.shape)
+        stored = {name: state.get(f"{prefix}links_{name}") for name in self.kept}
+        if all(links is not None and links.shape[1:] == getattr(self, f"links_{name}").shape[1:] for name, links in stored.items()):
+            self.done = len(stored[self.kept[0]])
+            for name in self.kept:
+                own = getattr(self, f"links_{name}")
+                setattr(self, f"links_{name}", own.new_zeros(self.done, *own.shape[1:]))
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/core/chain.ipynb #c05
