@@ -2,13 +2,12 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'DESCRIPTION', 'FORMAT', 'hash_numbers', 'base_tensors', 'is_adapted', 'is_adapters', 'fingerprint',
-           'canonical', 'parse_description', 'write_atomically', 'read_file', 'trained_tensors', 'describe', 'save',
-           'read', 'check_base', 'fill', 'load']
+           'canonical', 'parse_description', 'read_file', 'trained_tensors', 'describe', 'save', 'read', 'check_base',
+           'fill', 'load']
 
 # %% ../../nbs/core/saving.ipynb #c02
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
-from .adapting import Record, record_of, root_of
-from .errors import BadType, BadValue, MissingFile, unknown
+from .adapting import record_of, root_of
+from .errors import BadValue, MissingFile
 from .hosts import adapters, sites
+from .settings import write_atomic
 
 # %% ../../nbs/core/saving.ipynb #c04
 def hash_numbers(digest, W: Tensor) -> None:
@@ -86,19 +86,6 @@ def parse_description(data: bytes, path: Path) -> dict:
     return description
 
 # %% ../../nbs/core/saving.ipynb #c10
-def write_atomically(path: Path, data: bytes) -> None:
-    "Write `data` to `path` so that the file has its old or its new content at every moment."
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def read_file(path: Path) -> bytes:
     "The file's bytes; raises MissingFile if it isn't there."
     if not path.is_file():
@@ -120,7 +107,7 @@ def describe(model: nn.Module, data: bytes) -> dict:
     shapes, numbers = fingerprint(base_tensors(root_of(model), record.head))
     return {"format": FORMAT, "method": record.method_id, "config": config, "sites": list(adapters(root_of(model))), "head": record.head,
             "in_place": [name for name in record.base if name not in record.head], "architecture": shapes, "base": numbers,
-            "sha256": hashlib.sha256(data).hexdigest()}
+            "steps": record.steps, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def save(model: nn.Module, path) -> Path:
@@ -135,8 +122,8 @@ def save(model: nn.Module, path) -> Path:
     data = write_tensors(tensors)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TENSORS, data)
-    write_atomically(folder / DESCRIPTION, canonical(describe(model, data)))
+    write_atomic(folder / TENSORS, data)
+    write_atomic(folder / DESCRIPTION, canonical(describe(model, data)))
     return folder
 
 # %% ../../nbs/core/saving.ipynb #c14
@@ -200,6 +187,7 @@ def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Mo
     named = dict(model.named_parameters())
     in_place = {name: named[name] for name in [*made.head, *made.in_place]}
     fill(built, in_place, tensors)
+    made.record.steps = description["steps"]
     commit(model, made)
     with torch.no_grad():
         for name, p in in_place.items():

@@ -58,4 +58,4 @@ class Asymmetric(LowRank):
         return torch.zeros(r, m), self.law(r, n, generator).t()
 
 
-asymmetric = Method(Asymmetric, "Asymmetric LoRA", "Zhu et al. 2024")
+asymmetric = Method(Asymmetric, "Asymmetric LoRA", "Zhu et al. 2024", count=lambda n, m, r: r * n)

@@ -27,4 +27,4 @@ class CoLA(Chain):
         return self.start(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
 
 
-cola = Method(CoLA, "Chain of LoRA", "Xia, Qin, Hazan 2024")
+cola = Method(CoLA, "Chain of LoRA", "Xia, Qin, Hazan 2024", count=lambda n, m, r: r * (n + m))

@@ -28,4 +28,4 @@ class RAC(Chain):
         return self.law(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
 
 
-rac = Method(RAC, "Randomised asymmetric chain of LoRA", "Malinovsky et al. 2024")
+rac = Method(RAC, "Randomised asymmetric chain of LoRA", "Malinovsky et al. 2024", count=lambda n, m, r: r * n)

@@ -18,4 +18,4 @@ class RsLoRA(LoRA):
         return self.alpha / math.sqrt(self.r)
 
 
-rslora = Method(RsLoRA, "Rank-stabilised LoRA", "Kalajdzievski 2023")
+rslora = Method(RsLoRA, "Rank-stabilised LoRA", "Kalajdzievski 2023", count=lambda n, m, r: r * (n + m))
