@@ -134,6 +134,7 @@ class _Filler:
 
     def __init__(self, page: Page, cell: Cell, inner: list, files: dict, book_fold: str, problems: Problems):
         self.page, self.cell, self.files, self.fold, self.problems = page, cell, files, book_fold, problems
+        self.pictures = 0
         self.captions = {b["c"][0][1][0].removeprefix("lora-"): b["c"][1] for b in inner if "k" not in dict(b["c"][0][2])}
         cell.markdown = {int(dict(b["c"][0][2])["k"]): b["c"][1] for b in inner if "k" in dict(b["c"][0][2])}
 
@@ -215,8 +216,10 @@ class _Filler:
         extension = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}[mime]
         name = f"{self.page.url.removesuffix('.html')}_files/{self.cell.ident}-{k}.{extension}"
         self.files[name] = body.encode() if extension == "svg" else base64.b64decode(body)
-        alt = self.cell.options.get("fig-alt", "")
-        alt = str(alt[0] if isinstance(alt, list) and alt else alt)
+        alts = self.cell.options.get("fig-alt", "")
+        alts = alts if isinstance(alts, list) else [alts]
+        self.pictures += 1
+        alt = str(alts[min(self.pictures, len(alts)) - 1]) if alts else ""
         if not alt.strip():
             self.problems.add(self.page.path, str(self.cell.options.get("label", f"cell {self.cell.number}")), "image without alt text: add #| fig-alt")
         size = output.get("metadata", {}).get(mime, {})

@@ -1,4 +1,5 @@
 """What `_quarto.yml` says: the title, the parts, the chapters in order, their numbers and addresses."""
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -55,6 +56,7 @@ class Book:
     pages: list
     bibliography: list
     code_fold: str
+    library: str
     problems: Problems
 
 
@@ -96,7 +98,14 @@ def load(root: Path, build: Path | None = None, partial: bool = False) -> Book:
     author = book.get("author", "")
     return Book(root, str(book.get("title", "")), str(book.get("subtitle", "")), author if isinstance(author, str) else "",
                 [page for page in pages if page.file], _listed(config.get("bibliography")),
-                str(html.get("code-fold", False)).lower(), problems)
+                str(html.get("code-fold", False)).lower(), _library(root), problems)
+
+
+def _library(root: Path) -> str:
+    "The name of the package that the notebooks export, from pyproject.toml."
+    file = root / "pyproject.toml"
+    tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}) if file.is_file() else {}
+    return tools.get("nbdev", {}).get("lib_path", "").replace("/", ".")
 
 
 def _find(root: Path, build: Path | None, page: Page, partial: bool, problems: Problems) -> Path | None:

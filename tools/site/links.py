@@ -35,7 +35,7 @@ def _cite(item: dict, page: Page, labels: dict, waiting: list, book: Book) -> li
         waiting.append((place, item, page))
         return [place]
     if not all(crossed):
-        book.problems.add(page.path, "; ".join(names), "one bracket holds both a citation and a cross reference")
+        book.problems.add(page.path, "; ".join(names), "a citation and a cross reference share one bracket, or stand side by side; put a word between them")
         return [string("; ".join(names))]
     out = []
     for entry, name in zip(entries, names):

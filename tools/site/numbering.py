@@ -16,6 +16,8 @@ NAMES = {"sec": "Section", "fig": "Figure", "tbl": "Table", "eq": "Equation", "l
          "nte": "Note", "tip": "Tip", "wrn": "Warning", "imp": "Important", "cau": "Caution"}
 LABEL = re.compile(r"^({})-[\w.:-]+$".format("|".join(NAMES)))
 EQUATION = re.compile(r"^\{#(eq-[\w.:-]+)\}")
+LITERAL = re.compile(r"^(:::|```|~~~|\$\$|\\begin\{)")
+EXECUTABLE = re.compile(r"^\{=?[a-z]+\}\s")
 UNNAMED = {"proof": "Proof", "remark": "Remark", "solution": "Solution"}
 UNSUPPORTED = re.compile(r"^(panel-|column-|aside$|content-(visible|hidden)|cell-output|grid$|g-col-|incremental$|line-block$|hidden$)")
 SHORTCODE = re.compile(r"\{\{<|\{\{%")
@@ -159,6 +161,10 @@ class Numbering:
             kind = item["t"]
             if kind == "Str" and SHORTCODE.search(item["c"]):
                 self.problem(item["c"], "shortcodes aren't supported")
+            elif kind == "Str" and LITERAL.match(item["c"]):
+                self.problem(text(items)[:40].strip(), f"{item['c']!r} is left open or closes nothing")
+            elif kind == "Code" and EXECUTABLE.match(item["c"][1]):
+                self.problem(item["c"][1].split()[0], "this kind of code block isn't supported")
             elif kind == "RawInline" and item["c"][0] in ("tex", "latex"):
                 self.problem(item["c"][1][:40], "LaTeX outside dollars")
             elif kind == "Str" and item["c"] in ("-", "*", "1.") and before and before["t"] == "SoftBreak":
@@ -188,7 +194,7 @@ class Numbering:
         return [self.floated("lst", ident, caption, [block], first=True)]
 
     def figure(self, block: dict) -> list:
-        (ident, _classes, _), (_, caption), content = block["c"]
+        (ident, _, _), (_, caption), content = block["c"]
         for inner in content:
             for item in inner.get("c", []):
                 if isinstance(item, dict) and item.get("t") == "Image":
@@ -208,6 +214,7 @@ class Numbering:
             if tail and tail[-1]["t"] == "Str" and (found := re.match(r"^\{#(tbl-[\w.:-]+)\}$", tail[-1]["c"])):
                 ident, caption[-1]["c"] = found[1], tail[:-1]
         block["c"][0], block["c"][1] = ["", classes, pairs], [None, []]
+        block["c"][2] = [[align, {"t": "ColWidthDefault"}] for align, _ in block["c"][2]]
         body = div([block], "", ("scroll",))
         return [self.floated("tbl", ident, caption, [body], first=True)] if caption or ident else [body]
 
@@ -251,7 +258,7 @@ class Numbering:
         name, content = _name(options, content)
         number = self.count(kind)
         self.label(ident, kind, number, name)
-        shown = [string(f"{THEOREMS[kind]} {number}")] + ([{"t": "Space"}, string("("), *name, string(")")] if name else [])
+        shown = [string(f"{THEOREMS[kind]} {number}")] + ([{"t": "Space"}, string("("), *name, string(")")] if name else []) + [string(".")]
         return [div(_led([span(shown, "", ("theorem-title",)), {"t": "Space"}], self.blocks(content)), ident, ("theorem", kind))]
 
     def unnamed(self, kind: str, ident: str, options: dict, content: list) -> list:

@@ -59,7 +59,9 @@ class Site:
         file = Path(page.path).name
         parts = [f'<div><dt>Source of this chapter</dt><dd><a href="{escape(file)}" download>{escape(page.path)}</a></dd></div>']
         if module:
-            parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code></dd></div>")
+            module = ".".join(filter(None, [self.book.library, module]))
+            told = ", the cells with a bar at their left" if names else ""
+            parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code>{told}</dd></div>")
         if names:
             links = ", ".join(f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names)
             parts.append(f"<div><dt>Names</dt><dd>{links}</dd></div>")

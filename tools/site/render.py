@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import audit, cells, code, config, links, maths, pages, search
 from .numbering import Numbering
-from .tree import each, read, save
+from .tree import each, read_aloud, save
 
 
 def render(root: Path, build: Path | None, out: Path, partial: bool = False) -> tuple[config.Book, int]:
@@ -15,7 +15,9 @@ def render(root: Path, build: Path | None, out: Path, partial: bool = False) -> 
     numbering, exports, files = Numbering(book.problems), {}, {}
     for page in book.pages:
         markdown, shown, every = cells.assemble(page, book.problems)
-        blocks, meta = read(markdown)
+        blocks, meta, complaints = read_aloud(markdown)
+        for line, complaint in complaints:
+            book.problems.add(page.path, line, complaint)
         page.blocks, pictures = cells.fill(page, blocks, shown, book.code_fold, book.problems)
         files.update(pictures)
         if page.is_notebook:

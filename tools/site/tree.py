@@ -1,5 +1,6 @@
 """Pandoc's document tree as plain JSON, and the few things that the other steps do with it."""
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,8 +32,18 @@ def document(blocks: list, meta: dict | None = None) -> str:
 
 def read(markdown: str) -> tuple[list, dict]:
     "The blocks and the metadata of a markdown text."
-    tree = json.loads(pandoc(markdown, "-f", READER, "-t", "json")[0])
-    return tree["blocks"], tree["meta"]
+    return read_aloud(markdown)[:2]
+
+
+def read_aloud(markdown: str) -> tuple[list, dict, list]:
+    "The blocks and the metadata of a markdown text, and pandoc's complaints, each with the line that it is about."
+    out, warnings = pandoc(markdown, "-f", READER, "-t", "json")
+    tree, lines, complaints = json.loads(out), markdown.split("\n"), []
+    for message in re.findall(r"^\[WARNING\] (.*(?:\n  .*)*)", warnings, re.MULTILINE):
+        at = re.search(r"line (\d+)", message)
+        line = lines[int(at[1]) - 1].strip()[:50] if at and int(at[1]) <= len(lines) else ""
+        complaints.append((line, " ".join(re.sub(r" ?(at )?line \d+( column \d+)?", "", message).split())))
+    return tree["blocks"], tree["meta"], complaints
 
 
 def write(blocks: list) -> str:

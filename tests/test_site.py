@@ -1,0 +1,370 @@
+"""The offline renderer on small books: what it shows, and what it refuses."""
+import base64
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tools.site.__main__ import main
+from tools.site.audit import FETCHING, REMOTE
+from tools.site.maths import mathml
+from tools.site.render import render
+
+PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
+BIB = """
+@article{hu, author={Hu, Edward}, title={Low ranks}, journal={J}, year={2021}}
+@article{hu2, author={Hu, Edward}, title={More ranks}, journal={J}, year={2021}}
+@article{li, author={Li, Ann}, title={Never cited}, journal={J}, year={2020}}
+"""
+REFS = "# References {.unnumbered}\n\n::: {#refs}\n:::\n"
+
+
+def lines(text: str) -> list:
+    return text.splitlines(keepends=True)
+
+
+def md(text: str) -> dict:
+    return {"cell_type": "markdown", "metadata": {}, "source": lines(textwrap.dedent(text).strip())}
+
+
+def code(text: str, *outputs: dict) -> dict:
+    return {"cell_type": "code", "metadata": {}, "source": lines(textwrap.dedent(text).strip()), "outputs": list(outputs), "execution_count": None}
+
+
+def shown(**data: str) -> dict:
+    names = {"png": "image/png", "svg": "image/svg+xml", "html": "text/html", "plain": "text/plain", "markdown": "text/markdown"}
+    return {"output_type": "display_data", "metadata": {}, "data": {names[kind]: value for kind, value in data.items()}}
+
+
+def printed(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": lines(text)}
+
+
+def write(root: Path, chapters: dict, config: str = "", index: str = "# Home {.unnumbered}\n\nHello.\n") -> Path:
+    "A book of notebooks (lists of cells) and pages (texts), in two parts."
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "references.bib").write_text(BIB)
+    (root / "index.qmd").write_text(index)
+    (root / "references.qmd").write_text(REFS)
+    for path, content in chapters.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            (root / path).write_text(textwrap.dedent(content))
+        else:
+            cells = [{"id": f"c{n:02d}", **cell} for n, cell in enumerate(content)]
+            (root / path).write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    half = (len(chapters) + 1) // 2
+    parts = "".join(f"    - part: Part {n}\n      chapters: {json.dumps(paths)}\n"
+                    for n, paths in enumerate((list(chapters)[:half], list(chapters)[half:]), 1) if paths)
+    (root / "_quarto.yml").write_text(f"project:\n  type: book\nbook:\n  title: Small\n  chapters:\n    - index.qmd\n{parts}"
+                                      f"    - references.qmd\nbibliography: references.bib\n{config}")
+    return root
+
+
+def problems(root: Path) -> str:
+    "Render and give back what was wrong; with a problem the site isn't there and the exit status is 1."
+    book, _ = render(root, None, root / "_site")
+    assert (root / "_site/index.html").exists() == (not book.problems)
+    return str(book.problems)
+
+
+def page(root: Path, name: str) -> str:
+    return (root / "_site" / name).read_text()
+
+
+def words(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", html)).replace("\u00a0", " ")
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    "A book with one of everything."
+    first = [
+        md("# First $x^2$ {#sec-first}\n\nThe claim."), code("#| default_exp: core.first\n#| include: false"),
+        code("#| export: true\ndef doubled(x):\n    return 2 * x\n\n\ndef _hidden(x):\n    return x"),
+        md("""
+           ## Setting {#sec-first-set}
+
+           $$ a = b $$ {#eq-first-a}
+
+           and then $$ \\begin{aligned} a &= b \\\\ &= c \\end{aligned} $$ {#eq-first-b}
+
+           ::: {#thm-first-one name="Of $x$"}
+           Text.
+
+           $$ c = d $$ {#eq-first-c}
+           :::
+
+           ::: {.proof}
+           By @eq-first-a.
+           :::
+
+           ### Deeper {#sec-first-deep}
+           """),
+        code("#| label: fig-first-plot\n#| fig-cap: 'A *plot* of $y$, as in @eq-first-b, after [@hu].'\n#| fig-alt: Rising line\nprint(1)",
+             printed("said\n"), shown(png=PNG, plain="<Figure>")),
+        code("#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\nframe", shown(html="<table><tr><td>7</td></tr></table>", plain="7")),
+        code("#| echo: false\n'hidden source'", shown(plain="'only output'")),
+        code("#| output: false\nquiet = 'only source'", shown(plain="'hidden output'")),
+        code("#| include: false\nsecret = 'never shown'", shown(plain="'never shown'")),
+        md("::: {.callout-tip collapse=\"true\" title=\"Solution\"}\nFolded.\n:::\n\n::: {.callout-warning}\n## Mind\nOpen.\n:::"),
+        code("loop()", printed("10%\r90%\r100%\n"), printed("more\n"), printed("careful\n", "stderr")),
+        code("view()", shown(html="<svg role='img'></svg><script>var own = 1;</script>")),
+        code("words()", shown(markdown="Result **bold**, see @fig-first-plot."))]
+    second = [
+        md("# Second {#sec-second}\n\nClaim."),
+        md("""
+           See @fig-first-plot, @tbl-first-frame, @eq-first-c, @thm-first-one, @sec-first, @sec-first-deep and [-@eq-first-a].
+           Both [@fig-first-plot; @tbl-second-x]. As [Figs. @fig-first-plot]. Cited: @hu, [@hu2, p. 3] and [@hu; @hu2].
+           A [link](first.ipynb#sec-first-set).
+
+           ::: {#thm-second-one}
+           One.
+           :::
+
+           ::: {#def-second-one}
+           Two.
+           :::
+
+           ::: {#thm-second-two}
+           Three.
+           :::
+
+           $$ a $$ {#eq-second-a}
+
+           | a | b |
+           |---|---|
+           | 1 | 2 |
+
+           : Numbers. {#tbl-second-x}
+
+           ```{.python #lst-second-x lst-cap="A listing."}
+           x = 1
+           ```
+
+           By @lst-second-x and @def-second-one.
+           """)]
+    root = write(tmp_path_factory.mktemp("book"), {"nbs/first.ipynb": first, "nbs/second.ipynb": second},
+                 index="# Home {.unnumbered}\n\nBegin with @sec-first, then [the second](nbs/second.ipynb).\n")
+    assert problems(root) == ""
+    return root
+
+
+# What is shown
+
+@pytest.mark.parametrize("text", [
+    "1.1 Setting", "1.1.1 Deeper", "(1.1)", "(1.2)", "(1.3)", "Theorem 1.1 (Of", "Figure 1.1 A plot of", "Table 1.1 A frame.", "Chapter 1"])
+def test_the_first_chapter_is_numbered(book, text):
+    assert text in words(page(book, "nbs/first.html"))
+
+
+@pytest.mark.parametrize("text", [
+    "Theorem 2.1.", "Definition 2.1.", "Theorem 2.2.", "(2.1)", "Table 2.1 Numbers.", "Listing 2.1 A listing.", "By Listing 2.1 and Definition 2.1"])
+def test_counting_begins_again_in_each_chapter(book, text):
+    assert text in words(page(book, "nbs/second.html"))
+
+
+@pytest.mark.parametrize("text, target", [
+    ("Figure 1.1", "../nbs/first.html#fig-first-plot"), ("Table 1.1", "../nbs/first.html#tbl-first-frame"),
+    ("Equation 1.3", "../nbs/first.html#eq-first-c"), ("Theorem 1.1", "../nbs/first.html#thm-first-one"),
+    ("Chapter 1", "../nbs/first.html"), ("Section 1.1.1", "../nbs/first.html#sec-first-deep"),
+    ("1.1", "../nbs/first.html#eq-first-a"), ("Table 2.1", "#tbl-second-x"), ("Figs. 1.1", "../nbs/first.html#fig-first-plot")])
+def test_references_lead_across_pages(book, text, target):
+    found = re.findall(r'<a href="([^"]*)"[^>]*class="ref"[^>]*>(.*?)</a>', page(book, "nbs/second.html"), re.DOTALL)
+    assert (target, text) in [(to, words(inner)) for to, inner in found]
+
+
+def test_links_between_sources_become_links_between_pages(book):
+    assert 'href="../nbs/first.html#sec-first-set"' in page(book, "nbs/second.html")
+    assert 'href="nbs/second.html"' in page(book, "index.html")
+    assert "Begin with Chapter 1" in words(page(book, "index.html"))
+
+
+def test_citations_are_told_apart_over_the_whole_book(book):
+    first, second, refs = (page(book, name) for name in ("nbs/first.html", "nbs/second.html", "references.html"))
+    assert "2021a" in words(first) and "2021b" in words(second)
+    assert 'href="../references.html#ref-hu"' in first
+    assert 'id="ref-hu"' in refs and 'id="ref-li"' not in refs
+    assert "Cited in: 1, 2" in words(refs)
+
+
+def test_cell_options_are_honoured(book):
+    html = page(book, "nbs/first.html")
+    assert "only output" in html and "hidden source" not in html
+    assert "only source" in html and "hidden output" not in html
+    assert "never shown" not in html
+    assert "#|" not in html
+    assert re.search(r'<details class="fold"><summary>\s*Code\s*</summary>', html)
+
+
+def test_exported_cells_are_marked_and_named(book):
+    html = page(book, "nbs/first.html")
+    assert 'class="code exported"' in html
+    assert re.search(r'<a href="#cell-c02"><code>doubled</code></a>', html) and "_hidden</code></a>" not in html
+    assert 'href="first.ipynb" download' in html and (book / "_site/nbs/first.ipynb").is_file()
+
+
+def test_figures_keep_their_alt_text_and_files(book):
+    html = page(book, "nbs/first.html")
+    source = re.search(r'<img src="([^"]+)"[^>]*alt="Rising line"', html)[1]
+    assert (book / "_site/nbs" / source).is_file()
+    assert html.index("said") < html.index("<img")
+
+
+def test_outputs_of_every_kind(book):
+    html = page(book, "nbs/first.html")
+    assert "<td>7</td>" in html and "var own = 1;" in html and "<strong>bold</strong>" in html
+    assert "100%\nmore" in html and "90%" not in html
+    assert 'class="output printed stderr"' in html and "&lt;Figure" not in html
+
+
+def test_callouts_fold_or_stand_open(book):
+    html = page(book, "nbs/first.html")
+    assert re.search(r'<details class="callout tip"><summary>\s*Solution', html)
+    assert re.search(r'<aside class="callout warning"[^>]*><p class="callout-title">\s*Mind', html)
+    assert "Mind" not in words(re.search(r'<nav class="contents wide".*?</nav>', html, re.DOTALL)[0])
+
+
+def test_search_index_has_every_section_and_exported_name(book):
+    script = page(book, "assets/search.js")
+    entries = json.loads(script.removeprefix("window.BOOK_INDEX=").rstrip().rstrip(";"))
+    by_address = {entry[0]: entry for entry in entries}
+    assert {"index.html", "nbs/first.html", "nbs/first.html#sec-first-set", "nbs/second.html"} <= set(by_address)
+    assert "doubled" in by_address["nbs/first.html"][3]
+    assert "Folded" in by_address["nbs/first.html#sec-first-deep"][3]
+    assert "<" not in script and "2x" not in script
+
+
+def test_the_way_through_the_book(book):
+    html = page(book, "nbs/second.html")
+    assert 'rel="prev" href="../nbs/first.html"' in html and 'rel="next" href="../references.html"' in html
+    assert '<a class="skip" href="#main">' in html and '<html lang="en">' in html
+    assert re.search(r'<details open><summary>Part 2</summary>.*aria-current="page"', html)
+
+
+def test_pages_fetch_nothing_from_elsewhere(book):
+    for file in (book / "_site").rglob("*.html"):
+        html = file.read_text()
+        for tag, name in [*FETCHING.items(), ("link", "href")]:
+            for value in re.findall(rf"<{tag}\b[^>]*\b{name}=\"([^\"]*)\"", html):
+                assert not REMOTE.match(value), value
+    for file in [*(book / "_site").rglob("*.css"), book / "_site/assets/book.js"]:
+        assert not re.search(r"@import|https?://|//[a-z]+\.[a-z]", file.read_text())
+
+
+def test_rendering_twice_gives_the_same_bytes(book):
+    before = {file: file.read_bytes() for file in (book / "_site").rglob("*") if file.is_file()}
+    assert problems(book) == ""
+    assert before == {file: file.read_bytes() for file in (book / "_site").rglob("*") if file.is_file()}
+
+
+# Formulas
+
+def test_formulas_are_mathml_with_their_source_as_text():
+    html = mathml([(True, r"\frac{a}{b}")])[True, r"\frac{a}{b}"]
+    assert html.startswith('<math display="block" alttext="\\frac{a}{b}">') and "<mfrac>" in html
+
+
+@pytest.mark.parametrize("tex, expected", [
+    (r"\mathbf{Ab}", "<mi>𝐀</mi><mi>𝐛</mi>"), (r"s\log n", '<mspace width="0.167em">'), (r"\lVert x \rVert", 'lspace="0"'), (r"f''", "′′"),
+    (r"\hat x", 'accent="true"'), (r"\overline{AB}", 'class="over"'), (r"\begin{aligned} a &= b \end{aligned}", 'class="aligned"')])
+def test_formulas_are_mended(tex, expected):
+    assert expected in mathml([(True, tex)])[True, tex]
+
+
+def test_a_long_formula_in_a_line_may_break_after_its_relations():
+    tex = r"f(W_{t+1}) \le f(W_t) + g(a, b) = h(W_0, W_1, W_2)"
+    assert mathml([(False, tex)])[False, tex].count("<math") == 3
+    assert mathml([(True, tex)])[True, tex].count("<math") == 1
+
+
+# What is refused
+
+@pytest.mark.parametrize("text, label, message", [
+    ("See @fig-nowhere.", "fig-nowhere", "unresolved reference"),
+    ("See @sec-nowhere.", "sec-nowhere", "unresolved reference"),
+    ("As [@nobody] says.", "@nobody", "unknown citation"),
+    ("Both [@hu; @sec-a].", "hu; sec-a", "share one bracket"),
+    ("A [link](other.ipynb).", "other.ipynb", "dead link"),
+    ("A [link](#nowhere).", "#nowhere", "dead link"),
+    ("![Text](no.png)", "no.png", "dead link"),
+    ("$$ \\frac{a $$", "\\frac{a", "formula can't be read"),
+    ("Inline $\\nosuchthing{a}{b}$.", "\\nosuchthing", "formula can't be read"),
+    ("::: {#thm-a}\nA\n:::\n\n::: {#thm-a}\nB\n:::", "thm-a", "already used"),
+    ("$$ a $$ {#eq-a}\n\n$$ b $$ {#eq-a}", "eq-a", "already used"),
+    ("## One {#sec-b-x}", "sec-b-x", "already used"),
+    ("Text {#eq-a}.", "eq-a", "isn't behind a displayed formula"),
+    ("![Caption](x.png){#fig-a}", "fig-a", "without alt text"),
+    ("Text ![](x.png) text.", "x.png", "without alt text"),
+    ("{{< video x.mp4 >}}", "{{<", "shortcodes"),
+    ("::: {.panel-tabset}\n## A\n:::", "panel-tabset", "isn't supported"),
+    ("::: {layout-ncol=2}\nA\n:::", "layout-ncol", "isn't supported"),
+    ("::: {.callout-danger}\nA\n:::", "danger", "isn't one of"),
+    ("```{mermaid}\ngraph TD\n```", "{mermaid}", "isn't supported"),
+    ("::: {.callout-note}\nnever closed", "::: {.callout-note}", "unclosed"),
+    ("closes nothing\n:::", "closes nothing", "left open or closes nothing"),
+    ("```python\nnever closed", "```python", "left open"),
+    ("$$ a", "$$ a", "left open"),
+    ("# Again", "Again", "second level-1 heading"),
+    ("#### Too deep", "Too deep", "without one of level 3"),
+    ("Outside \\emph{dollars}.", "\\emph", "LaTeX outside dollars"),
+    ("A list:\n- one\n- two", "A list:", "empty line above"),
+    ("<img src='https://example.org/x.png' alt='x'>", "https://example.org/x.png", "from elsewhere"),
+    ("<script src='//example.org/x.js'></script>", "//example.org/x.js", "from elsewhere"),
+    ("<div id='a-b'></div>\n\n<div id='a-b'></div>", "a-b", "twice")])
+def test_a_page_with_a_fault_is_refused(tmp_path, text, label, message):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/x.png").write_bytes(base64.b64decode(PNG))
+    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), md(text)], "nbs/b.ipynb": [md("# B {#sec-b}\n\nClaim.\n\n## X {#sec-b-x}")]})
+    found = [line for line in problems(root).split("\n") if label in line and message in line]
+    assert found and found[0].startswith(("nbs/a.ipynb: ", "nbs/b.ipynb: "))
+
+
+@pytest.mark.parametrize("cell, label, message", [
+    (code("plot()", shown(png=PNG)), "cell 1", "without alt text"),
+    (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()"), "fig-a", "shows none"),
+    (code("#| label: fig-a\n#| fig-alt: A\nplot()", shown(png=PNG)), "fig-a", "needs #| fig-cap"),
+    (code("#| export\nx = 1"), "cell 1", "as '#| export: true'"),
+    (code("#| layout-ncol: 2\nx = 1"), "cell 1", "'layout-ncol' isn't supported"),
+    (code("#| label: fig-a: b\nx = 1"), "cell 1", "aren't YAML"),
+    (code("1 / 0", {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "", "traceback": []}), "cell 1", "stored error"),
+    (code("view()", shown(html="<script src='https://example.org/d3.js'></script>")), "example.org", "from elsewhere"),
+    ({"cell_type": "raw", "metadata": {}, "source": ["---\n", "title: x\n", "---"]}, "cell 1", "raw cells"),
+    ({"cell_type": "markdown", "metadata": {}, "source": "one\nlong string"}, "cell 1", "one long string"),
+    (md("<!-- never closed"), "cell 2", "swallowed")])
+def test_a_cell_with_a_fault_is_refused(tmp_path, cell, label, message):
+    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), cell, code("1 + 1"), md("<!-- x -->")]})
+    assert [line for line in problems(root).split("\n") if line.startswith("nbs/a.ipynb: ") and label in line and message in line]
+
+
+def test_a_missing_chapter_is_refused(tmp_path):
+    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim.")]})
+    (root / "nbs/a.ipynb").unlink()
+    assert "_quarto.yml: nbs/a.ipynb: this chapter is listed but" in problems(root)
+
+
+def test_a_second_title_is_refused(tmp_path):
+    assert "counts as a second title" in problems(write(tmp_path, {"nbs/a.ipynb": [md("---\ntitle: A\n---"), md("# A {#sec-a}\n\nClaim.")]}))
+
+
+def test_problems_are_printed_and_the_last_good_site_stays(tmp_path, capsys):
+    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim.")]})
+    assert main(["--root", str(root)]) == 0
+    assert str(root / "_site/index.html") in capsys.readouterr().out
+    write(root, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nSee @sec-b and @sec-c.")]})
+    assert main(["--root", str(root)]) == 1
+    errors = capsys.readouterr().err
+    assert "nbs/a.ipynb: sec-b: unresolved" in errors and "nbs/a.ipynb: sec-c: unresolved" in errors
+    assert "Claim." in page(root, "nbs/a.html")
+
+
+def test_executed_notebooks_come_from_the_build_folder(tmp_path):
+    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), code("1")]})
+    build = write(tmp_path / "_build", {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), code("1", shown(plain="executed"))]})
+    assert main(["--root", str(root), "--build", str(build)]) == 0
+    assert "executed" in page(root, "nbs/a.html")
+    (build / "nbs/a.ipynb").unlink()
+    assert main(["--root", str(root), "--build", str(build)]) == 1
+    assert main(["--root", str(root), "--build", str(build), "--partial"]) == 0
