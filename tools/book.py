@@ -145,8 +145,8 @@ class Run:
 
     def execute(self, source: Path, target: Path, key: str) -> tuple[int, str]:
         target.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tools.execute", str(source), str(target)]
-        child = subprocess.Popen(command, cwd=self.root, env=self.environment(key), text=True, encoding="utf-8",
+        command = [sys.executable, "-m", "tools.execute", str(source.resolve()), str(target.resolve())]
+        child = subprocess.Popen(command, cwd=ROOT, env=self.environment(key), text=True, encoding="utf-8",
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.children.add(child)
         message = child.communicate()[0]
@@ -158,7 +158,7 @@ class Run:
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), threads)
         given = {"LORA_BOOK_PROFILE": self.settings.profile, "LORA_BOOK_CELL_TIMEOUT": str(self.settings.cell_timeout),
                  "LORA_BOOK_KEY": key, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
-                 "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH", "")]))}
+                 "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root.resolve()), os.environ.get("PYTHONPATH", "")]))}
         offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         return {**os.environ, **limits, **given, **offline}
 

@@ -18,7 +18,8 @@ FENCES = set("|‖∥∣")
 ACCENTS = {"\u0302": "^", "\u0303": "~", "\u0307": "˙", "\u0308": "¨", "\u20d7": "→", "\u203e": "¯", "\u0304": "¯", "\u030c": "ˇ"}
 RELATIONS = set("=≠<>≤≥∈∉⊂⊆≈≡∼≃∝→↦⟹⇒⇔≪≫:≔")
 SCRIPTS = {"msub", "msup", "msubsup", "munder", "mover", "munderover"}
-ENOUGH = 24
+BREAKS = set("+−,;")
+ENOUGH = 12
 
 
 def convert(book: Book) -> dict:
@@ -36,7 +37,7 @@ def convert(book: Book) -> dict:
     def visit(item: dict):
         if item["t"] == "Math":
             return [raw(made[item["c"][0]["t"] == "DisplayMath", item["c"][1]])]
-        return None
+        return _narrowed(item["c"][1]) if item["t"] == "Span" and "nb" in item["c"][0][1] else None
 
     for page in book.pages:
         page.blocks = transform(page.blocks, glue)
@@ -56,11 +57,24 @@ def glue(block: dict) -> list | None:
             out[-1] = span([last, string(item["c"][:cut])], "", ("nb",))
             out += [string(item["c"][cut:])] if item["c"][cut:] else []
         elif item["t"] == "Math" and last["t"] == "Str" and last["c"].endswith(("(", "[", "“", "-")):
-            out[-1] = span([last, item], "", ("nb",)) if len(item["c"][1]) < ENOUGH else last
-            out += [] if len(item["c"][1]) < ENOUGH else [item]
+            short = len(item["c"][1]) < 2 * ENOUGH
+            out[-1:] = [span([last, item], "", ("nb",))] if short else [last, item]
         else:
             out.append(item)
     return [{"t": block["t"], "c": out}]
+
+
+def _narrowed(pair: list) -> list | None:
+    "Of a formula cut into parts, only the part next to the punctuation is kept on its line."
+    at = next(n for n, item in enumerate(pair) if item["t"] == "RawInline")
+    html = pair[at]["c"][1]
+    if "</math><math" not in html:
+        return None
+    cut = (html.index("</math><math") if at else html.rindex("</math><math")) + len("</math>")
+    first, last = raw(html[:cut]), raw(html[cut:])
+    if at:
+        return [span([*pair[:at], first], "", ("nb",)), last]
+    return [first, span([last, *pair[1:]], "", ("nb",))]
 
 
 def mathml(formulas: list) -> dict:
@@ -101,7 +115,7 @@ def polish(html: str, display: bool, tex: str) -> str:
             _space(node)
     if display:
         return _html(row, tex, ' display="block"')
-    parts = _parts(row) if len(re.sub(r"\\[a-z]+|[{}\\\s]", "", tex)) > ENOUGH else [row]
+    parts = _parts(row) if _size(row) > ENOUGH else [row]
     return "".join(_html(part, tex if len(parts) == 1 else "", "") for part in parts)
 
 
@@ -180,13 +194,21 @@ def _space(row: ET.Element) -> None:
 
 
 def _parts(row: ET.Element) -> list:
-    "A formula cut after its relations and its commas outside brackets, so that a line may break there."
+    "A formula cut after its relations, commas and signs outside brackets, so that a line may break there."
     parts, depth = [ET.Element("mrow")], 0
     for child in row:
         parts[-1].append(deepcopy(child))
-        if child.tag == "mo":
-            depth += {"prefix": 1, "postfix": -1}.get(child.get("form"), 0) * (child.text not in FENCES)
-            if depth == 0 and child.text and (child.text in RELATIONS or child.text == ","):
-                parts[-1][-1].set("form", "infix")
-                parts.append(ET.Element("mrow"))
+        mark = child[0] if child.tag in SCRIPTS else child
+        if mark.tag != "mo":
+            continue
+        depth += {"prefix": 1, "postfix": -1}.get(mark.get("form"), 0) * (mark.text not in FENCES)
+        signs = RELATIONS | BREAKS if _size(parts[-1]) > 8 else RELATIONS
+        if depth == 0 and mark is child and mark.text and mark.text in signs and mark.get("form") is None and len(parts[-1]) > 1:
+            parts[-1][-1].set("form", "infix")
+            parts.append(ET.Element("mrow"))
     return [part for part in parts if len(part)]
+
+
+def _size(row: ET.Element) -> int:
+    "How many signs a formula has."
+    return sum(node.tag in ("mi", "mn", "mo", "mtext") for node in row.iter())

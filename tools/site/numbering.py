@@ -94,7 +94,8 @@ class Numbering:
         if kind == "BulletList":
             return [{"t": kind, "c": [self.blocks(item) for item in block["c"]]}]
         if kind == "OrderedList":
-            return [{"t": kind, "c": [block["c"][0], [self.blocks(item) for item in block["c"][1]]]}]
+            made = {"t": kind, "c": [block["c"][0], [self.blocks(item) for item in block["c"][1]]]}
+            return [div([made], "", ("parens",))] if block["c"][0][2]["t"] == "TwoParens" else [made]
         if kind == "DefinitionList":
             return [{"t": kind, "c": [[term, [self.blocks(one) for one in meanings]] for term, meanings in block["c"]]}]
         return [block]

@@ -3,7 +3,7 @@ import json
 import re
 
 from .config import Book
-from .tree import each, text
+from .tree import each, text, transform
 
 
 def entries(book: Book) -> list:
@@ -36,7 +36,14 @@ def _words(block: dict) -> str:
     "The words of a block, and of its code the names that it defines."
     if block["t"] == "CodeBlock":
         return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.MULTILINE))
-    return " ".join(text(item) for item in each(block) if item["t"] in ("Para", "Plain")) if block["t"] != "RawBlock" else ""
+    if block["t"] == "RawBlock":
+        return ""
+    return " ".join(text(transform([item], _readable)) for item in each(block) if item["t"] in ("Para", "Plain"))
+
+
+def _readable(item: dict) -> list | None:
+    "A formula stays in the index where it reads as words, like r = 8."
+    return [] if item["t"] == "Math" and re.search(r"[\\^_{]", item["c"][1]) else None
 
 
 def _clean(words: str) -> str:

@@ -1,0 +1,101 @@
+"""What makes a chapter run again, and what a failing chapter does to the others."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tools.book import chapter_key, closure, main
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    "lora_book/__init__.py": "from .past.lora import LoRA\n",
+    "lora_book/core/__init__.py": "",
+    "lora_book/core/errors.py": "class Bad(Exception): pass\n",
+    "lora_book/core/adapter.py": "from .errors import Bad\n",
+    "lora_book/past/__init__.py": "",
+    "lora_book/past/lora.py": "from ..core.adapter import Bad as LoRA\n",
+    "lora_book/past/other.py": "import lora_book.core.errors\n",
+    "lora_book/past/table.csv": "a,b\n",
+    "lora_book/lazy.py": "import importlib\nmodule = importlib.import_module('lora_book.past')\n",
+    "constraints.txt": "torch==2\n"}
+
+
+def notebook(*cells: str) -> str:
+    listed = [{"cell_type": "markdown" if cell.startswith("# ") else "code", "id": f"c{n}", "metadata": {}, "source": cell.splitlines(keepends=True)}
+              | ({} if cell.startswith("# ") else {"outputs": [], "execution_count": None}) for n, cell in enumerate(cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    return json.dumps({"cells": listed, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    for name, content in {**FILES, "nbs/a.ipynb": notebook("# A {#sec-a}\n\nClaim.", "from lora_book.past import lora\n1 + 1"),
+                          "nbs/b.ipynb": notebook("# B {#sec-b}\n\nClaim.", "2 + 2")}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "index.qmd").write_text("# Home {.unnumbered}\n")
+    (tmp_path / "_quarto.yml").write_text(
+        "project: {type: book}\nbook:\n  title: Small\n  chapters: [index.qmd, nbs/a.ipynb, nbs/b.ipynb]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("code, reached", [
+    ("from lora_book.past.lora import LoRA", {"past/lora.py", "core/adapter.py", "core/errors.py", "past/table.csv"}),
+    ("from lora_book.past import lora", {"past/__init__.py", "past/lora.py", "core/adapter.py", "core/errors.py", "past/table.csv"}),
+    ("import lora_book.core.errors", {"core/errors.py"}),
+    ("def late():\n    from lora_book.core import errors", {"core/__init__.py", "core/errors.py"}),
+    ("%matplotlib inline\nimport lora_book.core.errors", {"core/errors.py"}),
+    ("import numpy", set())])
+def test_closure_is_what_the_code_reaches(project, code, reached):
+    assert {path.relative_to(project / "lora_book").as_posix() for path in closure(project, [code])} == reached
+
+
+def test_closure_of_the_package_is_what_its_first_file_imports(project):
+    names = {path.name for path in closure(project, ["import lora_book as lb"])}
+    assert {"lora.py", "adapter.py", "errors.py"} <= names and "other.py" not in names
+
+
+def test_closure_of_an_import_by_name_is_everything(project):
+    assert {path for path in closure(project, ["from lora_book import lazy"]) if path.suffix == ".py"} == set((project / "lora_book").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("lora_book/core/errors.py", True), ("lora_book/past/table.csv", True), ("constraints.txt", True), ("lora_book/past/other.py", False),
+    ("lora_book/lazy.py", False), ("nbs/b.ipynb", False)])
+def test_key_changes_with_what_a_chapter_depends_on(project, file, changes):
+    before = chapter_key(project, project / "nbs/a.ipynb", {"profile": "smoke"})
+    (project / file).write_text((project / file).read_text() + "\n# changed\n")
+    assert (chapter_key(project, project / "nbs/a.ipynb", {"profile": "smoke"}) != before) == changes
+
+
+def test_key_changes_with_code_and_settings_but_not_with_prose(project):
+    def key(prose: str, code: str, **settings) -> str:
+        (project / "nbs/a.ipynb").write_text(notebook(f"# {prose}", code))
+        return chapter_key(project, project / "nbs/a.ipynb", settings)
+    assert key("One", "1", epochs=1) == key("Two", "1", epochs=1)
+    assert len({key("One", "1", epochs=1), key("One", "2", epochs=1), key("One", "1", epochs=2)}) == 3
+    assert key("One", "1", epochs=1, workers=1) == key("One", "1", epochs=1, workers=2)
+
+
+def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
+    sources = {path: path.read_bytes() for path in (project / "nbs").rglob("*.ipynb")}
+    run = ["--profile", "smoke", "--renderer", "offline"]
+    assert main(run, project) == 0
+    first = capsys.readouterr().out
+    assert first.count(" ran ") == 2 and str(project / "_site/index.html") in first
+    assert ">2<" in (project / "_site/nbs/a.html").read_text() and sources == {path: path.read_bytes() for path in sources}
+
+    (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nOther words.", "from lora_book.past import lora\n1 + 1"))
+    (project / "nbs/b.ipynb").write_text(notebook("# B {#sec-b}\n\nClaim.", "1 / 0"))
+    assert main(run, project) == 1
+    second = capsys.readouterr()
+    assert "cached" in second.out and "FAILED" in second.out
+    assert "nbs/b.ipynb failed" in second.err and "ZeroDivisionError" in second.err
+
+    (project / "nbs/b.ipynb").write_text(notebook("# B {#sec-b}\n\nClaim.", "7 * 6"))
+    assert main([*run, "--only", "b"], project) == 0
+    assert "nbs/a.ipynb" not in capsys.readouterr().out
+    assert ">42<" in (project / "_site/nbs/b.html").read_text() and "Other words." in (project / "_site/nbs/a.html").read_text()
+    assert not list((project / "_build").rglob("*.part"))
