@@ -216,7 +216,6 @@ def delta(model: nn.Module) -> dict[str, Tensor]:
 def n_trainable(model: nn.Module, heads: bool = False) -> int:
     "How many numbers are trained; those of `head=` are counted only with heads=True."
     record = record_of(model)
-    named = dict(model.named_parameters())
     own = sum(p.numel() for adapter in adapters(model).values() for p in adapter.parameters() if p.requires_grad)
     in_place = sum(base.numel() for name, base in record.base.items() if heads or name not in record.head)
     return own + in_place

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Block, widened
+from .adapter import Adapter, Block
 from .errors import BadType, BadValue
 
 # %% ../../nbs/core/hosts.ipynb #c04

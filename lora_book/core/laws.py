@@ -7,17 +7,15 @@ __all__ = ['HOSTS', 'TOLERANCE', 'LAWS', 'Host', 'conv1d', 'Case', 'randomise', 
            'unmerge_restores', 'check']
 
 # %% ../../nbs/core/laws.ipynb #c02
-import copy
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import saving
-from .adapter import LowRank
 from .adapting import Method, commit, plan
 from .hosts import adapters, sites
 from .merging import merge, unmerge

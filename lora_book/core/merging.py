@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import widened
-from .adapting import record_of, root_of, strip
+from .adapting import record_of, strip
 from .errors import BadValue
 from .hosts import Site, site_name, sites
 from .targets import tied_names

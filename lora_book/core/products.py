@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['PATCH_FROM', 'rows_of', 'add_product', 'LowRankProduct', 'low_rank_linear', 'patched', 'ColumnProduct',
-           'column_input_grad', 'column_linear', 'saved_bytes']
+           'column_input_grad', 'column_linear', 'saved_bytes', 'addmm_flops', 'count_flops']
 
 # %% ../../nbs/core/products.ipynb #c03
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/core/products.ipynb #c05
 def rows_of(Y: Tensor, rows: slice | None) -> Tensor:
@@ -151,3 +152,15 @@ def saved_bytes(run, exclude=()) -> int:
         kept = run()
     del kept
     return sum(found.values())
+
+# %% ../../nbs/core/products.ipynb #c22
+def addmm_flops(Y_shape, U_shape, M_shape, *args, **kwargs) -> int:
+    "Multiplications and additions of Y += U M, two for each pair of numbers multiplied."
+    return 2 * U_shape[0] * U_shape[1] * M_shape[1]
+
+
+def count_flops(run) -> int:
+    "Floating-point operations of the matrix products that `run()` does, forward and backward; exact, and the same on every machine."
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        run()
+    return counter.get_total_flops()

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['INITS', 'lora', 'normal', 'kaiming', 'LoRA']
 
-# %% ../../nbs/past/lora.ipynb #c02
+# %% ../../nbs/past/lora.ipynb #c14
 import math
 
 import torch
@@ -13,22 +13,22 @@ from ..core.adapter import LowRank
 from ..core.adapting import Method
 from ..core.errors import check_choice
 
-# %% ../../nbs/past/lora.ipynb #c03
+# %% ../../nbs/past/lora.ipynb #c16
 def normal(r: int, m: int, generator: torch.Generator) -> Tensor:
-    "A ~ N(0, 0.02²), (r, m)."
+    "A ~ N(0, 0.02²), (r, m) (P2 §2.1)."
     return 0.02 * torch.randn(r, m, generator=generator)
 
 
 def kaiming(r: int, m: int, generator: torch.Generator) -> Tensor:
-    "A uniform on ±1/√m, (r, m): Kaiming's rule with a = √5."
+    "A uniform on ±1/√m, (r, m): Kaiming's uniform law with a = √5."
     return (2 * torch.rand(r, m, generator=generator) - 1) / math.sqrt(m)
 
 
 INITS = {"normal": normal, "kaiming": kaiming}
 
-# %% ../../nbs/past/lora.ipynb #c04
+# %% ../../nbs/past/lora.ipynb #c17
 class LoRA(LowRank):
-    "ΔW = (α/r)·B A; B starts at 0, A at random; both train."
+    "ΔW = (α/r)·B A (@eq-lora-delta); B starts at 0, A at random by `init`; both train. Hu et al. 2022."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, init: str = "normal"):
@@ -37,7 +37,7 @@ class LoRA(LowRank):
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
 
     def init(self, W0, r, generator):
-        "A by the chosen law, B = 0."
+        "A by the chosen law, (r, m); B = 0, (n, r)."
         return self.start(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
 
 
