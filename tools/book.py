@@ -28,14 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_book"
 DATA = (".json", ".csv", ".yml")
 SILENT = {"workers", "threads", "cell_timeout", "cache_dir", "results_dir", "source"}
-QUARTO_FAULTS = re.compile(r"Unable to resolve crossref|citeproc: citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
+QUARTO_FAULTS = re.compile(
+    r"Unable to resolve crossref|citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
 
 
 # What a chapter depends on
 
 def code_cells(notebook: Path) -> list:
     "The sources of a notebook's code cells."
-    return ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def parsed(source: str) -> ast.AST:
@@ -57,7 +59,7 @@ def imported(tree: ast.AST, module: str = "") -> set:
             above = module.split(".")[:-node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Name) and node.id == "import_module" or isinstance(node, ast.Attribute) and node.attr == "import_module":
+        elif "import_module" in (getattr(node, "id", ""), getattr(node, "attr", "")):
             names.add(f"{PACKAGE}.*")
     return {name for name in names if name.split(".")[0] == PACKAGE}
 
@@ -82,7 +84,8 @@ def closure(root: Path, sources: list) -> list:
             continue
         names.add(name)
         if name == f"{PACKAGE}.*":
-            waiting |= {".".join(path.relative_to(root).with_suffix("").parts) for path in (root / PACKAGE).rglob("*.py")}
+            every = (root / PACKAGE).rglob("*.py")
+            waiting |= {".".join(path.relative_to(root).with_suffix("").parts) for path in every}
         found = module_file(root, name)
         if found:
             files |= {found[1], *(path for path in found[1].parent.iterdir() if path.suffix in DATA)}
@@ -128,7 +131,8 @@ class Run:
                 print(f"[{done:{len(str(total))}}/{total}] {path:<44} {state:<7} {seconds:6.1f} s", flush=True)
                 if message:
                     self.failures.append((path, message))
-        print(f"{total - len(self.failures)} of {total} chapters ready in {time.perf_counter() - start:.0f} s", flush=True)
+        ready = total - len(self.failures)
+        print(f"{ready} of {total} chapters ready in {time.perf_counter() - start:.0f} s", flush=True)
 
     def chapter(self, path: str) -> tuple[str, str, float, str]:
         "Execute one chapter unless its key is unchanged: its path, what happened, seconds, message."
@@ -155,10 +159,11 @@ class Run:
 
     def environment(self, key: str) -> dict:
         threads = str(self.settings.threads)
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), threads)
+        limits = dict.fromkeys((f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), threads)
+        path = [str(self.root.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {"LORA_BOOK_PROFILE": self.settings.profile, "LORA_BOOK_CELL_TIMEOUT": str(self.settings.cell_timeout),
                  "LORA_BOOK_KEY": key, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
-                 "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root.resolve()), os.environ.get("PYTHONPATH", "")]))}
+                 "PYTHONPATH": os.pathsep.join(path)}
         offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         return {**os.environ, **limits, **given, **offline}
 
@@ -183,10 +188,10 @@ def fresh(source: Path, target: Path) -> None:
 # Rendering
 
 def render_quarto(root: Path, build: Path, site: Path, quarto: str) -> int:
-    "Render a copy of the book, with executed notebooks, with Quarto; its warnings about references and citations are failures."
+    "Render a copy of the book, executed, with Quarto; a warning about a reference or a citation is a failure."
     copy = build / "quarto"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(root, copy, ignore=lambda folder, names: {name for name in names if name.startswith((".", "_build", "_site"))})
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "_build", "_site*", "__pycache__"))
     shutil.copytree(build / "nbs", copy / "nbs", dirs_exist_ok=True)
     done = subprocess.run([quarto, "render", str(copy)], capture_output=True, text=True, encoding="utf-8", check=False)
     faults = [line for line in done.stderr.splitlines() if QUARTO_FAULTS.search(line)]
@@ -210,14 +215,18 @@ def render(root: Path, build: Path, site: Path, renderer: str | None, partial: b
         print("rendering with quarto", flush=True)
         return render_quarto(root, build, site, quarto)
     print("rendering with the offline renderer (tools.site)", flush=True)
-    return render_offline(["--root", str(root), "--build", str(build), "--out", str(site), *(["--partial"] if partial else [])])
+    places = ["--root", str(root), "--build", str(build), "--out", str(site)]
+    return render_offline([*places, "--partial"] if partial else places)
 
 
 def chosen_chapters(paths: list, only: list | None) -> list:
     "The chapters that `only` names, by path or by name; all without it."
     if not only:
         return paths
-    found = [path for path in paths if any(name in (path, Path(path).stem, path.removeprefix("nbs/").removesuffix(".ipynb")) for name in only)]
+    def names(path: str) -> tuple:
+        return path, Path(path).stem, path.removeprefix("nbs/").removesuffix(".ipynb")
+
+    found = [path for path in paths if set(names(path)) & set(only)]
     if not found:
         sys.exit(f"no chapter {', '.join(only)}; chapters: {', '.join(Path(path).stem for path in paths)}")
     return found
@@ -226,8 +235,10 @@ def chosen_chapters(paths: list, only: list | None) -> list:
 def main(arguments: list | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="tools.book", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", help="smoke, laptop or gpu (default: settings.ini)")
-    parser.add_argument("--only", action="append", metavar="CHAPTER", help="execute this chapter alone; the others show their stored outputs")
-    parser.add_argument("--renderer", choices=("offline", "quarto"), help="default: quarto where it is on PATH, else offline")
+    parser.add_argument("--only", action="append", metavar="CHAPTER",
+                        help="execute this chapter alone; the others show what they have")
+    parser.add_argument("--renderer", choices=("offline", "quarto"),
+                        help="default: quarto where it is on PATH, else offline")
     parser.add_argument("--out", type=Path, default="_site", help="where the site goes (default: _site)")
     parser.add_argument("--no-render", action="store_true", help="execute only")
     parser.add_argument("--render-only", action="store_true", help="render what was executed before")
@@ -241,7 +252,8 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
     run = Run(root, build, settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.stop)
-    print(f"profile {settings.profile}: {len(listed)} chapters, {settings.workers} workers with {settings.threads} threads", flush=True)
+    how = f"{settings.workers} workers, {settings.threads} threads each"
+    print(f"profile {settings.profile}: {len(listed)} chapters, {how}", flush=True)
     try:
         run.chapters(chosen_chapters(listed, chosen.only))
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
-"""Everything that continuous integration runs: `python -m tools.check`. Every step runs, whatever became of the ones before.
+"""Everything that continuous integration runs: `python -m tools.check`.
 
-The last line counts: each test of pytest is one, and so is each other step.
+Every step runs, whatever became of the ones before. The last line counts: each test of pytest is one, and so is each
+other step.
 """
 import os
 import subprocess
@@ -19,7 +20,8 @@ def counted(report: Path) -> tuple[int, int, int]:
     if not report.is_file():
         return 0, 1, 0
     suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped"))
+    total, failed, errors, skipped = (sum(int(suite.get(name, 0)) for suite in suites)
+                                      for name in ("tests", "failures", "errors", "skipped"))
     return total - failed - errors - skipped, failed + errors, skipped
 
 
@@ -43,7 +45,8 @@ def main() -> int:
         results = [
             step("lint", [PYTHON, "-m", "ruff", "check", "."]),
             step("tests", [PYTHON, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}"], report),
-            step("book", [PYTHON, "-m", "tools.book", "--profile", "smoke", "--renderer", "offline", "--out", "_build/smoke/_site"])]
+            step("book", [PYTHON, "-m", "tools.book", "--profile", "smoke", "--renderer", "offline",
+                          "--out", "_build/smoke/_site"])]
     passed, failed, skipped = (sum(column) for column in zip(*results))
     told = f", {skipped} skipped" if skipped else ""
     print(f"{passed} passed, {failed} failed{told} in {time.perf_counter() - start:.0f} s")

@@ -1,7 +1,8 @@
-"""Run one notebook in a fresh kernel: `python -m tools.execute SOURCE TARGET`. SOURCE is only read, unless it is TARGET.
+"""Run one notebook in a fresh kernel: `python -m tools.execute SOURCE TARGET`.
 
-Cells marked `#| eval: false`, `#| slow: true` or `#| gpu: true` are left as they are, stored outputs included;
-LORA_BOOK_RUN="slow gpu" runs the marked ones too. Kernel and client talk through files, so that no port is opened.
+SOURCE is only read, unless it is TARGET. Cells marked `#| eval: false`, `#| slow: true` or `#| gpu: true` are left as
+they are, stored outputs included; LORA_BOOK_RUN="slow gpu" runs the marked ones too. Kernel and client talk through
+files, so that no port is opened.
 """
 import os
 import re
@@ -21,11 +22,12 @@ SKIP = "skip-execution"
 def is_skipped(source: str, wanted: set) -> bool:
     "Whether the directives of a code cell say that it isn't run here."
     marks = dict(MARKS.findall(source))
-    return marks.get("eval") == "false" or any(marks.get(name, "false") != "false" and name not in wanted for name in ("slow", "gpu"))
+    costly = {name for name in ("slow", "gpu") if marks.get(name, "false") != "false"}
+    return marks.get("eval") == "false" or bool(costly - wanted)
 
 
 def execute(source: Path, target: Path, timeout: int = 600, note: dict | None = None) -> None:
-    "Run `source` from top to bottom in its own kernel and write it, with outputs and `note` in its metadata, to `target`."
+    "Run `source` in its own kernel and write it, with its outputs and with `note` in its metadata, to `target`."
     notebook = nbformat.read(source, as_version=4)
     wanted = set(os.environ.get("LORA_BOOK_RUN", "").split())
     skipped = [cell for cell in notebook.cells if cell.cell_type == "code" and is_skipped(cell.source, wanted)]

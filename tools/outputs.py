@@ -23,7 +23,8 @@ def store(path: str) -> str:
 
 
 def main(paths: list) -> int:
-    notebooks = paths or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    every = (path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    notebooks = paths or sorted(str(path.relative_to(ROOT)) for path in every)
     with ThreadPoolExecutor(load_settings(ROOT / "settings.ini").workers) as pool:
         messages = [message for message in pool.map(store, notebooks) if message]
     for path in notebooks:

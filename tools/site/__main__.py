@@ -8,11 +8,11 @@ from .render import render
 
 
 def main(arguments: list | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.site", description="Render the book without Quarto and without a network.")
+    parser = argparse.ArgumentParser(prog="tools.site", description="Render the book, without Quarto and network.")
     parser.add_argument("--root", type=Path, default=Path("."), help="the folder with _quarto.yml")
-    parser.add_argument("--build", type=Path, help="the folder with the executed notebooks (default: the sources' own outputs)")
+    parser.add_argument("--build", type=Path, help="the executed notebooks (default: the sources)")
     parser.add_argument("--out", type=Path, help="where to write the site (default: _site in the root)")
-    parser.add_argument("--partial", action="store_true", help="take notebooks that aren't in the build folder from the sources")
+    parser.add_argument("--partial", action="store_true", help="take what isn't in the build folder from the sources")
     chosen = parser.parse_args(arguments)
     start = time.perf_counter()
     out = chosen.out or chosen.root / "_site"

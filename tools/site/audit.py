@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 from .config import Problems
 
-FETCHING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "embed": "src",
+FETCHING = {**dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src"),
             "object": "data", "image": "href", "use": "href"}
 REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.IGNORECASE)
 

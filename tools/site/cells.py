@@ -13,8 +13,8 @@ import yaml
 from .config import Page, Problems
 from .tree import attr, div, plain, raw_block, read
 
-OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "lst-label", "lst-cap", "echo", "output", "include", "eval", "error",
-           "warning", "code-fold", "code-summary", "export", "exporti", "default_exp", "slow", "gpu", "hide", "id"}
+OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "lst-label", "lst-cap", "echo", "output", "include", "eval",
+           "error", "warning", "code-fold", "code-summary", "export", "exporti", "default_exp", "slow", "gpu", "hide"}
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 DIRECTIVE = re.compile(r"^#\|\s?(.*)$")
 
@@ -42,7 +42,8 @@ def assemble(page: Page, problems: Problems) -> tuple[str, list, list]:
     for position, entry in enumerate(json.loads(content)["cells"]):
         source = entry["source"]
         if isinstance(source, str) and "\n" in source:
-            problems.add(page.path, f"cell {position}", "the source is one long string; Quarto loses its newlines (save it as a list of lines)")
+            message = "the source is one long string, not a list of lines: Quarto loses its newlines"
+            problems.add(page.path, f"cell {position}", message)
         source = "".join(source)
         if entry["cell_type"] == "markdown":
             parts.append(source)
@@ -70,11 +71,13 @@ def parse(page: Page, position: int, entry: dict, source: str, problems: Problem
         options = {}
         problems.add(page.path, f"cell {position}", f"its #| lines aren't YAML: {str(error).splitlines()[0]}")
     if not isinstance(options, dict):
-        problems.add(page.path, f"cell {position}", f"write '#| {head[0]}' as YAML, such as '#| {head[0].split()[0]}: true'")
+        wanted = f"write '#| {head[0]}' as YAML, such as '#| {head[0].split()[0]}: true'"
+        problems.add(page.path, f"cell {position}", wanted)
         options = {}
     for name in sorted(set(options) - OPTIONS):
         problems.add(page.path, f"cell {position}", f"the cell option {name!r} isn't supported")
-    return Cell(position, entry.get("id") or str(position), "\n".join(lines).strip("\n"), options, entry.get("outputs", []))
+    ident = entry.get("id") or str(position)
+    return Cell(position, ident, "\n".join(lines).strip("\n"), options, entry.get("outputs", []))
 
 
 def _place(cell: Cell, index: int) -> str:
@@ -116,7 +119,8 @@ def fill(page: Page, blocks: list, cells: list, book_fold: str, problems: Proble
 
     filled = [new for block in blocks for new in one(block)]
     for index in set(range(len(cells))) - seen:
-        problems.add(page.path, f"cell {cells[index].number}", "swallowed by the text above it: is a fence or a formula left open?")
+        where = f"cell {cells[index].number}"
+        problems.add(page.path, where, "swallowed by the text above it: is a fence or a comment left open?")
     return filled, files
 
 
@@ -135,8 +139,15 @@ class _Filler:
     def __init__(self, page: Page, cell: Cell, inner: list, files: dict, book_fold: str, problems: Problems):
         self.page, self.cell, self.files, self.fold, self.problems = page, cell, files, book_fold, problems
         self.pictures = 0
-        self.captions = {b["c"][0][1][0].removeprefix("lora-"): b["c"][1] for b in inner if "k" not in dict(b["c"][0][2])}
-        cell.markdown = {int(dict(b["c"][0][2])["k"]): b["c"][1] for b in inner if "k" in dict(b["c"][0][2])}
+        self.captions = {}
+        for (_, (name,), pairs), content in (block["c"] for block in inner):
+            if name == "lora-output":
+                cell.markdown[int(dict(pairs)["k"])] = content
+            else:
+                self.captions[name.removeprefix("lora-")] = content
+
+    def problem(self, message: str) -> None:
+        self.problems.add(self.page.path, str(self.cell.options.get("label") or f"cell {self.cell.number}"), message)
 
     def block(self) -> dict:
         cell = self.cell
@@ -150,7 +161,8 @@ class _Filler:
         options = self.cell.options
         exported = any(self.cell.says(name, False) for name in ("export", "exporti"))
         language = "bash" if self.cell.source.startswith("%%bash") else "python"
-        block = {"t": "CodeBlock", "c": [attr("", (language, "exported") if exported else (language,)), self.cell.source]}
+        classes = (language, "exported") if exported else (language,)
+        block = {"t": "CodeBlock", "c": [attr("", classes), self.cell.source]}
         if options.get("lst-label"):
             block["c"][0][0] = str(options["lst-label"])
             block["c"][0][2] = [["lst-cap", str(options.get("lst-cap", ""))]]
@@ -158,8 +170,8 @@ class _Filler:
         if fold not in ("true", "show"):
             return [block]
         summary = plain([{"t": "Str", "c": str(options.get("code-summary", "Code"))}])
-        opened = " open" if fold == "show" else ""
-        return [raw_block(f'<details class="fold"{opened}><summary>'), summary, raw_block("</summary>"), block, raw_block("</details>")]
+        begin = '<details class="fold" open><summary>' if fold == "show" else '<details class="fold"><summary>'
+        return [raw_block(begin), summary, raw_block("</summary>"), block, raw_block("</details>")]
 
     def wrapped(self, label: str, outputs: list) -> list:
         "Pictures (or tables) of a labelled cell become one numbered figure (or table); printed text stays outside it."
@@ -167,13 +179,13 @@ class _Filler:
         wanted = "tabular" if name == "tbl-cap" else "picture"
         if not label.startswith(("fig-", "tbl-")) and name not in self.captions:
             return [block for _, block in outputs]
-        inside = [block for kind, block in outputs if kind == wanted] or [block for kind, block in outputs if kind != "printed"]
+        inside = [block for kind, block in outputs if kind == wanted]
+        inside = inside or [block for kind, block in outputs if kind != "printed"]
         outside = [block for kind, block in outputs if block not in inside]
-        where = f"cell {self.cell.number}"
         if not inside:
-            self.problems.add(self.page.path, label or where, "this cell is labelled as a figure or table but shows none")
+            self.problem("this cell is labelled as a figure or table but shows none")
         if label.startswith(("fig-", "tbl-")) and name not in self.captions:
-            self.problems.add(self.page.path, label, f"a labelled figure or table needs #| {name}")
+            self.problem(f"a labelled figure or table needs #| {name}")
         classes = ("float", "tbl" if wanted == "tabular" else "fig")
         return outside + [div(inside + [div(self.captions.get(name, []), "", ("caption",))], label, classes)]
 
@@ -184,14 +196,15 @@ class _Filler:
             kind = output.get("output_type")
             if k in self.cell.markdown:
                 tabular = any(block["t"] == "Table" for block in self.cell.markdown[k])
-                found.append(("tabular" if tabular else "other", div(self.cell.markdown[k], "", ("output", "markdown"))))
+                shown = div(self.cell.markdown[k], "", ("output", "markdown"))
+                found.append(("tabular" if tabular else "other", shown))
             elif kind == "stream":
                 if output.get("name") == "stderr" and not self.cell.says("warning"):
                     continue
                 found.append(("printed", _text("".join(output["text"]), output.get("name", "stdout"))))
             elif kind == "error":
                 if not self.cell.says("error", False):
-                    self.problems.add(self.page.path, f"cell {self.cell.number}", f"a stored error: {output.get('ename')}")
+                    self.problem(f"a stored error: {output.get('ename')}")
                 found.append(("printed", _text("\n".join(output.get("traceback", [])), "error")))
             elif kind in ("display_data", "execute_result"):
                 found += self.rich(k, output)
@@ -221,7 +234,7 @@ class _Filler:
         self.pictures += 1
         alt = str(alts[min(self.pictures, len(alts)) - 1]) if alts else ""
         if not alt.strip():
-            self.problems.add(self.page.path, str(self.cell.options.get("label", f"cell {self.cell.number}")), "image without alt text: add #| fig-alt")
+            self.problem("image without alt text: add #| fig-alt")
         size = output.get("metadata", {}).get(mime, {})
         pairs = [[key, str(size[key])] for key in ("width", "height") if key in size] or _pixels(self.files[name])
         image = {"t": "Image", "c": [["", ["plot"], pairs], [{"t": "Str", "c": alt}], [self.page.up + name, ""]]}
@@ -232,7 +245,8 @@ def _pixels(content: bytes) -> list:
     "Width and height of a PNG, so that the page doesn't jump while it loads."
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return []
-    return [["width", str(int.from_bytes(content[16:20], "big"))], ["height", str(int.from_bytes(content[20:24], "big"))]]
+    width, height = (int.from_bytes(content[at:at + 4], "big") for at in (16, 20))
+    return [["width", str(width)], ["height", str(height)]]
 
 
 def _text(words: str, kind: str) -> dict:

@@ -52,7 +52,6 @@ class Book:
     root: Path
     title: str
     subtitle: str
-    author: str
     pages: list
     bibliography: list
     code_fold: str
@@ -95,10 +94,9 @@ def load(root: Path, build: Path | None = None, partial: bool = False) -> Book:
             problems.add("_quarto.yml", page.path, "this chapter is listed twice")
     if not pages or pages[0].path != "index.qmd":
         problems.add("_quarto.yml", "book.chapters", "the first chapter must be index.qmd")
-    author = book.get("author", "")
-    return Book(root, str(book.get("title", "")), str(book.get("subtitle", "")), author if isinstance(author, str) else "",
-                [page for page in pages if page.file], _listed(config.get("bibliography")),
-                str(html.get("code-fold", False)).lower(), _library(root), problems)
+    return Book(root, str(book.get("title", "")), str(book.get("subtitle", "")), [page for page in pages if page.file],
+                _listed(config.get("bibliography")), str(html.get("code-fold", False)).lower(), _library(root),
+                problems)
 
 
 def _library(root: Path) -> str:

@@ -35,7 +35,8 @@ def _cite(item: dict, page: Page, labels: dict, waiting: list, book: Book) -> li
         waiting.append((place, item, page))
         return [place]
     if not all(crossed):
-        book.problems.add(page.path, "; ".join(names), "a citation and a cross reference share one bracket, or stand side by side; put a word between them")
+        message = "a citation and a cross reference share one bracket, or stand side by side; put a word between them"
+        book.problems.add(page.path, "; ".join(names), message)
         return [string("; ".join(names))]
     out = []
     for entry, name in zip(entries, names):
@@ -52,7 +53,8 @@ def _reference(entry: dict, name: str, page: Page, labels: dict, book: Book) -> 
     target: Label | None = labels.get(name)
     if target is None:
         near = [label for label in labels if label.split("-")[0] == name.split("-")[0] and name.split("-")[-1] in label]
-        book.problems.add(page.path, name, "unresolved reference" + (f"; nearest: {', '.join(near[:3])}" if near else ""))
+        hint = f"; nearest: {', '.join(near[:3])}" if near else ""
+        book.problems.add(page.path, name, "unresolved reference" + hint)
         return [string("@" + name)]
     prefix, suppressed = entry["citationPrefix"], entry["citationMode"]["t"] == "SuppressAuthor"
     word = _word(target)
@@ -98,7 +100,7 @@ def _link(item: dict, page: Page, book: Book) -> dict:
 
 def _cited(book: Book, waiting: list) -> None:
     "One run of citeproc over all citations of the book, so that (2021a) and (2021b) mean the same on every page."
-    refs = next((page for page in book.pages for item in each(page.blocks) if item["t"] == "Div" and item["c"][0][0] == "refs"), None)
+    refs = next((page for page in book.pages if any(_is_refs(item) for item in each(page.blocks))), None)
     known = _keys(book)
     for _, item, page in waiting:
         for entry in item["c"][0]:
@@ -113,7 +115,8 @@ def _cited(book: Book, waiting: list) -> None:
     meta = {"link-citations": {"t": "MetaBool", "c": True},
             "bibliography": {"t": "MetaList", "c": [{"t": "MetaString", "c": name} for name in files]}}
     blocks = [{"t": "Para", "c": [item]} for _, item, _ in waiting]
-    done = json.loads(pandoc(document([*blocks, div([], "refs")], meta), "-f", "json", "-t", "json", "--citeproc")[0])["blocks"]
+    made = pandoc(document([*blocks, div([], "refs")], meta), "-f", "json", "-t", "json", "--citeproc")[0]
+    done = json.loads(made)["blocks"]
     used: dict = {}
     for (place, item, page), para in zip(waiting, done):
         for entry in item["c"][0]:
@@ -131,7 +134,11 @@ def _cited(book: Book, waiting: list) -> None:
     for entry in entries:
         where = used.get(entry["c"][0][0].removeprefix("ref-"), {})
         entry["c"][1].append(_back(where.values(), refs))
-    refs.blocks = transform(refs.blocks, lambda b: [done[-1]] if b["t"] == "Div" and b["c"][0][0] == "refs" else None)
+    refs.blocks = transform(refs.blocks, lambda block: [done[-1]] if _is_refs(block) else None)
+
+
+def _is_refs(block: dict) -> bool:
+    return block["t"] == "Div" and block["c"][0][0] == "refs"
 
 
 def _back(pages, refs: Page) -> dict:
@@ -139,7 +146,8 @@ def _back(pages, refs: Page) -> dict:
     links = []
     for page in pages:
         words = [string(page.number)] if page.number else page.title
-        links += ([string(", ")] if links else []) + [link(words, refs.up + page.url, (), text(page.title, False).strip())]
+        links += [string(", ")] if links else []
+        links.append(link(words, refs.up + page.url, (), text(page.title, False).strip()))
     return div([{"t": "Plain", "c": [string("Cited in: "), *links]}], "", ("cited-in",))
 
 
@@ -150,7 +158,8 @@ def _keys(book: Book) -> set:
             book.problems.add("_quarto.yml", name, "no such bibliography")
             continue
         kind = {".bib": "biblatex", ".json": "csljson"}.get(PurePosixPath(name).suffix, "biblatex")
-        found = [entry["id"] for entry in json.loads(pandoc((book.root / name).read_text(encoding="utf-8"), "-f", kind, "-t", "csljson")[0])]
+        entries = json.loads(pandoc((book.root / name).read_text(encoding="utf-8"), "-f", kind, "-t", "csljson")[0])
+        found = [entry["id"] for entry in entries]
         for key in found:
             if key in keys or found.count(key) > 1:
                 book.problems.add(name, key, "this key is there twice")

@@ -15,7 +15,8 @@ from .tree import document, each, pandoc, plain, raw, raw_block, span, string, t
 MARK = "@@formula@@"
 BOLD = re.compile(r"\\mathbf\s*\{([A-Za-z0-9]+)\}")
 FENCES = set("|‖∥∣")
-ACCENTS = {"\u0302": "^", "\u0303": "~", "\u0307": "˙", "\u0308": "¨", "\u20d7": "→", "\u203e": "¯", "\u0304": "¯", "\u030c": "ˇ"}
+ACCENTS = {"\u0302": "^", "\u0303": "~", "\u0307": "˙", "\u0308": "¨", "\u20d7": "→", "\u203e": "¯",
+           "\u0304": "¯", "\u030c": "ˇ"}
 RELATIONS = set("=≠<>≤≥∈∉⊂⊆≈≡∼≃∝→↦⟹⇒⇔≪≫:≔")
 SCRIPTS = {"msub", "msup", "msubsup", "munder", "mover", "munderover"}
 BREAKS = set("+−,;")
@@ -163,7 +164,8 @@ def _lined(node: ET.Element, name: str) -> None:
 def _named(node: ET.Element) -> bool:
     "Whether an element is the name of a function, such as log or max, with or without limits."
     if node.tag == "mi":
-        return node.get("mathvariant") == "normal" and len(node.text or "") > 1 and (node.text or "").replace("\u2006", "").isalpha()
+        name = (node.text or "").replace("\u2006", "")
+        return node.get("mathvariant") == "normal" and len(name) > 1 and name.isalpha()
     if node.tag in SCRIPTS:
         return _named(node[0])
     return node.tag == "mrow" and len(node) == 2 and node[1].text == "\u2061" and _named(node[0])
@@ -203,7 +205,8 @@ def _parts(row: ET.Element) -> list:
             continue
         depth += {"prefix": 1, "postfix": -1}.get(mark.get("form"), 0) * (mark.text not in FENCES)
         signs = RELATIONS | BREAKS if _size(parts[-1]) > 8 else RELATIONS
-        if depth == 0 and mark is child and mark.text and mark.text in signs and mark.get("form") is None and len(parts[-1]) > 1:
+        between = mark is child and mark.get("form") is None and len(parts[-1]) > 1
+        if between and depth == 0 and mark.text and mark.text in signs:
             parts[-1][-1].set("form", "infix")
             parts.append(ET.Element("mrow"))
     return [part for part in parts if len(part)]

@@ -10,7 +10,8 @@ from .config import Page, Problems
 from .tree import attr, div, plain, raw, raw_block, read, span, string, text
 
 THEOREMS = {"thm": "Theorem", "lem": "Lemma", "cor": "Corollary", "prp": "Proposition", "cnj": "Conjecture",
-            "def": "Definition", "exm": "Example", "exr": "Exercise", "sol": "Solution", "rem": "Remark", "alg": "Algorithm"}
+            "def": "Definition", "exm": "Example", "exr": "Exercise", "sol": "Solution", "rem": "Remark",
+            "alg": "Algorithm"}
 CALLOUTS = {"note": "nte", "tip": "tip", "warning": "wrn", "important": "imp", "caution": "cau"}
 NAMES = {"sec": "Section", "fig": "Figure", "tbl": "Table", "eq": "Equation", "lst": "Listing", **THEOREMS,
          "nte": "Note", "tip": "Tip", "wrn": "Warning", "imp": "Important", "cau": "Caution"}
@@ -19,7 +20,7 @@ EQUATION = re.compile(r"^\{#(eq-[\w.:-]+)\}")
 LITERAL = re.compile(r"^(:::|```|~~~|\$\$|\\begin\{)")
 EXECUTABLE = re.compile(r"^\{=?[a-z]+\}\s")
 UNNAMED = {"proof": "Proof", "remark": "Remark", "solution": "Solution"}
-UNSUPPORTED = re.compile(r"^(panel-|column-|aside$|content-(visible|hidden)|cell-output|grid$|g-col-|incremental$|line-block$|hidden$)")
+UNSUPPORTED = re.compile(r"^(panel-|column-|aside$|content-(visible|hidden)|grid$|g-col-|incremental$|hidden$|layout)")
 SHORTCODE = re.compile(r"\{\{<|\{\{%")
 
 
@@ -109,7 +110,8 @@ class Numbering:
         self.levels[level] += 1
         self.levels[level + 1:] = [0] * len(self.levels[level + 1:])
         if 0 in self.levels[2:level]:
-            self.problem(text(inlines, False).strip(), f"a level-{level} heading without one of level {level - 1} above it")
+            name = text(inlines, False).strip()
+            self.problem(name, f"a level-{level} heading without one of level {level - 1} above it")
         if self.page.number and not set(classes) & {"unnumbered", "-"}:
             number = ".".join([self.page.number, *map(str, self.levels[2:level + 1])])
         if LABEL.match(ident):
@@ -154,7 +156,8 @@ class Numbering:
             return div([_formula(item)], "", ("equation",))
         number = self.count("eq")
         self.label(label, "eq", number, [])
-        return div([_formula(item), plain([raw(f'<span class="eqno">({number})</span>')])], label, ("equation", "numbered"))
+        shown = plain([raw(f'<span class="eqno">({number})</span>')])
+        return div([_formula(item), shown], label, ("equation", "numbered"))
 
     def inlines(self, items: list) -> None:
         "What no inline may be."
@@ -237,7 +240,7 @@ class Numbering:
         (ident, classes, pairs), content = block["c"]
         options = dict(pairs)
         for name in [*classes, *options]:
-            if UNSUPPORTED.match(name) or name.startswith("layout"):
+            if UNSUPPORTED.match(name):
                 self.problem(ident or name, f"{name!r} isn't supported")
         prefix = ident.split("-")[0]
         callout = next((name[8:] for name in classes if name.startswith("callout-")), "")
@@ -259,14 +262,13 @@ class Numbering:
         name, content = _name(options, content)
         number = self.count(kind)
         self.label(ident, kind, number, name)
-        shown = [string(f"{THEOREMS[kind]} {number}")] + ([{"t": "Space"}, string("("), *name, string(")")] if name else []) + [string(".")]
-        return [div(_led([span(shown, "", ("theorem-title",)), {"t": "Space"}], self.blocks(content)), ident, ("theorem", kind))]
+        lead = _title(f"{THEOREMS[kind]} {number}", name, "theorem-title")
+        return [div(_led(lead, self.blocks(content)), ident, ("theorem", kind))]
 
     def unnamed(self, kind: str, ident: str, options: dict, content: list) -> list:
         name, content = _name(options, content)
-        shown = [string(UNNAMED[kind])] + ([{"t": "Space"}, string("("), *name, string(")")] if name else []) + [string(".")]
-        body = _led([span(shown, "", ("proof-title",)), {"t": "Space"}], self.blocks(content))
-        return [div(body, ident, ("proof", kind))]
+        lead = _title(UNNAMED[kind], name, "proof-title")
+        return [div(_led(lead, self.blocks(content)), ident, ("proof", kind))]
 
     def callout(self, kind: str, ident: str, options: dict, content: list) -> list:
         if kind not in CALLOUTS:
@@ -279,13 +281,13 @@ class Numbering:
             title = [string(f"{kind.capitalize()} {number}")] + ([string(": "), *name] if name else [])
         folded = options.get("collapse", "").lower()
         where = f' id="{ident}"' if ident else ""
-        body = self.blocks(content)
+        body = div(self.blocks(content), "", ("callout-body",))
         if folded in ("true", "false"):
             opened = " open" if folded == "false" else ""
             begin = f'<details class="callout {kind}"{where}{opened}><summary>'
-            return [raw_block(begin), plain(title), raw_block("</summary>"), div(body, "", ("callout-body",)), raw_block("</details>")]
+            return [raw_block(begin), plain(title), raw_block("</summary>"), body, raw_block("</details>")]
         begin = f'<aside class="callout {kind}"{where} aria-label="{kind.capitalize()}"><p class="callout-title">'
-        return [raw_block(begin), plain(title), raw_block("</p>"), div(body, "", ("callout-body",)), raw_block("</aside>")]
+        return [raw_block(begin), plain(title), raw_block("</p>"), body, raw_block("</aside>")]
 
 
 def _formula(item: dict) -> dict:
@@ -300,6 +302,12 @@ def _name(options: dict, content: list, key: str = "name") -> tuple[list, list]:
     if content and content[0]["t"] == "Header":
         return content[0]["c"][2], content[1:]
     return [], content
+
+
+def _title(words: str, name: list, kind: str) -> list:
+    "Theorem 1.2 (its name). in front of what it says."
+    named = [{"t": "Space"}, string("("), *name, string(")")] if name else []
+    return [span([string(words), *named, string(".")], "", (kind,)), {"t": "Space"}]
 
 
 def _led(lead: list, blocks: list) -> list:

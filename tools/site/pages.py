@@ -24,7 +24,8 @@ class Site:
     def __init__(self, book: Book, exports: dict):
         self.book, self.exports = book, exports
         flat = [(page.path, heading) for page in book.pages for heading in page.outline]
-        titles = write_many([unlinked(page.title) for page in book.pages] + [unlinked(heading[3]) for _, heading in flat])
+        names = [*(page.title for page in book.pages), *(heading[3] for _, heading in flat)]
+        titles = write_many([unlinked(name) for name in names])
         self.titles = dict(zip((page.path for page in book.pages), titles))
         self.outline: dict = {page.path: [] for page in book.pages}
         for (path, (level, ident, number, _)), html in zip(flat, titles[len(book.pages):]):
@@ -37,8 +38,9 @@ class Site:
         name = text(page.title, False).strip()
         full = escape(name if page.path == "index.qmd" else f"{name} – {self.book.title}")
         return TEMPLATE.substitute(
-            full=full, up=page.up, book=escape(self.book.title), subtitle=escape(self.book.subtitle), home=page.up + self.book.pages[0].url,
-            sidebar=self.sidebar(page), contents=self.contents(page), header=self.header(page), body=write(_claim(page)),
+            full=full, up=page.up, book=escape(self.book.title), subtitle=escape(self.book.subtitle),
+            home=page.up + self.book.pages[0].url, sidebar=self.sidebar(page), contents=self.contents(page),
+            header=self.header(page), body=write(_claim(page)),
             neighbours=self.neighbour(page, before, "prev", "Previous") + self.neighbour(page, after, "next", "Next"))
 
     def name(self, page: Page) -> str:
@@ -57,7 +59,8 @@ class Site:
             return ""
         module, names = self.exports.get(page.path, ("", []))
         file = Path(page.path).name
-        parts = [f'<div><dt>Source of this chapter</dt><dd><a href="{escape(file)}" download>{escape(page.path)}</a></dd></div>']
+        link = f'<a href="{escape(file)}" download>{escape(page.path)}</a>'
+        parts = [f"<div><dt>Source of this chapter</dt><dd>{link}</dd></div>"]
         if module:
             module = ".".join(filter(None, [self.book.library, module]))
             told = ", the cells with a bar at their left" if names else ""
@@ -83,9 +86,11 @@ class Site:
         return "".join(out)
 
     def contents(self, page: Page) -> str:
-        items = [(level, ident, number, html) for level, ident, number, html in self.outline[page.path] if level <= 3]
-        shown = "".join(f'<li class="l{level}"><a href="#{ident}">{f"<span class=secno>{number}</span> " if number else ""}{html}</a></li>'
-                        for level, ident, number, html in items)
+        shown = ""
+        for level, ident, number, html in self.outline[page.path]:
+            if level <= 3:
+                number = f'<span class="secno">{number}</span> ' if number else ""
+                shown += f'<li class="l{level}"><a href="#{ident}">{number}{html}</a></li>'
         return f"<ul>{shown}</ul>" if shown else ""
 
     def neighbour(self, page: Page, other: Page | None, rel: str, word: str) -> str:
