@@ -24,7 +24,7 @@ def _slope(grad: Callable, W: torch.Tensor) -> torch.Tensor:
 
 def chained_gd(grad: Callable, W0: torch.Tensor, law: str, r: int, step: float, links: int, inner: int = 1,
                generator: torch.Generator | None = None) -> torch.Tensor:
-    """W ← W − step · grad(W) H for links · inner steps, H = projector(A) drawn anew at each link; W0 (n, m) comes first.
+    """W ← W − step · grad(W) H for links · inner steps, H = projector(A) drawn anew at each link; W0 (n, m) first.
 
     Returns the links · inner + 1 iterates as one tensor, (links · inner + 1, n, m).
     Raises UnknownName, BadType or BadValue for bad arguments, and BadValue where grad(W) isn't finite.
@@ -50,7 +50,7 @@ def projected_gd(grad: Callable, W0: torch.Tensor, law: str, r: int, step: float
                  generator: torch.Generator | None = None) -> torch.Tensor:
     """W ← W − step · grad(W) H^t with H^t drawn anew at every step: steps + 1 iterates, (steps + 1, n, m), W0 first.
 
-    `grad` maps W (n, m) to the gradient (n, m); `law` is one of projections.LAWS; `fixed` and `cyclic` need no generator.
+    `grad` maps W (n, m) to the gradient (n, m); `law` is one of projections.LAWS; `fixed`, `cyclic` need no generator.
     Raises UnknownName, BadType or BadValue for bad arguments, and BadValue where grad(W) isn't finite.
     Source: the update of Theorem 2, §3.2 of beyondlora (ledger C6); @thm-convergence-fresh.
     """
@@ -76,8 +76,9 @@ def theorem2_bound(loss_gap: float, lambda_min: float, step: float, steps: int) 
 def cycle_bound(loss_gap: float, L_G: float, step: float, cycles: int, blocks: int, inner: int = 1) -> float:
     """2 (1 + step·L_G·√(inner·(blocks − 1)))² (L(W0) − L*) / (step · cycles): bounds mean ‖∇L‖_F² over cycle starts.
 
-    For `blocks` blocks in a fixed order, `inner` steps each, `cycles` times round. Raises BadType or BadValue for bad
-    numbers and for step > 1/L_G. Source: Theorem 2 of beyondlora for c³LA, amended as in ledger C8; @thm-convergence-cycle.
+    For `blocks` blocks in a fixed order, `inner` steps each, `cycles` times round.
+    Raises BadType or BadValue for bad numbers and for step > 1/L_G.
+    Source: Theorem 2 of beyondlora for c³LA, amended as in ledger C8; @thm-convergence-cycle.
     """
     loss_gap, L_G, step = plain(loss_gap), plain(L_G), plain(step)
     check_number("loss_gap", loss_gap, least=0)

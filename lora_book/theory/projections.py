@@ -22,7 +22,8 @@ def projector(A: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/theory/projections.ipynb #c15
 STARTS = {"block": lambda m, r: range(0, m - r + 1, r), "literal": lambda m, r: range(m // r),
-          "window": lambda m, r: range(m - r + 1), "fixed": lambda m, r: range(1), "cyclic": lambda m, r: range(0, m, r)}
+          "window": lambda m, r: range(m - r + 1), "fixed": lambda m, r: range(1),
+          "cyclic": lambda m, r: range(0, m, r)}
 LAWS = ("gaussian", *STARTS)
 
 
@@ -37,7 +38,7 @@ def check_law(law: str, m: int, r: int) -> None:
 
 
 def starts(law: str, m: int, r: int) -> list[int]:
-    "The first columns, counted from 0, that a selector law chooses among. Raises BadValue for `gaussian`, which has none."
+    "The first columns, from 0, that a selector law chooses among. Raises BadValue for `gaussian`, which has none."
     check_law(law, m, r)
     if law not in STARTS:
         raise BadValue(f"law {law!r} selects no columns; those that do: {', '.join(STARTS)}")

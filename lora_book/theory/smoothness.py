@@ -40,7 +40,8 @@ def factor_gradients(G: torch.Tensor, B: torch.Tensor, A: torch.Tensor,
     if not G.dtype == B.dtype == A.dtype:
         raise BadType(f"G, B and A must share a dtype, not {G.dtype}, {B.dtype} and {A.dtype}")
     if G.shape != (B.shape[0], A.shape[1]) or B.shape[1] != A.shape[0]:
-        raise BadValue(f"G {tuple(G.shape)}, B {tuple(B.shape)} and A {tuple(A.shape)} don't fit as (n, m), (n, r), (r, m)")
+        shapes = ", ".join(str(tuple(part.shape)) for part in (G, B, A))
+        raise BadValue(f"G, B and A of shapes {shapes} don't fit as (n, m), (n, r), (r, m)")
     return scaling * G @ A.mT, scaling * B.mT @ G
 
 # %% ../../nbs/theory/smoothness.ipynb #c15
