@@ -16,6 +16,7 @@ from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
 from .present.asymmetric import asymmetric
 from .present.cola import cola
+from .present.loldu import loldu
 from .present.lora_plus import lora_plus
 from .present.paca import paca
 from .present.rac import rac
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "cola": cola,
     "rac": rac,
     "paca": paca,
+    "loldu": loldu,
     "cla": cla,
     "random_cla": random_cla,
     "c3la": c3la,
