@@ -223,7 +223,7 @@ def test_outputs_of_every_kind(book):
 def test_callouts_fold_or_stand_open(book):
     html = page(book, "nbs/first.html")
     assert re.search(r'<details class="callout tip"><summary>\s*Solution', html)
-    assert re.search(r'<aside class="callout warning"[^>]*><p class="callout-title">\s*Mind', html)
+    assert re.search(r'<div class="callout warning"[^>]*><p class="callout-title">\s*Mind', html)
     assert "Mind" not in words(re.search(r'<nav class="contents wide".*?</nav>', html, re.DOTALL)[0])
 
 

@@ -286,8 +286,8 @@ class Numbering:
             opened = " open" if folded == "false" else ""
             begin = f'<details class="callout {kind}"{where}{opened}><summary>'
             return [raw_block(begin), plain(title), raw_block("</summary>"), body, raw_block("</details>")]
-        begin = f'<aside class="callout {kind}"{where} aria-label="{kind.capitalize()}"><p class="callout-title">'
-        return [raw_block(begin), plain(title), raw_block("</p>"), body, raw_block("</aside>")]
+        begin = f'<div class="callout {kind}"{where} role="note"><p class="callout-title">'
+        return [raw_block(begin), plain(title), raw_block("</p>"), body, raw_block("</div>")]
 
 
 def _formula(item: dict) -> dict:

@@ -47,7 +47,7 @@ def read_aloud(markdown: str) -> tuple[list, dict, list]:
 
 
 def write(blocks: list) -> str:
-    return pandoc(document(blocks), "-f", "json", "-t", "html5", "--wrap=none", "--syntax-highlighting=none")[0]
+    return pandoc(document(blocks), "-f", "json", "-t", "html5", "--wrap=none")[0]
 
 
 def write_many(pieces: list) -> list:
