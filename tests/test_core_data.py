@@ -1,0 +1,427 @@
+"Offline data: same rows everywhere, balanced, nothing leaked; the hub is served or refused, never replaced."
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_book.core import data as book
+from lora_book.core import hub, kinship
+from lora_book.core.errors import BadType, BadValue, LoraBookError, MissingFile, UnknownName
+
+TEXTS = ("docstrings/source", "docstrings/match", "kinship", "kinship/2")
+ALL = (*TEXTS, "docstrings/signature", "digits", "mnist5000")
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def fresh(code: str, **environ) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environ, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def no_leak(splits: dict) -> bool:
+    sets = [set(map(book.plain, split)) for split in splits.values()]
+    return not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+def is_balanced(labels, classes: int) -> bool:
+    counts = torch.bincount(torch.as_tensor(labels, dtype=torch.long), minlength=classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+# Determinism
+
+def test_another_process_with_another_hash_seed_gets_the_same_rows():
+    names = ("docstrings/source", "docstrings/signature", "kinship/2")
+    code = f"from lora_book.core.data import load_data; print([load_data(n, limit=60).hash for n in {names!r}])"
+    assert ast.literal_eval(fresh(code, PYTHONHASHSEED="77")) == [book.load_data(name, limit=60).hash for name in names]
+
+
+def test_importing_the_module_loads_none_of_the_heavy_packages():
+    code = ("import sys, types; sys.modules['lora_book'] = types.ModuleType('lora_book'); import importlib.util as u;"
+            f"sys.modules['lora_book'].__path__ = [{str(os.path.dirname(os.path.dirname(book.__file__)))!r}];"
+            "import lora_book.core.data;"
+            "print([n for n in ('transformers', 'datasets', 'sklearn', 'pandas', 'timm', 'matplotlib', 'torchvision') if n in sys.modules])")
+    assert fresh(code) == "[]"
+
+
+def test_the_seed_changes_the_rows_and_the_hash_sees_one_changed_number():
+    one, other = book.load_data("digits", seed=0, limit=20), book.load_data("digits", seed=1, limit=20)
+    assert one.hash != other.hash
+    one.train["pixel_values"][3, 0, 14, 14] += 1e-3
+    assert book.content_hash(one) != book.load_data("digits", seed=0, limit=20).hash
+
+
+def test_global_random_states_are_not_touched():
+    before = torch.random.get_rng_state(), random.getstate()
+    next(book.batches(book.kinship(seed=3, families=8).train, 8))
+    assert torch.equal(before[0], torch.random.get_rng_state()) and before[1] == random.getstate()
+
+
+@given(st.lists(st.text(max_size=8), max_size=30), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_ranked_is_a_permutation_that_depends_on_content_alone(keys, seed):
+    order = book.ranked(keys, seed)
+    assert sorted(order) == list(range(len(keys)))
+    if len(set(keys)) == len(keys):
+        turned = book.ranked(keys[::-1], seed)
+        assert [keys[i] for i in order] == [keys[::-1][i] for i in turned]
+
+
+# Splits
+
+@given(sizes=st.lists(st.integers(4, 30), min_size=2, max_size=5), seed=st.integers(0, 9), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_partition_is_disjoint_and_every_prefix_is_balanced(sizes, seed, data):
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    parts = book.partition(range(len(labels)), labels, seed)
+    flat = [i for part in parts.values() for i in part]
+    assert len(flat) == len(set(flat)) == len(sizes) * min(sizes)
+    for part in parts.values():
+        stop = data.draw(st.integers(0, len(part)))
+        assert is_balanced([labels[i] for i in part[:stop]], len(sizes))
+    assert not is_balanced([labels[i] for i in sorted(flat)[:min(sizes)]], len(sizes))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_splits_are_balanced_and_share_no_row(name):
+    data = book.load_data(name)
+    assert len(data.train) > len(data.test) > 100 and len(data.validation) > 100
+    if data.classes:
+        assert all(is_balanced(split.labels, len(data.classes)) for split in data.splits.values())
+        assert all(int(split.labels.max()) == len(data.classes) - 1 for split in data.splits.values())
+    if name in TEXTS or name == "docstrings/signature":
+        assert no_leak({part: map(str, split.texts) for part, split in data.splits.items()})
+    else:
+        rows = [{image.numpy().tobytes() for image in split["pixel_values"]} for split in data.splits.values()]
+        assert not (rows[0] & rows[1] or rows[0] & rows[2] or rows[1] & rows[2])
+        assert data.train["pixel_values"].shape[1:] == (1, 28, 28)
+        assert 0 <= float(data.train["pixel_values"].min()) < float(data.train["pixel_values"].max()) <= 1
+
+
+def test_the_leak_check_sees_a_planted_twin():
+    source = {part: list(split.texts) for part, split in book.load_data("docstrings/source").splits.items()}
+    assert no_leak(source)
+    source["test"].append(source["train"][0].upper().replace(".", " !"))
+    assert not no_leak(source)
+
+
+@given(limit=st.integers(1, 90), name=st.sampled_from(["docstrings/source", "docstrings/match", "kinship", "digits"]))
+@settings(max_examples=15, deadline=None)
+def test_a_limit_is_a_balanced_prefix_of_the_whole(limit, name):
+    whole, small = book.load_data(name), book.load_data(name, limit=limit)
+    for part, split in small.splits.items():
+        assert len(split) == min(limit, len(whole.splits[part])) and is_balanced(split.labels, len(whole.classes))
+        assert all(torch.equal(value, whole.splits[part][key][:limit]) for key, value in split.tensors.items())
+        assert split.texts == whole.splits[part].texts[:limit]
+    small.train.labels.fill_(0)
+    assert int(whole.train.labels.max()) > 0
+
+
+def test_no_summary_or_half_of_a_pair_crosses_splits():
+    match = book.load_data("docstrings/match")
+    assert no_leak({part: [second for _, second in split.texts] for part, split in match.splits.items()})
+    source = book.load_data("docstrings/source")
+    assert not set(source.test.texts) & {second for _, second in match.train.texts}
+
+
+# Docstrings
+
+def test_each_summary_and_each_name_is_once_right_and_once_wrong():
+    for split in book.load_data("docstrings/match").splits.values():
+        labels = split.labels.tolist()
+        sentences, names = Counter(), Counter()
+        for (name, text), label in zip(split.texts, labels):
+            sentences[text, label] += 1
+            names[name, label] += 1
+        assert {count for count in sentences.values()} == {1} and all((text, 1 - label) in sentences for text, label in sentences)
+        assert all(count == names[name, 1 - label] for (name, label), count in names.items())
+        assert labels[::2] == [1] * (len(labels) // 2) and labels[1::2] == [0] * (len(labels) // 2)
+
+
+def test_summaries_are_single_clean_sentences_without_a_packages_name():
+    for package, name, sign, text in book.corpus():
+        assert book.SENTENCE.fullmatch(text) or "library" in text
+        assert 4 <= len(text.split()) <= 16 and text.isascii() and not book.OWN_NAMES.search(text)
+        assert sign.startswith(name.split(".")[-1] + "(") and package in book.PACKAGES
+
+
+@pytest.mark.parametrize("docstring, kept", [
+    ("Return the NumPy array of zeros.\n\nMore.", "Return the library array of zeros."), ("Compute `x`\nand its inverse.", "Compute x and its inverse."),
+    ("no capital letter in here.", None), ("Too short.", None), ("No full stop at the end", None), ("Two sentences stand. In one paragraph.", None),
+    ("Has :class:`markup` in the text.", None), ("Draws the curve of café customers.", None), ("A " + "very " * 16 + "long one.", None)])
+def test_what_counts_as_a_summary(docstring, kept):
+    assert book.summary(docstring) == kept
+
+
+def test_functions_are_found_where_a_reader_would_find_them():
+    source = '''
+def f(a, /, b=1, *rest, c, **more):
+    "Return something quite simple."
+def _hidden():
+    "Return something quite hidden."
+class C:
+    async def m(self, x: int):
+        "Return something quite late."
+    def bare(self): pass
+if True:
+    def g(cls):
+        "Return something quite conditional."
+'''
+    found = [(name, book.signature(node)) for name, node, _ in book.documented(ast.parse(source).body)]
+    assert found == [("f", "f(a, b, c)"), ("C.m", "m(x)"), ("g", "g()")]
+
+
+def test_sentences_of_two_packages_are_dropped_and_twins_collapse():
+    rows = [["a", "f", "f()", "Return the sum."], ["b", "g", "g()", "Return the sum."], ["a", "h", "h()", "Do it now."], ["a", "i", "i()", "Do it, now."]]
+    assert book.distinct(rows) == [rows[2]]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "no box", "missing"])
+def test_a_damaged_corpus_cache_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(book, "PACKAGES", {"numpy": "numpy"})
+    monkeypatch.setattr(book, "source_files", lambda folder, real=book.source_files: real(folder)[::6])
+    book.corpus.cache_clear()
+    made = book.corpus(tmp_path)
+    path, = tmp_path.iterdir()
+    whole = path.read_bytes()
+    assert made and json.loads(whole)["content"] == made
+    {"cut": lambda: path.write_bytes(whole[:-40]), "altered": lambda: path.write_bytes(whole.replace(b"Return", b"return", 1)),
+     "no box": lambda: path.write_bytes(b"[1]"), "missing": path.unlink}[damage]()
+    book.corpus.cache_clear()
+    assert book.corpus(tmp_path) == made and path.read_bytes() == whole
+    book.corpus.cache_clear()
+
+
+def test_reading_the_sources_imports_nothing_and_restores_the_collector():
+    import gc
+    before = set(sys.modules)
+    assert book.harvest("matplotlib")[:3] == book.harvest("matplotlib")[:3]
+    assert not [name for name in set(sys.modules) - before if name.startswith("matplotlib")] and gc.isenabled()
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    with pytest.raises(MissingFile, match="no-such-package"):
+        book.package_folder("no-such-package", "no_such_module")
+
+
+# Numbers
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_bytes_round_trip(texts):
+    ids = book.to_bytes(texts, 64)
+    assert [book.from_bytes(row) for row in ids] == texts and int(ids.max()) < 258
+
+
+def test_bytes_are_never_cut():
+    with pytest.raises(BadValue, match="7 numbers"):
+        book.to_bytes(["ab", "abcdef"], 6)
+
+
+def test_joined_rows_score_the_target_alone():
+    split = book.load_data("docstrings/signature", "test", limit=12)
+    both = book.joined(split)
+    for i, (source, target) in enumerate(split.texts):
+        asked = both["labels"][i] != -100
+        assert book.from_bytes(both["labels"][i][asked]) == target
+        assert torch.equal(both["input_ids"][i][asked], both["labels"][i][asked])
+        assert book.from_bytes(both["input_ids"][i]) == source and int(both["attention_mask"][i].sum()) == len(source) + len(target) + 2
+
+
+def test_token_rows_hold_their_whole_text_almost_always():
+    for name in TEXTS:
+        mask = book.load_data(name, "train")["attention_mask"]
+        assert (mask.sum(1) == mask.shape[1]).double().mean() < 0.02, name
+
+
+# Batches
+
+@given(size=st.integers(1, 40), batch=st.integers(1, 17), seed=st.integers(0, 5), shuffle=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_batches_visit_every_row_once(size, batch, seed, shuffle):
+    split = book.Split({"labels": torch.arange(size), "pixel_values": torch.arange(size) * 2.0})
+    seen = list(book.batches(split, batch, seed=seed, shuffle=shuffle))
+    rows = torch.cat([part["labels"] for part in seen])
+    assert sorted(rows.tolist()) == list(range(size)) and all(len(part["labels"]) == batch for part in seen[:-1])
+    assert torch.equal(torch.cat([part["pixel_values"] for part in seen]), rows * 2.0)
+    again = torch.cat([part["labels"] for part in book.batches(split, batch, seed=seed, shuffle=shuffle)])
+    assert torch.equal(rows, again) and (shuffle or rows.tolist() == list(range(size)))
+
+
+def test_a_generator_goes_on_from_epoch_to_epoch():
+    split, generator = book.Split({"labels": torch.arange(30)}), torch.Generator().manual_seed(0)
+    one, two = ([part["labels"].tolist() for part in book.batches(split, 30, generator=generator)] for _ in range(2))
+    assert one != two
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), targets=st.lists(st.integers(1, 5), min_size=6, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_trimming_cuts_padding_and_nothing_else(lengths, targets):
+    mask = torch.tensor([[1] * length + [0] * (9 - length) for length in lengths])
+    labels = torch.tensor([[7] * length + [-100] * (5 - length) for length in targets[:len(lengths)]])
+    cut = book.trimmed({"input_ids": mask * 3, "attention_mask": mask, "labels": labels})
+    assert cut["attention_mask"].shape[1] == max(lengths) and cut["labels"].shape[1] == max(targets[:len(lengths)])
+    assert int(cut["attention_mask"].sum()) == sum(lengths) and int(cut["input_ids"].sum()) == 3 * sum(lengths)
+    causal = book.trimmed({"input_ids": mask, "attention_mask": mask, "labels": mask.masked_fill(mask == 0, -100)})
+    assert causal["labels"].shape == causal["input_ids"].shape
+    full = torch.full_like(mask, 7)
+    assert torch.equal(book.trimmed({"input_ids": mask, "attention_mask": mask, "labels": full})["labels"], full)
+
+
+# Refusals
+
+@pytest.mark.parametrize("name, instead", [("glue/mrpc", "docstrings/match"), ("cifar10", "digits"), ("clutrr", "kinship"), ("someone/something", "docstrings")])
+def test_without_a_hub_one_error_names_the_offline_choice(name, instead):
+    with pytest.raises(MissingFile, match=f"{re.escape(name)}.*HF_HUB_OFFLINE.*{instead}") as caught:
+        book.load_data(name)
+    assert isinstance(caught.value, LoraBookError) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, near", [("docstring/source", "docstrings/source"), ("digit", "digits"), ("kinship/9", "kinship"), ("glue/mrcp", "glue/mrpc"), (3, "kinship"), ("", "docstrings")])
+def test_a_name_nobody_knows_is_answered_with_the_nearest(name, near):
+    with pytest.raises(UnknownName, match=near):
+        book.load_data(name)
+
+
+@pytest.mark.parametrize("call, error", [
+    (lambda: book.load_data("digits", split="tests"), BadValue), (lambda: book.load_data("digits", limit=-1), BadValue),
+    (lambda: book.load_data("digits", limit=2.5), BadType), (lambda: book.load_data("digits", seed=-1), BadValue),
+    (lambda: next(book.batches(book.load_data("digits", "test"), 0)), BadValue)])
+def test_bad_arguments_are_refused(call, error):
+    with pytest.raises(error):
+        call()
+
+
+def test_a_part_is_the_part_of_the_whole():
+    whole = book.load_data("digits", limit=10)
+    assert torch.equal(book.load_data("digits", "test", limit=10)["pixel_values"], whole.test["pixel_values"])
+    assert len(book.load_data("digits", limit=0).train) == len(book.load_data("digits").train) > 1000
+
+
+# Stories
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_the_told_steps_determine_the_answer_in_every_family(seed):
+    sex, parents, partner = kinship.family(random.Random(seed))
+    kin, answers = kinship.relations(parents, partner), {}
+    assert all(sex[a] != sex[b] for a, b in partner.items()) and all((b, a) in kin for a, b in kin)
+    for path in (path for person in sex for hops in (2, 3) for path in kinship.walks(kin, (person,), hops)):
+        answers.setdefault(tuple(kin[step] for step in zip(path, path[1:])), set()).add(kin.get((path[0], path[-1])))
+    assert all(len(found) == 1 for found in answers.values())
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(2,), (3,), (2, 4)]))
+@settings(max_examples=15, deadline=None)
+def test_a_story_has_one_fact_a_step_and_names_the_asked(seed, hops):
+    for (question, told), answer in kinship.family_stories(random.Random(seed), hops):
+        asked = re.fullmatch(r"What is (\w+) to (\w+)\?", question).groups()
+        assert told.count(".") in hops and all(name in told for name in asked) and answer in kinship.RELATIONS
+
+
+# Tables of the hub, as it would send them
+
+def tables(**columns):
+    from datasets import Dataset, DatasetDict
+    return DatasetDict({name: Dataset.from_dict(rows, features=columns["features"]) for name, rows in columns["rows"].items()})
+
+
+@pytest.fixture
+def served(monkeypatch):
+    import datasets
+
+    def serve(features, rows):
+        asked = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda **keys: asked.append(keys) or tables(features=features, rows=rows))
+        return asked
+
+    return serve
+
+
+def test_a_pair_task_of_the_hub_comes_in_our_shape(served):
+    from datasets import ClassLabel, Features, Value
+    features = Features(sentence1=Value("string"), sentence2=Value("string"), label=ClassLabel(names=["no", "yes"]), idx=Value("int32"))
+    def rows(count, secret=False):
+        return {"sentence1": [f"a {i}" for i in range(count)], "sentence2": [f"b {i}" for i in range(count)],
+                "label": [-1 if secret else i % 2 for i in range(count)], "idx": list(range(count))}
+    asked = served(features, {"train": rows(40), "validation": rows(6), "test": rows(5, secret=True)})
+    data = book.load_data("glue/mrpc", limit=20)
+    assert asked == [{"path": "nyu-mll/glue", "name": "mrpc"}]
+    assert (data.kind, data.classes, len(data.train), len(data.validation), len(data.test)) == ("pair", ("no", "yes"), 20, 4, 6)
+    assert data.train["input_ids"].shape == (20, 128) and not set(data.train.texts) & set(data.validation.texts)
+    assert all(int(text[0].split()[1]) % 2 == int(label) for text, label in zip(data.train.texts, data.train.labels))
+
+
+def test_images_of_the_hub_stay_bytes_until_a_batch(served):
+    from datasets import ClassLabel, Features, Image
+    from PIL import Image as Picture
+    features = Features(img=Image(), fine_label=ClassLabel(3), coarse_label=ClassLabel(2))
+    pictures = [Picture.new("RGB", (32, 32), (i, 0, 255)) for i in range(20)]
+    served(features, {"train": {"img": pictures, "fine_label": [i % 3 for i in range(20)], "coarse_label": [0] * 20}})
+    data = book.load_data("cifar100")
+    assert [len(split) for split in data.splits.values()] == [16, 2, 2] and data.train["pixel_values"].dtype == torch.uint8
+    batch = next(book.batches(data.train, 4, shuffle=False))
+    assert batch["pixel_values"].shape == (4, 3, 224, 224) and torch.allclose(batch["pixel_values"][:, 2].amax(), torch.tensor(1.0))
+    red = data.train["pixel_values"][:, 0, 0, 0].tolist()
+    assert [value % 3 for value in red] == data.train.labels.tolist()
+
+
+def test_regression_and_writing_tasks_of_the_hub(served):
+    from datasets import Features, Value
+    words = Value("string")
+    served(Features(sentence1=words, sentence2=words, label=Value("float32")),
+           {part: {"sentence1": ["a"] * 10, "sentence2": ["b"] * 10, "label": [0.5] * 10} for part in ("train", "validation")})
+    data = book.load_data("glue/stsb")
+    assert data.kind == "regression" and data.train.labels.dtype == torch.float32 and data.classes == ()
+    served(Features(nl=words, code=words), {part: {"nl": ["say it"] * 10, "code": ["print()"] * 10} for part in ("train", "validation", "test")})
+    data = book.load_data("django")
+    assert data.kind == "generation" and data.test.texts[0] == ("say it", "print()") and len(data.train) == 10
+
+
+def test_a_table_that_says_nothing_is_refused():
+    from datasets import Features, Value
+    for features in (Features(x=Value("int32")), Features(label=Value("int32"), x=Value("int32")), Features(text=Value("string"))):
+        with pytest.raises(BadValue, match="no label or no input"):
+            hub.columns(features)
+    with pytest.raises(BadValue, match="no labelled training split"):
+        hub.three({"test": [{"label": 1}]}, "label")
+
+
+@given(count=st.integers(10, 60), have=st.sets(st.sampled_from(["validation", "test", "test_matched"])), seed=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_missing_splits_come_out_of_the_training_rows_and_never_overlap(count, have, seed):
+    given_tables = {name: [{"label": 1}] * size for name, size in (("train", count), *((name, 3) for name in sorted(have)))}
+    parts = hub.three(given_tables, "label", seed)
+    from_train = [i for table, rows in parts.values() if table is given_tables["train"] for i in rows]
+    assert sorted(from_train) == list(range(count)) and set(parts) == set(book.SPLITS)
+    assert parts["test"][0] is given_tables[next((name for name in sorted(have) if name.startswith("test")), "validation" if have else "train")]
+
+
+def test_the_hubs_switches_are_put_back_after_a_failure():
+    import datasets
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(MissingFile, match="offline choice is 'minilm'"):
+        with hub.hub_access("model", "x/y", "minilm"):
+            assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+            raise ConnectionError("many\nlines")
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == before
+
+
+def test_an_error_that_is_not_the_networks_is_not_disguised():
+    with pytest.raises(ZeroDivisionError):
+        with hub.hub_access("model", "x/y", "minilm"):
+            raise ZeroDivisionError
