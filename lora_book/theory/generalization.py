@@ -64,7 +64,8 @@ def _layers(w, d, lipschitz, sigma0, C) -> tuple:
     "The checked arguments of this section: four lists of equal length and a number."
     w, C = _series("w", w), _number(C)
     check_number("C", C, least=0)
-    return w, _series("d", d, len(w)), _series("lipschitz", lipschitz, len(w)), _series("sigma0", sigma0, len(w)), float(C)
+    lists = (_series(kind, values, len(w)) for kind, values in (("d", d), ("lipschitz", lipschitz), ("sigma0", sigma0)))
+    return w, *lists, float(C)
 
 # %% ../../nbs/theory/generalization.ipynb #c08
 def _displacement(w, d, lipschitz, sigma0, C, total=None) -> tuple:
@@ -81,11 +82,12 @@ def _displacement(w, d, lipschitz, sigma0, C, total=None) -> tuple:
 
 
 def perturbation_bound(w, d, lipschitz, sigma0, C, total=None) -> float:
-    """e_L, a bound on |f_{W0+dW}(x) - f_{W0}(x)| for |x| <= C, in O(L): e_l = l_l (d_l u_{l-1} + w_l e_{l-1}),
-    u_l = l_l (w_l + d_l) u_{l-1} + s_l. `w`, `d`: spectral norms of W0 and dW, first layer first; `lipschitz`, `sigma0`:
-    Lipschitz constant and |sigma(0)| of each activation (one number stands for all layers). `total`: the norms of W0 + dW, if known,
-    replace w + d in u and never make the bound weaker. Returns inf beyond the range of floats, never nan. Raises BadValue for
-    negative, non-finite or unequal lists, BadType for other types. Source: P2 App. C.1.2, ledger B6, B7; @eq-generalization-recurrence."""
+    """e_L, a bound on |f_{W0+dW}(x) - f_{W0}(x)| for |x| <= C, in O(L): e_l = l_l (d_l u_{l-1} + w_l e_{l-1}), u_l =
+    l_l (w_l + d_l) u_{l-1} + s_l. `w`, `d`: spectral norms of W0 and dW, first layer first; `lipschitz`, `sigma0`:
+    Lipschitz constant and |sigma(0)| of each activation (one number stands for all layers). `total`: the norms of
+    W0 + dW, if known, replace w + d in u and never make the bound weaker. Returns inf beyond the range of floats,
+    never nan. Raises BadValue for negative, non-finite or unequal lists, BadType for other types. Source: P2 App.
+    C.1.2, ledger B6, B7; @eq-generalization-recurrence."""
     return _unscaled(_displacement(w, d, lipschitz, sigma0, C, total))
 
 # %% ../../nbs/theory/generalization.ipynb #c17
@@ -103,8 +105,8 @@ def offset_term(i: int, w: list, d: list, lipschitz: list, sigma0: list) -> floa
 
 
 def correction_sum(w, d, lipschitz, sigma0, C, loss_lipschitz) -> float:
-    """Theorem 1's correction term by its 2^L words, as a reference for `correction_term`; at most 20 layers (BadValue beyond).
-    Arguments as there. Source: P2 Theorem 1 with the index functions of ledger B1-B3."""
+    """Theorem 1's correction term by its 2^L words, as a reference for `correction_term`; at most 20 layers (BadValue
+    beyond). Arguments as there. Source: P2 Theorem 1 with the index functions of ledger B1-B3."""
     w, d, lipschitz, sigma0, C = _layers(w, d, lipschitz, sigma0, C)
     slope = _number(loss_lipschitz)
     check_number("loss_lipschitz", slope, least=0)
@@ -115,22 +117,24 @@ def correction_sum(w, d, lipschitz, sigma0, C, loss_lipschitz) -> float:
 
 # %% ../../nbs/theory/generalization.ipynb #c19
 def correction_term(w, d, lipschitz, sigma0, C, loss_lipschitz) -> float:
-    """Phi_dW of Theorem 1, corrected: 2 L_loss e_L, so |G(W0 + dW) - G(W0)| <= Phi_dW for every sample; O(L), inf beyond the
-    range of floats. `w`, `d`: spectral norms of W0 and dW per layer, first layer first; `lipschitz`, `sigma0`: of the activations;
-    `C` >= |x|; `loss_lipschitz` of the loss in the network's output. Exchange `w` and `d` for Phi_W0. Raises BadValue, BadType.
-    Source: P2 Theorem 1, ledger B2, B6, B8; @eq-generalization-recurrence."""
+    """Phi_dW of Theorem 1, corrected: 2 L_loss e_L, so |G(W0 + dW) - G(W0)| <= Phi_dW for every sample; O(L), inf
+    beyond the range of floats. `w`, `d`: spectral norms of W0 and dW per layer, first layer first; `lipschitz`,
+    `sigma0`: of the activations; `C` >= |x|; `loss_lipschitz` of the loss in the network's output. Exchange `w` and
+    `d` for Phi_W0. Raises BadValue, BadType. Source: P2 Theorem 1, ledger B2, B6, B8;
+    @eq-generalization-recurrence."""
     slope = _number(loss_lipschitz)
     check_number("loss_lipschitz", slope, least=0)
     return _unscaled(_times(_displacement(w, d, lipschitz, sigma0, C), 2 * float(slope)))
 
 # %% ../../nbs/theory/generalization.ipynb #c32
-def pac_bayes_bound(n_samples: int, delta: float, loss_bound: float, *, epsilon: float = 0.0, base_norms=(1.0,), distances=0.0,
-                    lipschitz=1.0, C: float = 1.0, width: int = 1, correction: float = 0.0) -> float:
-    """The right side of P2's Theorem 3, which holds with probability 1 - 2 delta for activations with sigma(0) = 0, plus `correction`;
-    with distances = 0 and correction = `correction_term(...)` it is Theorem 4. `loss_bound`: C_2 >= loss; `base_norms`,
-    `distances`: bounds a_i on |W0| and Q_i on |dW| per layer, both multiplied by `lipschitz` (a_i below 1 counts as 1); `C` >= |x|, at least 1; `width`: V, the
-    largest layer. `epsilon` > 0 is needed when a distance is. inf beyond the range of floats. Raises BadValue, BadType.
-    Source: P2 Theorems 3, 4; Li and Zhang, NeurIPS 2021, Theorem 4.1, not re-derived; ledger B12, B13; @eq-generalization-pac."""
+def pac_bayes_bound(n_samples: int, delta: float, loss_bound: float, *, epsilon: float = 0.0, base_norms=(1.0,),
+                    distances=0.0, lipschitz=1.0, C: float = 1.0, width: int = 1, correction: float = 0.0) -> float:
+    """The right side of P2's Theorem 3, which holds with probability 1 - 2 delta for activations with sigma(0) = 0,
+    plus `correction`; with distances = 0 and correction = `correction_term(...)` it is Theorem 4. `loss_bound`: C_2
+    >= loss; `base_norms`, `distances`: bounds a_i on |W0| and Q_i on |dW| per layer, both multiplied by `lipschitz`
+    (a_i below 1 counts as 1); `C` >= |x|, at least 1; `width`: V, the largest layer. `epsilon` > 0 is needed when a
+    distance is. inf beyond the range of floats. Raises BadValue, BadType. Source: P2 Theorems 3, 4; Li and Zhang,
+    NeurIPS 2021, Theorem 4.1, not re-derived; ledger B12, B13; @eq-generalization-pac."""
     _check_sample(n_samples, delta, loss_bound, correction)
     check_number("epsilon", epsilon, least=0)
     check_number("C", C, least=1)
@@ -160,9 +164,9 @@ def _spread(a: list, Q: list, epsilon: float, loss_bound: float, C: float, width
 
 
 def hoeffding_bound(n_samples: int, delta: float, loss_bound: float, correction: float = 0.0) -> float:
-    """C_2 sqrt(ln(1/delta) / (2|N|)) + `correction`: with probability 1 - delta the gap of W0 + dW for a W0 independent of the sample,
-    a loss in [0, C_2 = `loss_bound`] and correction = `correction_term(...)`. Raises BadValue, BadType.
-    Source: Hoeffding 1963; P2 Theorem 4 as amended in ledger B13; @eq-generalization-hoeffding."""
+    """C_2 sqrt(ln(1/delta) / (2|N|)) + `correction`: with probability 1 - delta the gap of W0 + dW for a W0
+    independent of the sample, a loss in [0, C_2 = `loss_bound`] and correction = `correction_term(...)`. Raises
+    BadValue, BadType. Source: Hoeffding 1963; P2 Theorem 4 as amended in ledger B13; @eq-generalization-hoeffding."""
     _check_sample(n_samples, delta, loss_bound, correction)
     return loss_bound * math.sqrt(math.log(1 / delta) / (2 * n_samples)) + correction
 
@@ -183,8 +187,9 @@ def _frozen_chain(n, m, r, k):
     return n * min(k * r, m)
 
 
-COUNTS = {"full": lambda n, m, r, k: n * m, "lora": _low_rank, "lora_plus": _low_rank, "cola": _chain, "asymmetric": _frozen_a,
-          "rac": _frozen_chain, "cla": _frozen_a, "c3la": _frozen_chain, "random_cla": _frozen_a, "random_c3la": _frozen_chain}
+COUNTS = {"full": lambda n, m, r, k: n * m, "lora": _low_rank, "lora_plus": _low_rank, "cola": _chain,
+          "asymmetric": _frozen_a, "rac": _frozen_chain, "cla": _frozen_a, "c3la": _frozen_chain,
+          "random_cla": _frozen_a, "random_c3la": _frozen_chain}
 
 
 def _shapes(shapes: object, r: int) -> list:
@@ -200,9 +205,10 @@ def _shapes(shapes: object, r: int) -> list:
 
 
 def numbers_stored(method: str, shapes: list, r: int, k: int = 1) -> int:
-    """How many numbers an update of `method` holds, all layers together: the p of I <= q p ln 2. `shapes`: (n, m) = (out, in) per layer;
-    `r` <= min(n, m); `k` links, used by chains alone, whose links are merged (hence the minimum with n m). Raises UnknownName
-    for a method outside P2's Table 1, BadValue, BadType. Source: P2 Table 1 and App. C.1.5, ledger B17-B21."""
+    """How many numbers an update of `method` holds, all layers together: the p of I <= q p ln 2. `shapes`: (n, m) =
+    (out, in) per layer; `r` <= min(n, m); `k` links, used by chains alone, whose links are merged (hence the
+    minimum with n m). Raises UnknownName for a method outside P2's Table 1, BadValue, BadType. Source: P2 Table 1
+    and App. C.1.5, ledger B17-B21."""
     if not isinstance(method, str) or method not in COUNTS:
         raise unknown("method in Table 1", method, COUNTS)
     check_count("r", r)
@@ -211,10 +217,11 @@ def numbers_stored(method: str, shapes: list, r: int, k: int = 1) -> int:
 
 # %% ../../nbs/theory/generalization.ipynb #c46
 def mi_bound(method: str, shapes: list, r: int, k: int, q: float, sigma: float, n_samples: int) -> float:
-    """sqrt(2 sigma^2 q ln2 p / |N|), a bound on |E gap| of the fine-tuned network: the mutual-information term of P2's Table 1, without its
-    Phi_W0. p = `numbers_stored(method, shapes, r, k)`; `shapes`: (n, m) = (out, in) per layer; `q`: bits a number; `sigma`:
-    sub-Gaussian constant of the loss (half its range if bounded); `n_samples` = |N|. Raises UnknownName, BadValue, BadType.
-    Source: P2 Theorem 5, Lemma 1, Table 1; Xu and Raginsky 2017; ledger B15-B21; @thm-generalization-information."""
+    """sqrt(2 sigma^2 q ln2 p / |N|), a bound on |E gap| of the fine-tuned network: the mutual-information term of P2's
+    Table 1, without its Phi_W0. p = `numbers_stored(method, shapes, r, k)`; `shapes`: (n, m) = (out, in) per layer;
+    `q`: bits a number; `sigma`: sub-Gaussian constant of the loss (half its range if bounded); `n_samples` = |N|.
+    Raises UnknownName, BadValue, BadType. Source: P2 Theorem 5, Lemma 1, Table 1; Xu and Raginsky 2017; ledger
+    B15-B21; @thm-generalization-information."""
     p = numbers_stored(method, shapes, r, k)
     check_number("q", q, above=0)
     check_number("sigma", sigma, least=0)
@@ -229,15 +236,22 @@ def samples_needed(method: str, shapes: list, r: int, k: int, q: float, sigma: f
     return max(1, math.ceil((mi_bound(method, shapes, r, k, q, sigma, 1) / level) ** 2))
 
 # %% ../../nbs/theory/generalization.ipynb #c53
+def _entries(values: object) -> list:
+    if not isinstance(values, (torch.Tensor, np.ndarray, Sequence)):
+        raise BadType(f"bounds and gaps must be sequences of numbers, not {values!r}")
+    return [_number(value) for value in (values if isinstance(values, Sequence) else values.flatten().tolist())]
+
+
 def rank_correlation(bounds, gaps) -> float:
-    """Kendall's tau_b between predicted and measured gaps, from -1 to 1: the sum over pairs of sign(bound difference) sign(gap difference) over
-    the geometric mean of the numbers of untied pairs. Raises BadValue for unequal lengths, fewer than two entries, values that aren't finite
-    and a list whose entries are all equal; BadType for other types. Source: Kendall 1945; ledger D5."""
-    bounds, gaps = ([_number(v) for v in (x.tolist() if isinstance(x, (torch.Tensor, np.ndarray)) else list(x))] for x in (bounds, gaps))
+    """Kendall's tau_b between predicted and measured gaps, from -1 to 1: the sum over pairs of sign(bound difference)
+    sign(gap difference) over the geometric mean of the numbers of untied pairs. Raises BadValue for unequal
+    lengths, fewer than two entries, values that aren't finite and a list whose entries are all equal; BadType for
+    other types. Source: Kendall 1945; ledger D5."""
+    bounds, gaps = _entries(bounds), _entries(gaps)
     for value in bounds + gaps:
         check_number("each bound and gap", value)
     if len(bounds) != len(gaps) or len(bounds) < 2:
-        raise BadValue(f"bounds and gaps must be equally long and have at least 2 entries, not {len(bounds)} and {len(gaps)}")
+        raise BadValue(f"bounds and gaps must have one length, 2 or more, not {len(bounds)} and {len(gaps)}")
     first, second = (np.sign(np.subtract.outer(x, x)) for x in (bounds, gaps))
     untied = np.abs(first).sum() * np.abs(second).sum()
     if untied == 0:
