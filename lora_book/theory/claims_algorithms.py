@@ -13,7 +13,8 @@ from .tables import table
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c04
 def selector(start: int, m: int, r: int, wrap: bool = False) -> np.ndarray:
-    "The (r, m) matrix whose row q picks column start + q, modulo m with `wrap`; columns past the end are dropped otherwise."
+    """The (r, m) matrix whose row q picks column start + q, modulo m
+    with `wrap`; columns past the end are dropped otherwise."""
     picks = np.arange(start, start + r)
     picks = picks % m if wrap else picks[picks < m]
     return np.eye(m)[picks]
@@ -33,8 +34,8 @@ def a1_shape_of_the_cheap_update() -> Finding:
     B = np.random.default_rng(0).standard_normal((n, r))
     update = B @ selector(0, m, r)
     printed, mended = r + (m - n), np.hstack([B, np.zeros((n, m - r))])
-    return finding(update.shape[1] == printed, np.array_equal(update, mended),
-                   columns=update.shape[1], columns_printed=printed, columns_mended=mended.shape[1])
+    return finding(update.shape[1] == printed, np.array_equal(update, mended), columns=update.shape[1],
+                   columns_printed=printed, columns_mended=mended.shape[1])
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c08
 @check("A2", "typo", "P2", "section 2.3(ii)", "sec-c3la")
@@ -87,8 +88,8 @@ def a3_coverage() -> Finding:
     moves = np.abs(np.array([1.0, 0.0]) * (np.zeros(2) - target))
     sizes = [(m, r) for m in range(1, 60) for r in range(1, m + 1)]
     missed = sum(covered(m, r, -(-m // r), wrap=True) < m for m, r in sizes)
-    return finding(wide == 8 and odd == 5 and moves.all(), missed == 0 and covered(4, 2, 2) == 4,
-                   covered_of_8=wide, covered_of_5=odd, columns_with_gradient_of_2=(moves > 0).sum(), mended_misses=missed)
+    return finding(wide == 8 and odd == 5 and moves.all(), missed == 0 and covered(4, 2, 2) == 4, covered_of_8=wide,
+                   covered_of_5=odd, columns_with_gradient_of_2=(moves > 0).sum(), mended_misses=missed)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c17
 def printed_link(t: int, T: int, k: int) -> int:
@@ -111,12 +112,14 @@ def a4_merge_schedule() -> Finding:
     runs = [(T, k) for T in range(1, 60) for k in range(1, T + 1)]
     right = all(len(c) == k and c.min() >= T // k for T, k in runs for c in [steps(mended_link, T, k)])
     three, equal, ragged = steps(printed_link, 12, 3), steps(printed_link, 3, 3), steps(printed_link, 7, 4)
-    return finding(len(three) == 3 and equal[0] > 0 and len(ragged) == 4, right, first_link_steps=three[0], links_of_3=len(three),
-                   first_link_steps_at_T_equal_k=equal[0], merges_instead_of_3=len(ragged) - 1, mended_right=right)
+    return finding(len(three) == 3 and equal[0] > 0 and len(ragged) == 4, right, first_link_steps=three[0],
+                   links_of_3=len(three), first_link_steps_at_T_equal_k=equal[0], merges_instead_of_3=len(ragged) - 1,
+                   mended_right=right)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c20
 def two_links(old_mask: bool) -> tuple[float, float]:
-    "Two links of r-c3LA on 0.5 |W - W*|^2: how far the second link moves its columns, and the distance from W* at the end."
+    """Two links of r-c3LA on 0.5 |W - W*|^2: how far the second link
+    moves its columns, and the distance from W* at the end."""
     goal, m, r = np.random.default_rng(0).standard_normal((3, 4)), 4, 2
     first, second = np.diag(selector(0, m, r).sum(0)), np.diag(selector(2, m, r).sum(0))
     W1 = -(np.zeros((3, m)) - goal) @ first
@@ -135,8 +138,8 @@ def a7_random_chain() -> Finding:
     share = np.mean([len(set(row)) for row in draws.tolist()]) / blocks
     (moved, _), (_, distance) = two_links(old_mask=True), two_links(old_mask=False)
     exact = 1 - (1 - 1 / blocks) ** blocks
-    return finding(moved > 0 and share == 1, distance < 1e-12 and abs(share - exact) < 0.01,
-                   moved_printed=moved, distance_mended=distance, coverage=share, coverage_exact=exact)
+    return finding(moved > 0 and share == 1, distance < 1e-12 and abs(share - exact) < 0.01, moved_printed=moved,
+                   distance_mended=distance, coverage=share, coverage_exact=exact)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c24
 @check("A8", "typo", "P2", "section 1", "sec-lora")
@@ -146,7 +149,8 @@ def a8_memory_of_training() -> Finding:
     In float32 it takes 32 GB to load, 64 GB for weights and gradients, and 128 GB with Adam's two moments."""
     weights = 8e9 * 4 / 1e9
     plain, adam = 2 * weights, 4 * weights
-    return finding(weights == 32 and adam == 64, weights == 32 and plain == 64, load_gb=weights, sgd_gb=plain, adam_gb=adam)
+    return finding(weights == 32 and adam == 64, weights == 32 and plain == 64, load_gb=weights, sgd_gb=plain,
+                   adam_gb=adam)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c26
 @check("A9", "typo", "P2", "abstract, sections 1, 4 and 5", "sec-tables")
@@ -158,8 +162,9 @@ def a9_counts_of_methods() -> Finding:
     methods = [name for name in results.names("column") if name != "FFT" and not name.endswith("drop")]
     models, sets = ({row.split(" / ")[i] for row in results.names("row")} for i in (0, 1))
     agree = {7, 9, 8} == {len(methods)}
-    return finding(agree and len(sets) == 14 and len(models) == 9, len(methods) == 9 and len(sets) == 14 and len(models) == 9,
-                   methods=len(methods), data_sets=len(sets), models=len(models), different_counts_printed=len({7, 9, 8}))
+    return finding(agree and len(sets) == 14 and len(models) == 9,
+                   len(methods) == 9 and len(sets) == 14 and len(models) == 9, methods=len(methods),
+                   data_sets=len(sets), models=len(models), different_counts_printed=len({7, 9, 8}))
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c28
 @check("A10", "holds", "P2", "section 4.1, end", "sec-cla")
@@ -171,4 +176,5 @@ def a10_no_fewer_parameters() -> Finding:
     r, layers = 16, 24
     frozen_A = layers * (selector(0, m, r).shape[0] * n)
     cheap, lora = layers * r * n, layers * r * (n + m)
-    return finding(cheap == frozen_A and cheap < lora, cheap_trained=cheap, asymmetric_trained=frozen_A, lora_trained=lora)
+    return finding(cheap == frozen_A and cheap < lora, cheap_trained=cheap, asymmetric_trained=frozen_A,
+                   lora_trained=lora)

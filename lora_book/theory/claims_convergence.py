@@ -39,8 +39,8 @@ def c1_which_dimension() -> Finding:
     shrink = 1 - (2 * gamma - gamma**2) * r / m
     mean = (1 - shrink**T) / (1 - shrink) / T
     printed, mended = theorem_2(0.5, r / 1, gamma, T), theorem_2(0.5, r / m, gamma, T)
-    return finding(mean <= printed, mean <= mended and spread < 0.01 and lambda_min("gaussian", m, r) == r / m, mean_gradient=mean,
-                   bound_with_r_over_n=printed, bound_with_r_over_m=mended, sampled_spread=spread)
+    return finding(mean <= printed, mean <= mended and spread < 0.01 and lambda_min("gaussian", m, r) == r / m,
+                   mean_gradient=mean, bound_with_r_over_n=printed, bound_with_r_over_m=mended, sampled_spread=spread)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c08
 def least_rate(blocks: list, m: int) -> float:
@@ -73,14 +73,15 @@ def c3_proposition_4() -> Finding:
 def c4_literal_offset() -> Finding:
     """The offset randint(0, floor(m / r) - 1) selects blocks with smallest eigenvalue r / m.
 
-    It must be multiplied by r; as printed most columns are never selected and the eigenvalue is 0 for all r >= 2, m >= 2 r."""
+    It must be multiplied by r; as printed most columns are never
+    selected and the eigenvalue is 0 for all r >= 2, m >= 2 r."""
     sizes = [(m, r) for m in range(4, 40) for r in range(2, m // 2 + 1)]
     reach = {(m, r): len(set().union(*(block(x, r, m) for x in range(m // r)))) for m, r in sizes + [(768, 16)]}
     formula = all(reach[m, r] == m // r + r - 1 for m, r in reach)
     best = max(lambda_min("literal", m, r) for m, r in sizes)
     mended = least_rate([block(16 * x, 16, 768) for x in range(48)], 768)
-    return finding(best > 0, formula and mended == 16 / 768, reached_of_768_at_rank_16=reach[768, 16], largest_eigenvalue=best,
-                   mended_eigenvalue=mended)
+    return finding(best > 0, formula and mended == 16 / 768, reached_of_768_at_rank_16=reach[768, 16],
+                   largest_eigenvalue=best, mended_eigenvalue=mended)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c13
 @check("C5", "amended", "P2", "appendix B, Algorithms 2 and 4", "sec-random_cla")
@@ -92,14 +93,16 @@ def c5_which_end() -> Finding:
     excluded, included = rng.integers(0, k - 1, 4000), rng.integers(0, k - 1, 4000, endpoint=True)
     rates = [least_rate([block(r * int(x), r, k * r) for x in draws], k * r) for draws in (excluded, included)]
     return finding(rates[0] > 0, abs(rates[1] - 1 / k) < 0.05, last_block_excluded=(excluded == k - 1).mean(),
-                   last_block_included=(included == k - 1).mean(), eigenvalue_excluded=rates[0], eigenvalue_included=rates[1])
+                   last_block_included=(included == k - 1).mean(), eigenvalue_excluded=rates[0],
+                   eigenvalue_included=rates[1])
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c16
 @check("C2", "false", "P2", "Theorem 2, Table 1, section 3.2", "sec-convergence")
 def c2_one_frozen_factor() -> Finding:
     """Theorem 2 covers asymmetric LoRA and random cLA.
 
-    With one frozen A, lambda_min = 0; only the projected gradient |grad H|^2 obeys the bound, with L* restricted to W0 + B A."""
+    With one frozen A, lambda_min = 0; only the projected gradient |grad
+    H|^2 obeys the bound, with L* restricted to W0 + B A."""
     gamma, T, rng = 0.99, 1000, np.random.default_rng(0)
     W, H, mean, projected = np.zeros(2), np.diag([1.0, 0.0]), 0.0, 0.0
     goal = np.array([0.5, 1.0])
@@ -108,8 +111,9 @@ def c2_one_frozen_factor() -> Finding:
         mean, projected, W = mean + grad @ grad / T, projected + grad @ H @ grad / T, W - gamma * H @ grad
     printed, mended = theorem_2(0.5 * goal @ goal, 0.5, gamma, T), theorem_2(0.5 * goal @ H @ goal, 1.0, gamma, T)
     left = 1 - (projection(rng.standard_normal((4000, 1, 2))) @ np.array([0.0, 1.0])[:, None])[:, 1, 0].mean()
-    return finding(mean <= printed, projected <= mended and lambda_min("fixed", 2, 1) == 0, mean_gradient=mean, printed_bound=printed,
-                   projected_gradient=projected, projected_bound=mended, left_over_gaussian=left)
+    return finding(mean <= printed, projected <= mended and lambda_min("fixed", 2, 1) == 0, mean_gradient=mean,
+                   printed_bound=printed, projected_gradient=projected, projected_bound=mended,
+                   left_over_gaussian=left)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c18
 class Toy:
@@ -167,7 +171,8 @@ def theorem_ratio(law: str, T: int, fixed: bool = False, runs: int = 32) -> tupl
 def c6_drawn_at_every_step() -> Finding:
     """For factors drawn anew, the mean of |grad|^2 is at most 2 (L(W0) - L*) / (lambda gamma T).
 
-    True for independent draws at every step and gamma <= 1 / L_G, with lambda = r / max m_i, also averaged over steps 0..T."""
+    True for independent draws at every step and gamma <= 1 / L_G, with
+    lambda = r / max m_i, also averaged over steps 0..T."""
     ratios = [theorem_ratio(law, T)[0] for law in ("gaussian", "block") for T in (20, 400)]
     shrink = 0.5 + 0.5 * 0.01**2
     exact = (1 - shrink**6) / (1 - shrink) / 6 / theorem_2(0.5, 0.5, 0.99, 6)
@@ -183,13 +188,14 @@ def c7_toy_with_fixed_factor() -> Finding:
     T = 2400
     gaussian, blocks = theorem_ratio("gaussian", T, fixed=True), theorem_ratio("block", T, fixed=True)
     literal, fresh = theorem_ratio("literal", T), theorem_ratio("block", T)
-    return finding(max(gaussian[0], blocks[0], literal[0]) <= 1, fresh[0] <= 1 and fresh[1] < 1e-6, fixed_gaussian=gaussian[0],
-                   fixed_block=blocks[0], literal_offset=literal[0], fresh_block=fresh[0], fixed_last_gradient=gaussian[1],
-                   fresh_last_gradient=fresh[1])
+    return finding(max(gaussian[0], blocks[0], literal[0]) <= 1, fresh[0] <= 1 and fresh[1] < 1e-6,
+                   fixed_gaussian=gaussian[0], fixed_block=blocks[0], literal_offset=literal[0], fresh_block=fresh[0],
+                   fixed_last_gradient=gaussian[1], fresh_last_gradient=fresh[1])
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c26
 def cycle(Q: np.ndarray, w: np.ndarray, gamma: float, steps: int, cycles: int) -> tuple[np.ndarray, np.ndarray]:
-    "|grad|^2 of 0.5 w^T Q w at each step, and at the start of each cycle over the coordinates, `steps` descent steps a coordinate."
+    """|grad|^2 of 0.5 w^T Q w at each step, and at the start of each cycle
+    over the coordinates, `steps` descent steps a coordinate."""
     squares = []
     for t in range(cycles * len(w) * steps):
         grad = Q @ w
@@ -202,21 +208,25 @@ def cycle(Q: np.ndarray, w: np.ndarray, gamma: float, steps: int, cycles: int) -
 def c8_circulant_chain() -> Finding:
     """The circulant chain satisfies Theorem 2 with lambda = r / m.
 
-    At cycle starts: mean |grad|^2 <= 2 (1 + gamma L_G sqrt(s (k - 1)))^2 (L(W0) - L*) / (gamma cycles), for s steps a link."""
+    At cycle starts, for s steps a link: mean |grad|^2 <= 2 (1 + gamma
+    L_G sqrt(s (k - 1)))^2 (L(W0) - L*) / (gamma cycles)."""
     gamma, rng, worst, single = 0.99, np.random.default_rng(0), 0.0, 0.0
-    ratio = {s: cycle(np.eye(2), np.array([0.0, 1.0]), gamma, s, 1)[0].mean() / theorem_2(0.5, 0.5, gamma, 2 * s) for s in (1, 2, 10)}
+    ratio = {s: cycle(np.eye(2), np.array([0.0, 1.0]), gamma, s, 1)[0].mean() / theorem_2(0.5, 0.5, gamma, 2 * s)
+             for s in (1, 2, 10)}
     for k, s in [(2, 1), (3, 1), (4, 1), (2, 3), (3, 2), (4, 5)] * 10:
         root, w = rng.standard_normal((k, k)), rng.standard_normal(k)
         Q = root @ root.T / np.linalg.norm(root, 2) ** 2
         squares, starts = cycle(Q, w, gamma, s, 3)
-        worst = max(worst, starts.mean() / ((1 + gamma * np.sqrt(s * (k - 1))) ** 2 * theorem_2(0.5 * w @ Q @ w, 1.0, gamma, 3)))
-        single = max(single, squares.mean() / theorem_2(0.5 * w @ Q @ w, 1 / k, gamma, len(squares))) if s == 1 else single
-    return finding(max(ratio.values()) <= 1, worst <= 1, ratio_1_step=ratio[1], ratio_2_steps=ratio[2], ratio_10_steps=ratio[10],
-                   mended_ratio=worst, random_quadratics_1_step=single)
+        gap, mend = 0.5 * w @ Q @ w, (1 + gamma * np.sqrt(s * (k - 1))) ** 2
+        worst = max(worst, starts.mean() / (mend * theorem_2(gap, 1.0, gamma, 3)))
+        single = max(single, squares.mean() / theorem_2(gap, 1 / k, gamma, len(squares))) if s == 1 else single
+    return finding(max(ratio.values()) <= 1, worst <= 1, ratio_1_step=ratio[1], ratio_2_steps=ratio[2],
+                   ratio_10_steps=ratio[10], mended_ratio=worst, random_quadratics_1_step=single)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c29
 def chain_means(gamma: float, steps: int, links: int) -> tuple[float, float]:
-    "Exact E|grad|^2 of 0.5|w|^2, |w| = 1 in two dimensions, averaged over all steps, and over link starts; one random coordinate a link."
+    """Exact E|grad|^2 of 0.5|w|^2, |w| = 1 in two dimensions, averaged over
+    all steps, and over link starts; one random coordinate a link."""
     shrink = 0.5 + 0.5 * (1 - gamma) ** (2 * steps)
     starts = sum(shrink**c for c in range(links)) / links
     inside = np.mean([0.5 + 0.5 * (1 - gamma) ** (2 * j) for j in range(steps)])
@@ -232,7 +242,8 @@ def c9_steps_or_links() -> Finding:
     mended = theorem_2(0.5, 0.5, gamma, links)
     for s in (1, 4, 20):
         mean, starts = chain_means(gamma, s, links)
-        figures |= {f"ratio_{s}_steps": mean / theorem_2(0.5, 0.5, gamma, links * s), f"ratio_{s}_steps_by_links": starts / mended}
+        figures |= {f"ratio_{s}_steps": mean / theorem_2(0.5, 0.5, gamma, links * s),
+                    f"ratio_{s}_steps_by_links": starts / mended}
     by_steps, by_links = list(figures.values())[::2], list(figures.values())[1::2]
     return finding(max(by_steps) <= 1, max(by_links) <= 1, **figures)
 
@@ -247,13 +258,15 @@ def mismatch(A: np.ndarray) -> float:
 def c10_step_on_B() -> Finding:
     """RAC updates W by -gamma grad A^T (A A^T)^+ A.
 
-    A step on B moves W by -gamma (alpha / r)^2 grad A^T A; the same if A A^T is a multiple of I. Else use lambda_min(E A^T A) = r sigma^2."""
+    A step on B moves W by -gamma (alpha / r)^2 grad A^T A; the same if A A^T
+    is a multiple of I. Else use lambda_min(E A^T A) = r sigma^2."""
     rng, r, m = np.random.default_rng(0), 4, 32
     selector, gaussian = np.eye(m)[4:8], rng.standard_normal((r, m))
     orthonormal = np.linalg.qr(gaussian.T)[0].T
     draws = 0.02 * rng.standard_normal((20_000, r, 6))
     moment = np.linalg.eigvalsh(np.einsum("bri,brj->ij", draws, draws) / len(draws)).min() / 0.02**2
-    return finding(mismatch(gaussian) < 1e-9, max(mismatch(selector), mismatch(orthonormal)) < 1e-9 and abs(moment - r) < 0.15,
+    return finding(mismatch(gaussian) < 1e-9,
+                   max(mismatch(selector), mismatch(orthonormal)) < 1e-9 and abs(moment - r) < 0.15,
                    mismatch_gaussian=mismatch(gaussian), mismatch_selector=mismatch(selector),
                    mismatch_orthonormal=mismatch(orthonormal), eigenvalue_over_variance=moment)
 
@@ -287,9 +300,10 @@ def c12_kronecker_form() -> Finding:
     roth = np.abs(vec(A @ B @ C) - np.kron(C.T, A) @ vec(B)).max()
     update = np.abs(vec(G @ H) - np.kron(H.T, np.eye(3)) @ vec(G)).max()
     printed = np.kron(H.T, np.eye(5)).shape[1]
-    return finding(roth < 1e-12 and update < 1e-12, roth_error=roth, update_error=update, columns_with_printed_I=printed, numbers_of_G=G.size)
+    return finding(roth < 1e-12 and update < 1e-12, roth_error=roth, update_error=update,
+                   columns_with_printed_I=printed, numbers_of_G=G.size)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c37
+# %% ../../nbs/theory/claims_convergence.ipynb #c38
 @check("C13", "holds", "P2", "appendix C.2 and C.2.1, Proposition 3", "sec-convergence")
 def c13_block_structure() -> Finding:
     """The inner product of two networks' weights is the sum over layers of <U^i x^i, U^i y^i>.
@@ -303,7 +317,7 @@ def c13_block_structure() -> Finding:
     return finding(np.isclose(total, x @ y) and crossed == 0, error=abs(total - x @ y), cross_block=crossed,
                    rows_of_U1=U[0].shape[0], columns_of_U2=U[1].shape[1])
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c40
+# %% ../../nbs/theory/claims_convergence.ipynb #c41
 @check("C14", "amended", "P2", "appendix C.2.3, Theorem 6(i)", "sec-smoothness")
 def c14_frozen_factor() -> Finding:
     """B -> L(W0 + B A0) is smooth with factor L_G C^2 sqrt(L).
@@ -320,10 +334,11 @@ def c14_frozen_factor() -> Finding:
         attained = np.linalg.norm(J.T @ J, 2)
         bound = frozen_smoothness([torch.from_numpy(Ai) for Ai in A])
         exact.append(np.isclose(attained, bound) and coupled <= bound)
-        figures |= {f"attained_{L}_layers": attained, f"printed_{L}_layers": 1.7**2 * np.sqrt(L), f"coupled_{L}_layers": coupled}
+        figures |= {f"attained_{L}_layers": attained, f"printed_{L}_layers": 1.7**2 * np.sqrt(L),
+                    f"coupled_{L}_layers": coupled}
     return finding(np.isclose(figures["attained_16_layers"], figures["printed_16_layers"]), all(exact), **figures)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c41
+# %% ../../nbs/theory/claims_convergence.ipynb #c43
 @check("C15", "typo", "P2", "appendix C.2.3", "sec-smoothness")
 def c15_gradient_identity() -> Finding:
     """grad_W = grad_B A0^T.
@@ -335,9 +350,10 @@ def c15_gradient_identity() -> Finding:
     W = W0 + B @ A
     grad_B, grad_W = torch.autograd.grad((W.sin() * W).sum(), (B, W))
     error = float((grad_B - grad_W @ A.T).abs().max())
-    return finding(grad_B.shape[1] == A.shape[1], error < 1e-12, error=error, columns_of_grad_B=grad_B.shape[1], rows_of_A_transposed=A.shape[1])
+    return finding(grad_B.shape[1] == A.shape[1], error < 1e-12, error=error, columns_of_grad_B=grad_B.shape[1],
+                   rows_of_A_transposed=A.shape[1])
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c43
+# %% ../../nbs/theory/claims_convergence.ipynb #c45
 @check("C16", "amended", "P2", "appendix C.2.3, Theorem 6(ii)", "sec-smoothness")
 def c16_counterexample() -> Finding:
     """At A = B = k I the gradients' difference over the difference of B A grows like k, so LoRA isn't smooth.
@@ -349,10 +365,12 @@ def c16_counterexample() -> Finding:
     library = smoothness_ratio(k, n, n, layers)
     b, a = np.array([1.0, 1.001]), np.array([1.0, 1 / 1.001])
     same, differ = abs(np.diff(b * a)[0]), np.hypot(*np.diff([b * a * a, b * b * a])[:, 0])
-    return finding(np.isclose(by_product, by_parameters), np.isclose(by_parameters, k**2) and np.isclose(library, k**2) and differ > 1e3 * same,
-                   k=k, ratio_by_product=by_product, ratio_by_parameters=by_parameters, same_product=same, gradient_differs=differ)
+    return finding(np.isclose(by_product, by_parameters),
+                   np.isclose(by_parameters, k**2) and np.isclose(library, k**2) and differ > 1e3 * same, k=k,
+                   ratio_by_product=by_product, ratio_by_parameters=by_parameters, same_product=same,
+                   gradient_differs=differ)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c45
+# %% ../../nbs/theory/claims_convergence.ipynb #c47
 def factor_hessian(loss, B: torch.Tensor, A: torch.Tensor) -> float:
     "Spectral norm of the Hessian of (B, A) -> loss(B A), B and A of shape (layers, n, r) and (layers, r, m)."
     def of_vector(v):
@@ -370,7 +388,7 @@ def coupled_case(generator: torch.Generator) -> tuple[float, float]:
     hessian = factor_hessian(lambda W: 0.5 * (W.flatten() - goal) @ Q @ (W.flatten() - goal), B, A)
     return hessian, local_smoothness_bound(list(A), list(B), float(torch.linalg.matrix_norm(G, 2).max()))
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c46
+# %% ../../nbs/theory/claims_convergence.ipynb #c48
 @check("C17", "amended", "P2", "Theorem 6(ii), section 3.2", "sec-smoothness")
 def c17_local_smoothness() -> Finding:
     """LoRA has no Lipschitz smoothness guarantees.
@@ -384,9 +402,10 @@ def c17_local_smoothness() -> Finding:
     return finding(not np.isfinite(bound), worst <= 1 and np.isclose(attained, bound) and np.isclose(bound, 3 * k**2),
                    largest_ratio=worst, hessian_at_5=attained, bound_at_5=bound)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c48
+# %% ../../nbs/theory/claims_convergence.ipynb #c50
 def bounded_descent(radius: float, T: int) -> tuple[bool, float, float]:
-    "Descent on 0.5|BA - goal|^2 with step 1 / L_S: does it stay in S and descend, mean |grad|^2, and 2 (g0 - g*) / (eta T)."
+    """Descent on 0.5|BA - goal|^2 with step 1 / L_S: does it stay in S
+    and descend, mean |grad|^2, and 2 (g0 - g*) / (eta T)."""
     rng = np.random.default_rng(0)
     B, A, goal = rng.standard_normal((3, 1)), rng.standard_normal((1, 3)), rng.standard_normal((3, 3))
     goal /= np.linalg.norm(goal, 2)
@@ -402,25 +421,27 @@ def bounded_descent(radius: float, T: int) -> tuple[bool, float, float]:
     best = 0.5 * (S[1:] ** 2).sum()
     return inside and bool(np.all(np.diff(losses) <= 1e-12)), total, 2 * (losses[0] - best) / (eta * T)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c49
+# %% ../../nbs/theory/claims_convergence.ipynb #c51
 @check("C18", "amended", "P2", "abstract, section 3.2, Table 1", "sec-smoothness")
 def c18_analysis_is_possible() -> Finding:
     """A convergence analysis is feasible only if one factor is frozen.
 
-    None with a step that knows only L_G; with bounded factors and a step 1 / L_S gradient descent on both converges."""
+    None with a step that knows only L_G; with bounded factors and a
+    step 1 / L_S gradient descent on both converges."""
     b = a = 3.0
     for _ in range(4):
         b, a = b - 0.5 * b * a * a, a - 0.5 * b * b * a
     descends, mean, bound = bounded_descent(radius=4.0, T=400)
-    return finding(not (descends and mean <= bound), descends and mean <= bound and abs(b * a) > 1e6, product_after_4_steps_of_half=b * a,
-                   mean_gradient=mean, bound=bound)
+    return finding(not (descends and mean <= bound), descends and mean <= bound and abs(b * a) > 1e6,
+                   product_after_4_steps_of_half=b * a, mean_gradient=mean, bound=bound)
 
-# %% ../../nbs/theory/claims_convergence.ipynb #c50
+# %% ../../nbs/theory/claims_convergence.ipynb #c53
 @check("C19", "amended", "P2", "section 3.2", "sec-convergence")
 def c19_stationary_where() -> Finding:
     """Convergence of training B, or B and A, means that the gradient becomes small.
 
-    The gradient in the factors; (0, 0) is always stationary in them. Only fresh factors or full cycles control the gradient in W."""
+    The gradient in the factors; (0, 0) is always stationary in them. Only
+    fresh factors or full cycles control the gradient in W."""
     W, zero = np.zeros((2, 2)), np.zeros((2, 1))
     grad_W = W - np.eye(2)
     in_factors = np.linalg.norm(grad_W @ zero) + np.linalg.norm(zero.T @ grad_W)
@@ -428,4 +449,5 @@ def c19_stationary_where() -> Finding:
     at_start = np.linalg.norm(zero.T @ grad_W)
     fresh = np.linalg.norm(grad_W @ A.T)
     return finding(in_factors > 0, in_factors == 0 and at_start == 0 and fresh > 0, gradient_in_factors=in_factors,
-                   gradient_in_W=np.linalg.norm(grad_W), gradient_of_A_at_lora_start=at_start, gradient_of_B_with_fresh_A=fresh)
+                   gradient_in_W=np.linalg.norm(grad_W), gradient_of_A_at_lora_start=at_start,
+                   gradient_of_B_with_fresh_A=fresh)

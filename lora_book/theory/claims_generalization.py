@@ -11,14 +11,20 @@ __all__ = ['ACTIVATIONS', 'scalar_change', 'main_text_sum', 'appendix_sum', 'b1_
            'one_step_information', 'b22_vanishing_rate', 'b23_ratio_of_bounds']
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c03
-from itertools import combinations
 from math import comb, log, prod, sqrt
 
 import numpy as np
 
 from .claims_record import Finding, check, finding
-from .generalization import (hoeffding_bound, mi_bound, numbers_stored, offset_term, pac_bayes_bound,
-                                             path_term, perturbation_bound)
+from lora_book.theory.generalization import (
+    hoeffding_bound,
+    mi_bound,
+    numbers_stored,
+    offset_term,
+    pac_bayes_bound,
+    path_term,
+    perturbation_bound,
+)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c05
 def scalar_change(w: list, d: list, ell: list, s: list, C: float) -> float:
@@ -48,12 +54,15 @@ def b1_index_function_P() -> Finding:
     moved, still = ([0.0, 1.0], [1.0, 0.0]), ([1.0, 1.0], [0.0, 0.0])
     actual = scalar_change(*moved, [1.0, 1.0], [0.0, 0.0], 1.0)
     printed, mended = [main_text_sum(*x) for x in (moved, still)], [appendix_sum(*x) for x in (moved, still)]
-    return finding(printed[0] >= actual and printed[1] == 0, mended[0] >= actual and mended[1] == 0, actual_change=actual,
-                   printed=printed[0], mended=mended[0], printed_at_zero=printed[1], mended_at_zero=mended[1])
+    return finding(printed[0] >= actual and printed[1] == 0, mended[0] >= actual and mended[1] == 0,
+                   actual_change=actual, printed=printed[0], mended=mended[0], printed_at_zero=printed[1],
+                   mended_at_zero=mended[1])
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c08
-def printed_bound(w: list, d: list, slopes: list, offsets: list, C: float, around_dw: bool = False, start: int = 3) -> float:
-    "The bracket of Theorem 1 as printed: odd bits of H mean dW; indices 2^a - 1 (around W0) or 2^a (around dW) are left out."
+def printed_bound(w: list, d: list, slopes: list, offsets: list, C: float, around_dw: bool = False,
+                  start: int = 3) -> float:
+    """The bracket of Theorem 1 as printed: odd bits of H mean dW;
+    indices 2^a - 1 (around W0) or 2^a (around dW) are left out."""
     L, skip = len(w), {2**a - (not around_dw) for a in range(1, len(w) + 1)}
     words = appendix_sum(w, d, first=2 if around_dw else 1)
     first = start if around_dw else 1
@@ -86,7 +95,8 @@ def b2_index_function_H() -> Finding:
     printed = [printed_bound(*near_w0), printed_bound(*near_dw, around_dw=True)]
     mended = [perturbation_bound(*near_w0), perturbation_bound(*(near_dw[1::-1] + near_dw[2:]))]
     return finding(min(printed) >= change, min(mended) >= change and mends < 1e-12, actual_change=change,
-                   printed_around_W0=printed[0], printed_around_dW=printed[1], mended=min(mended), two_mends_differ=mends)
+                   printed_around_W0=printed[0], printed_around_dW=printed[1], mended=min(mended),
+                   two_mends_differ=mends)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c11
 @check("B3", "typo", "P2", "Theorem 1", "sec-generalization")
@@ -97,14 +107,17 @@ def b3_lower_limit() -> Finding:
     w, d, slopes, offsets = [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]
     actual = abs((1 * 1 * 1 + 1) - (0 + 1))
     from_one, from_three = (printed_bound(w, d, slopes, offsets, 1.0, around_dw=True, start=i) for i in (1, 3))
-    return finding(from_one == from_three, from_three == actual, actual_change=actual, from_one=from_one, from_three=from_three)
+    return finding(from_one == from_three, from_three == actual, actual_change=actual, from_one=from_one,
+                   from_three=from_three)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c13
 @check("B4", "holds", "P2", "text after Theorem 1, appendix C.1.2", "sec-generalization")
 def b4_counting_identities() -> Finding:
-    """The 2^L words add up to the product of w + d; there are 2^L - (L + 1) offset terms; word 2^L is all W0, word 1 all dW.
+    """The 2^L words add up to the product of w + d; there are 2^L -
+    (L + 1) offset terms; word 2^L is all W0, word 1 all dW.
 
-    True with the appendix's P. Word 2^L is the one missing from Phi_dW, word 1 from Phi_W0; the text has them the wrong way round."""
+    True with the appendix's P. Word 2^L is the one missing from Phi_dW,
+    word 1 from Phi_W0; the text has them the wrong way round."""
     rng, worst = np.random.default_rng(0), 0.0
     for L in range(1, 10):
         w, d = norms(rng, L)[:2]
@@ -133,13 +146,16 @@ def b5_written_out() -> Finding:
 
     The term is C l2 l1 |dW2| |dW1|; the three-layer expansion is the corrected formula, not the printed one."""
     rng = np.random.default_rng(0)
-    draws = {L: [[rng.integers(1, 9, L).astype(float).tolist() for _ in range(4)] + [3.0] for _ in range(50)] for L in (2, 3)}
-    two = max(abs(printed_two(*c) + c[4] * c[1][0] * c[1][1] * c[2][1] * (c[2][0] - 1) - perturbation_bound(*c)) for c in draws[2])
+    draws = {L: [[rng.integers(1, 9, L).astype(float).tolist() for _ in range(4)] + [3.0] for _ in range(50)]
+             for L in (2, 3)}
+    two = max(abs(printed_two(*c) + c[4] * c[1][0] * c[1][1] * c[2][1] * (c[2][0] - 1) - perturbation_bound(*c))
+              for c in draws[2])
     three = max(abs(printed_three(*c) - perturbation_bound(*c)) for c in draws[3])
     indices = max(abs(printed_three(*c) - printed_bound(*c)) for c in draws[3])
     steep = ([0.0, 0.0], [1.0, 1.0], [2.0, 1.0], [0.0, 0.0], 1.0)
-    return finding(printed_two(*steep) >= scalar_change(*steep), two == 0 and three == 0 and indices > 0, change_of_a_network=scalar_change(*steep),
-                   printed_two_layers=printed_two(*steep), missing_term_error=two, three_layer_error=three)
+    return finding(printed_two(*steep) >= scalar_change(*steep), two == 0 and three == 0 and indices > 0,
+                   change_of_a_network=scalar_change(*steep), printed_two_layers=printed_two(*steep),
+                   missing_term_error=two, three_layer_error=three)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c18
 def closed_form(w: list, d: list, ell: list, s: list, C: float) -> float:
@@ -160,7 +176,8 @@ def b6_cost_of_the_bound() -> Finding:
     exact = 12e-13 + sum((12 - l) * 1e-13 for l in range(1, 12))
     lost = [abs(f(*tiny) / exact - 1) for f in (closed_form, perturbation_bound)]
     return finding(worst > 1e-9, worst < 1e-12 and lost[1] < 1e-9, products_at_14_layers=2**14, steps_at_14_layers=14,
-                   relative_difference=worst, small_update_error_products=lost[0], small_update_error_recurrence=lost[1])
+                   relative_difference=worst, small_update_error_products=lost[0],
+                   small_update_error_recurrence=lost[1])
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c20
 def _logistic(z: np.ndarray) -> np.ndarray:
@@ -168,8 +185,10 @@ def _logistic(z: np.ndarray) -> np.ndarray:
 
 
 ACTIVATIONS = {"relu": (lambda z: np.maximum(z, 0), 1.0), "tanh": (np.tanh, 1.0), "sigmoid": (_logistic, 0.25),
-               "softplus": (lambda z: np.log1p(np.exp(z)), 1.0), "cos": (np.cos, 1.0), "silu": (lambda z: z * _logistic(z), 1.1),
-               "affine": (lambda z: 2 * z + 1, 2.0), "shifted": (lambda z: np.maximum(z, 0) - 1, 1.0), "sin": (np.sin, 1.0)}
+               "softplus": (lambda z: np.log1p(np.exp(z)), 1.0), "cos": (np.cos, 1.0),
+               "silu": (lambda z: z * _logistic(z), 1.1),
+               "affine": (lambda z: 2 * z + 1, 2.0), "shifted": (lambda z: np.maximum(z, 0) - 1, 1.0),
+               "sin": (np.sin, 1.0)}
 
 
 def network(weights: list, activation, x: np.ndarray) -> np.ndarray:
@@ -182,7 +201,8 @@ def network(weights: list, activation, x: np.ndarray) -> np.ndarray:
 def random_change(rng: np.random.Generator, activation, slope: float) -> tuple[float, tuple]:
     "The actual change of a random network's output, and the norms that bound it."
     sizes = rng.integers(1, 6, rng.integers(2, 6))
-    base, new = ([rng.standard_normal((n, m)) * rng.choice([0.1, 1]) for m, n in zip(sizes, sizes[1:])] for _ in range(2))
+    base, new = ([rng.standard_normal((n, m)) * rng.choice([0.1, 1]) for m, n in zip(sizes, sizes[1:])]
+                 for _ in range(2))
     x = rng.standard_normal(sizes[0])
     change = network([a + b for a, b in zip(base, new)], activation, x) - network(base, activation, x)
     w, d = ([np.linalg.norm(W, 2) for W in weights] for weights in (base, new))
@@ -202,8 +222,9 @@ def b7_the_bound() -> Finding:
     scalars = [norms(rng, L) for L in (1, 2, 3, 4, 5) for _ in range(20)]
     equal = max(abs(scalar_change(*c) / perturbation_bound(*c) - 1) for c in scalars)
     broken_scalars = sum(scalar_change(*c) > printed_bound(*c) * (1 + 1e-9) for c in scalars)
-    return finding(above < 1 + 1e-9 and equal < 1e-9, broken + broken_scalars > 0, networks=len(trials), largest_ratio=above,
-                   scalar_networks_off_equality=equal, printed_violated=broken, printed_violated_scalar=broken_scalars)
+    return finding(above < 1 + 1e-9 and equal < 1e-9, broken + broken_scalars > 0, networks=len(trials),
+                   largest_ratio=above, scalar_networks_off_equality=equal, printed_violated=broken,
+                   printed_violated_scalar=broken_scalars)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c24
 @check("B8", "amended", "P2", "appendix C.1.2, end", "sec-generalization")
@@ -256,8 +277,8 @@ def b10_tightness() -> Finding:
         w, d = (np.linalg.norm(X, 2, axis=(1, 2)).tolist() for X in (W, D))
         ratios.append(perturbation_bound(w, d, [1.0] * 6, [0.0] * 6, float(np.linalg.norm(x))) / change)
     return finding(printed_bound(*still) == 0, perturbation_bound(*still) == 0 and attained > 1 - 1e-9,
-                   printed_at_zero=printed_bound(*still), mended_at_zero=perturbation_bound(*still), attained_ratio=attained,
-                   bound_over_actual_on_relu=np.median(ratios))
+                   printed_at_zero=printed_bound(*still), mended_at_zero=perturbation_bound(*still),
+                   attained_ratio=attained, bound_over_actual_on_relu=np.median(ratios))
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c30
 @check("B11", "holds", "P2", "Theorem 1 and Table 16", "sec-generalization")
@@ -273,7 +294,8 @@ def b11_which_norm() -> Finding:
         bounds.append(perturbation_bound(w, d, [1.0] * 4, [0.0] * 4, 1.0))
     x = rng.standard_normal(64)
     actual = np.linalg.norm(network(W + D, np.tanh, x / np.linalg.norm(x)) - network(W, np.tanh, x / np.linalg.norm(x)))
-    return finding(actual <= bounds[1] <= bounds[0], frobenius_over_spectral=bounds[0] / bounds[1], actual_change=actual)
+    return finding(actual <= bounds[1] <= bounds[0], frobenius_over_spectral=bounds[0] / bounds[1],
+                   actual_change=actual)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c33
 @check("B12", "amended", "P2", "appendix C.1.5, Theorem 3", "sec-generalization")
@@ -304,7 +326,8 @@ def b13_zero_distance() -> Finding:
     quantile = np.quantile(0.5 - coins / 3668, 1 - 2 * delta)
     hoeffding = hoeffding_bound(3668, 2 * delta, 1.0)
     return finding(min(ratios) < 1, quantile <= hoeffding, smallest_ratio=min(ratios), largest_ratio=max(ratios),
-                   theorem_at_3668=pac_bayes_bound(3668, delta, 1.0), hoeffding_at_3668=hoeffding, coin_quantile=quantile)
+                   theorem_at_3668=pac_bayes_bound(3668, delta, 1.0), hoeffding_at_3668=hoeffding,
+                   coin_quantile=quantile)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c37
 def information(joint: np.ndarray) -> float:
@@ -323,8 +346,9 @@ def b14_data_processing() -> Finding:
     into_larger = np.zeros((7, 3))
     into_larger[[0, 2, 3, 6]] = joint
     merged = np.vstack([joint[0] + joint[1], joint[2:]])
-    best = np.log(joint / (joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)))
-    variational = (joint * best).sum() - log((joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True) * np.exp(best)).sum())
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    best = np.log(joint / independent)
+    variational = (joint * best).sum() - log((independent * np.exp(best)).sum())
     whole, injective, less = information(joint), information(into_larger), information(merged)
     needs_bijection = not np.isclose(injective, whole)
     return finding(needs_bijection, np.isclose(injective, whole) and less < whole and np.isclose(variational, whole),
@@ -353,15 +377,16 @@ def b16_superfluous_term() -> Finding:
     tail = np.cumsum([comb(N, k) / 2**N for k in range(N, -1, -1)])[::-1]
     expected = 0.5 - sum(p * p for p in tail[1:]) / N
     direct, table = sqrt(2 * 0.25 * log(2) / N), 2 * perturbation_bound([0.0], [1.5], [1.0], [0.0], 1.0)
-    return finding(still == 0 and table < 1, expected <= direct, phi_without_update=still, expected_gap_of_one_bit=expected,
-                   direct_bound=direct, table_bound=table + direct)
+    return finding(still == 0 and table < 1, expected <= direct, phi_without_update=still,
+                   expected_gap_of_one_bit=expected, direct_bound=direct, table_bound=table + direct)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c43
 @check("B17", "amended", "P2", "Table 1", "sec-generalization")
 def b17_size_of_the_bounds() -> Finding:
     """The mutual-information terms of Table 1 rank the methods' gaps.
 
-    They hold in expectation but exceed 1 for a loss in [0, 1], all data sets and q >= 8, already for the smallest model."""
+    They hold in expectation but exceed 1 for a loss in [0, 1], all
+    data sets and q >= 8, already for the smallest model."""
     base, small = [(768, 768)] * 24, [(192, 192)] * 24
     mrpc = mi_bound("lora", base, 16, 1, 32, 0.5, 3668)
     cifar = mi_bound("asymmetric", base, 16, 1, 32, 0.5, 50_000)
@@ -385,7 +410,8 @@ def b18_cheap_update_keeps_information() -> Finding:
     A = np.eye(r, m)
     rank = map_rank(A, n)
     rows, columns = np.linalg.norm(A @ A.T - np.eye(r)), np.linalg.norm(A.T @ A - np.eye(m))
-    return finding(rank == n * r and rows == 0, map_rank=rank, numbers_of_B=n * r, row_defect=rows, column_defect=columns)
+    return finding(rank == n * r and rows == 0, map_rank=rank, numbers_of_B=n * r, row_defect=rows,
+                   column_defect=columns)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c48
 def chain_stack(m: int, r: int, starts: list[int]) -> np.ndarray:
@@ -397,7 +423,8 @@ def chain_stack(m: int, r: int, starts: list[int]) -> np.ndarray:
 def b19_rank_and_injectivity() -> Finding:
     """The update of k circulant links has rank at most k r, thus the map from its B's is injective.
 
-    Injective if and only if the stacked selectors have full row rank, that is k r <= m; the rank of dW is no reason."""
+    Injective if and only if the stacked selectors have full row
+    rank, that is k r <= m; the rank of dW is no reason."""
     m, r, n = 6, 2, 3
     disjoint, wrapped, equal = (chain_stack(m, r, starts) for starts in ([0, 2, 4], [0, 2, 4, 6], [0, 0]))
     ranks = [map_rank(stack, n) // n for stack in (disjoint, wrapped, equal)]
@@ -411,7 +438,8 @@ def b19_rank_and_injectivity() -> Finding:
 def b20_random_chain_inverts() -> Finding:
     """The update of RAC is [B^1 | ... | B^k] [Q^1 | ... | Q^k]^T and can be inverted since the Q^j are orthogonal.
 
-    The Q^j are stacked upright, (k r, m); invertible if and only if the stack has full row rank, which needs k r <= m."""
+    The Q^j are stacked upright, (k r, m); invertible if and only if
+    the stack has full row rank, which needs k r <= m."""
     m, r, n, rng = 8, 3, 2, np.random.default_rng(0)
     Q = [np.linalg.qr(rng.standard_normal((m, r)))[0].T for _ in range(3)]
     ranks = [np.linalg.matrix_rank(np.vstack(Q[:k])) for k in (1, 2, 3)]
@@ -419,7 +447,8 @@ def b20_random_chain_inverts() -> Finding:
     B = rng.standard_normal((n, 2 * r))
     error = np.abs(B @ np.vstack(Q[:2]) @ np.linalg.pinv(np.vstack(Q[:2])) - B).max()
     return finding(printed.shape == (2 * r, m), ranks == [3, 6, 8] and error < 1e-12, printed_rows=printed.shape[0],
-                   printed_columns=printed.shape[1], needed_rows=2 * r, needed_columns=m, rank_1=ranks[0], rank_2=ranks[1], rank_3=ranks[2])
+                   printed_columns=printed.shape[1], needed_rows=2 * r, needed_columns=m, rank_1=ranks[0],
+                   rank_2=ranks[1], rank_3=ranks[2])
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c52
 @check("B21", "amended", "P2", "appendix C.1.5(d)", "sec-cola")
@@ -432,8 +461,9 @@ def b21_long_chains() -> Finding:
     longest = max(k for k in range(1, 100) if k * r * (n + m) <= n * m)
     freedom = 24 * r * (n + m - 24 * r)
     stored = numbers_stored("cola", [(n, m)], r, 60)
-    return finding(longest == 99, stored == n * m and freedom <= numbers_stored("cola", [(n, m)], r, 24), longest_useful_chain=longest,
-                   printed_count_at_60_links=60 * r * (n + m), numbers_of_the_weight=n * m, freedom_at_24_links=freedom)
+    return finding(longest == 99, stored == n * m and freedom <= numbers_stored("cola", [(n, m)], r, 24),
+                   longest_useful_chain=longest, printed_count_at_60_links=60 * r * (n + m),
+                   numbers_of_the_weight=n * m, freedom_at_24_links=freedom)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c54
 def one_step_information(rate: float, grid: float = 0.0) -> float:
@@ -449,8 +479,9 @@ def b22_vanishing_rate() -> Finding:
 
     Only at rate 0, or when the updates fall below the q-bit grid; the information jumps."""
     small, none, quantised = one_step_information(1e-12), one_step_information(0.0), one_step_information(1e-6, 2**-10)
-    return finding(np.isclose(small, none), small > 0.69 and none == 0 and quantised == 0, at_rate_1=one_step_information(1.0),
-                   at_rate_1e_12=small, at_rate_0=none, at_rate_1e_6_on_a_grid=quantised)
+    return finding(np.isclose(small, none), small > 0.69 and none == 0 and quantised == 0,
+                   at_rate_1=one_step_information(1.0), at_rate_1e_12=small, at_rate_0=none,
+                   at_rate_1e_6_on_a_grid=quantised)
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c56
 @check("B23", "amended", "P2", "section 4.2(iii)", "sec-rac")

@@ -23,13 +23,15 @@ class Finding(NamedTuple):
 
 
 def finding(printed: bool, mended: bool = True, /, **figures: float) -> Finding:
-    "A Finding with plain Python numbers; truth values count as 0 and 1. Raises TypeError for a figure that is no number."
+    """A Finding with plain Python numbers; truth values count as 0 and
+    1. Raises TypeError for a figure that is no number."""
     return Finding(bool(printed), bool(mended), {name: float(figure) for name, figure in figures.items()})
 
 # %% ../../nbs/theory/claims_record.ipynb #c06
 @dataclass(frozen=True)
 class Claim:
-    "A claim: where it stands, what it says, its class, the amended statement, the section that treats it, and its check."
+    """A claim: where it stands, what it says, its class, the amended
+    statement, the section that treats it, and its check."""
     id: str
     paper: str
     location: str
@@ -41,9 +43,17 @@ class Claim:
     check: Callable[[], Finding]
 
 # %% ../../nbs/theory/claims_record.ipynb #c07
+def _shown(x: float) -> str:
+    "A figure as text: whole numbers in full, rounding errors as a bound, others to four digits."
+    if x and abs(x) < 1e-12:
+        return "below 1e-12"
+    return f"{x:.0f}" if x.is_integer() and abs(x) < 1e9 else f"{x:.4g}"
+
+
 @dataclass(frozen=True)
 class Result:
-    "A verdict recomputed: `holds` for the printed statement, `mended` for the corrected one, and the figures behind both."
+    """A verdict recomputed: `holds` for the printed statement,
+    `mended` for the corrected one, and the figures behind both."""
     id: str
     verdict: str
     holds: bool
@@ -52,9 +62,8 @@ class Result:
 
     @property
     def details(self) -> str:
-        "The figures in one line; whole numbers in full, others to four digits."
-        shown = {name.replace("_", " "): f"{x:.0f}" if x == int(x) and abs(x) < 1e9 else f"{x:.4g}" for name, x in self.figures.items()}
-        return ", ".join(f"{name} {x}" for name, x in shown.items())
+        "The figures in one line; rounding errors are shown as such."
+        return ", ".join(f"{name.replace('_', ' ')} {_shown(x)}" for name, x in self.figures.items())
 
 # %% ../../nbs/theory/claims_record.ipynb #c08
 def judge(finding: Finding, kind: str) -> str:
@@ -74,7 +83,8 @@ REGISTRY: dict[str, Claim] = {}
 
 
 def check(id: str, verdict: str, paper: str, location: str, chapter: str) -> Callable:
-    "Register a function as the check of claim `id`; its docstring is the claim and, after an empty line, the amended statement."
+    """Register a function as the check of claim `id`; its docstring is
+    the claim and, after an empty line, the amended statement."""
     check_choice("verdict", verdict, CLASSES)
 
     def register(function: Callable[[], Finding]) -> Callable[[], Finding]:

@@ -15,7 +15,8 @@ from ..core.errors import unknown
 
 # %% ../../nbs/theory/tables.ipynb #c05
 class Cell(NamedTuple):
-    "One printed number with its address; `value` is None where the scan lost it, `ledger` a claim's id where it is wrong."
+    """One printed number with its address; `value` is None where the
+    scan lost it, `ledger` a claim's id where it is wrong."""
     row: str
     column: str
     value: float | str | None
@@ -39,7 +40,8 @@ def _cell(line: dict) -> Cell:
 # %% ../../nbs/theory/tables.ipynb #c08
 @dataclass(frozen=True)
 class Table:
-    "A printed table: what it says, in which unit, what rows and columns are, where it stands, and its cells in order of print."
+    """A printed table: what it says, in which unit, what rows and columns
+    are, where it stands, and its cells in order of print."""
     paper: str
     number: str
     title: str
