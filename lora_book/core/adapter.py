@@ -57,6 +57,14 @@ class Adapter(nn.Module):
         "d/dt delta(W0) at θ + tM for M a tensor per trained parameter; (n, m), float32 or wider."
         raise BadType(f"{type(self).__name__} doesn't say how its weight moves with its parameters")
 
+    def factors(self) -> list:
+        "ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j. Raises BadType where ΔW has no such form."
+        raise BadType(f"the change of {type(self).__name__} isn't a product of small factors")
+
+    def peft(self) -> object | None:
+        "A form of Hugging Face PEFT's own that says more than `factors` (`core.peft` has them); None where the factors say all."
+        return None
+
     def check_advance(self) -> None:
         "Raise unless another link may be opened; only chains have links."
         raise BadType(f"{type(self).__name__} has no links to advance")

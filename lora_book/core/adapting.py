@@ -138,23 +138,27 @@ class Plan:
     record: Record
 
 
-def build_adapters(targets: list[Target], method: Method, r: int, alpha, seed: int, dtype, options: dict) -> dict:
-    "{module name: {view key: adapter}} for the targets; nothing is installed."
+def build_adapters(targets: list[Target], method: Method, r: int, alpha, seed: int, dtype, options: dict, per_site: dict) -> dict:
+    "{module name: {view key: adapter}} for the targets; nothing is installed. per_site: {site name: its own r and alpha}."
     built: dict = {}
     for target in targets:
         for (key, view), name in zip(target.views.items(), target.sites(), strict=True):
             W0 = view.of(target.module.weight).detach()
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
-            adapter = method.make(W0, None if bias is None else bias.detach(), r=r, alpha=alpha, seed=site_seed(seed, name), dtype=dtype, **options)
+            size = {"r": r, "alpha": alpha} | per_site.get(name, {})
+            adapter = method.make(W0, None if bias is None else bias.detach(), **size, seed=site_seed(seed, name), dtype=dtype, **options)
             built.setdefault(target.name, {})[key] = adapter
     return built
 
 # %% ../../nbs/core/adapting.ipynb #c15
 def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, *, r: int = 8, alpha: float | None = None, head=None,
          seed: int = 0, generator: torch.Generator | None = None, dtype: torch.dtype | None = None, step: Callable, step_options: dict,
-         lr_ratio: float | None = None, targets: tuple[list, list] | None = None, **options) -> Plan:
-    "Check every argument and build every adapter; the model isn't changed. `targets` (targets, names that train in place) overrides `target_modules`."
+         lr_ratio: float | None = None, targets: tuple[list, list] | None = None, per_site: dict | None = None, **options) -> Plan:
+    """Check every argument and build every adapter; the model isn't changed.
+
+    `targets` (targets, names that train in place) overrides `target_modules`; `per_site` {site name: {"r": …, "alpha": …}} overrides r and alpha.
+    """
     if find_record(model) is not None:
         raise BadValue(f"the model is adapted already, with {find_record(model).method_id!r}; unload it first with merge(model, unload=True)")
     if generator is not None:
@@ -166,11 +170,12 @@ def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, 
     chosen, in_place = targets
     if not chosen and not in_place and not heads:
         raise BadValue(f"{method_id!r} would train nothing: name target_modules= or head=")
-    built = build_adapters(chosen, method, r, alpha, seed, dtype, options)
+    built = build_adapters(chosen, method, r, alpha, seed, dtype, options, per_site or {})
     ratio = method.lr_ratio if lr_ratio is None else lr_ratio
     check_ratio(method_id, ratio, built)
     config = {"target_modules": target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules),
               "r": r, "alpha": alpha, "seed": seed, "dtype": dtype, "lr_ratio": lr_ratio, "options": options, "step_options": step_options}
+    config |= {"per_site": per_site} if per_site else {}
     in_head = [f"{name}.{p}" for name, module in heads.items() for p, _ in module.named_parameters()]
     return Plan(chosen, built, [n for n in in_place if n not in in_head], in_head, Record(method_id, method, config, step, ratio))
 
