@@ -16,6 +16,7 @@ from .tree import attr, div, plain, raw_block, read
 OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "lst-label", "lst-cap", "echo", "output", "include", "eval",
            "error", "warning", "code-fold", "code-summary", "export", "exporti", "default_exp", "slow", "gpu", "hide"}
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+NOQA = re.compile(r"[ \t]+# noqa\b.*$", re.MULTILINE)
 DIRECTIVE = re.compile(r"^#\|\s?(.*)$")
 
 
@@ -77,7 +78,8 @@ def parse(page: Page, position: int, entry: dict, source: str, problems: Problem
     for name in sorted(set(options) - OPTIONS):
         problems.add(page.path, f"cell {position}", f"the cell option {name!r} isn't supported")
     ident = entry.get("id") or str(position)
-    return Cell(position, ident, "\n".join(lines).strip("\n"), options, entry.get("outputs", []))
+    shown = NOQA.sub("", "\n".join(lines).strip("\n"))
+    return Cell(position, ident, shown, options, entry.get("outputs", []))
 
 
 def _place(cell: Cell, index: int) -> str:
