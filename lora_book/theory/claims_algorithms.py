@@ -128,7 +128,7 @@ def two_links(old_mask: bool) -> tuple[float, float]:
     return np.linalg.norm(step @ second), np.linalg.norm(W1 + step @ second - goal)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c21
-@check("A7", "false", "P2", "appendix B, Algorithm 4", "sec-random_c3la")
+@check("A7", "false", "P2", "appendix B, Algorithm 4", "sec-c3la")
 def a7_random_chain() -> Finding:
     """After drawing a new block the update uses the gradient at W0 and the old mask, and every block is reached.
 

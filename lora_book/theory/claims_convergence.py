@@ -64,7 +64,7 @@ def c3_proposition_4() -> Finding:
                    literal_index=literal, not_dividing=ragged, circular_start=circular)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c11
-@check("C4", "false", "P2", "appendix B, Algorithms 2 and 4", "sec-random_cla")
+@check("C4", "false", "P2", "appendix B, Algorithms 2 and 4", "sec-cla")
 def c4_literal_offset() -> Finding:
     """The offset randint(0, floor(m / r) - 1) selects blocks with smallest eigenvalue r / m.
 
@@ -79,7 +79,7 @@ def c4_literal_offset() -> Finding:
                    largest_eigenvalue=best, mended_eigenvalue=mended)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c13
-@check("C5", "amended", "P2", "appendix B, Algorithms 2 and 4", "sec-random_cla")
+@check("C5", "amended", "P2", "appendix B, Algorithms 2 and 4", "sec-cla")
 def c5_which_end() -> Finding:
     """The block is randint(0, floor(m / r) - 1).
 

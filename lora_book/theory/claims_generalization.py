@@ -473,7 +473,7 @@ def one_step_information(rate: float, grid: float = 0.0) -> float:
     return information(np.eye(2) / 2) if stored[0] != stored[1] else 0.0
 
 
-@check("B22", "amended", "P2", "appendix C.1.5(a)", "sec-lora_plus")
+@check("B22", "amended", "P2", "appendix C.1.5(a)", "sec-lora-plus")
 def b22_vanishing_rate() -> Finding:
     """As the learning rate of A tends to 0, LoRA+ takes the bound of asymmetric LoRA.
 
