@@ -358,6 +358,8 @@ def test_problems_are_printed_and_the_last_good_site_stays(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "nbs/a.ipynb: sec-b: unresolved" in errors and "nbs/a.ipynb: sec-c: unresolved" in errors
     assert "Claim." in page(root, "nbs/a.html")
+    assert main(["--root", str(root), "--draft"]) == 1
+    assert "See @sec-b" in words(page(root, "nbs/a.html")) and not list(root.glob("_site?*"))
 
 
 def test_executed_notebooks_come_from_the_build_folder(tmp_path):

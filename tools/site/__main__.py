@@ -13,12 +13,14 @@ def main(arguments: list | None = None) -> int:
     parser.add_argument("--build", type=Path, help="the executed notebooks (default: the sources)")
     parser.add_argument("--out", type=Path, help="where to write the site (default: _site in the root)")
     parser.add_argument("--partial", action="store_true", help="take what isn't in the build folder from the sources")
+    parser.add_argument("--draft", action="store_true", help="write the site although something is wrong with it")
     chosen = parser.parse_args(arguments)
     start = time.perf_counter()
     out = chosen.out or chosen.root / "_site"
-    book, count = render(chosen.root, chosen.build, out, chosen.partial)
+    book, count = render(chosen.root, chosen.build, out, chosen.partial, chosen.draft)
     if book.problems:
-        print(f"{book.problems}\n{len(book.problems)} problems; the book was not published", file=sys.stderr)
+        state = "this is a draft" if chosen.draft else "the book was not published"
+        print(f"{book.problems}\n{len(book.problems)} problems; {state}", file=sys.stderr)
         return 1
     print(f"{count} pages in {time.perf_counter() - start:.1f} s: {(out / 'index.html').resolve()}")
     return 0

@@ -2,6 +2,7 @@
 import posixpath
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from . import audit, cells, code, config, links, maths, pages, search
@@ -9,9 +10,21 @@ from .numbering import Numbering
 from .tree import each, read_aloud, save
 
 
-def render(root: Path, build: Path | None, out: Path, partial: bool = False) -> tuple[config.Book, int]:
-    "Render the book of `root` into `out`. With problems nothing takes the place of the last good site."
+def render(root: Path, build: Path | None, out: Path, partial: bool = False, draft: bool = False) -> tuple:
+    "Render the book of `root` into `out`; with problems the last good site stays, unless a `draft` is wanted."
     book = config.load(root, build, partial)
+    files, exports = prepare(book)
+    with tempfile.TemporaryDirectory(prefix="lora-book-") as folder:
+        part = Path(folder) / "site"
+        publish(book, files, exports, part)
+        if draft or not book.problems:
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(part, out)
+    return book, len(book.pages)
+
+
+def prepare(book: config.Book) -> tuple[dict, dict]:
+    "Read, fill, number and resolve all pages in place; the files beside them, and what each notebook exports."
     numbering, exports, files = Numbering(book.problems), {}, {}
     for page in book.pages:
         markdown, shown, every = cells.assemble(page, book.problems)
@@ -25,25 +38,23 @@ def render(root: Path, build: Path | None, out: Path, partial: bool = False) -> 
             files[page.path] = page.file.read_bytes()
         numbering.run(page, meta)
     links.resolve(book, numbering.labels)
-    files.update(_pictures(book, files))
+    return files | _pictures(book, files), exports
+
+
+def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None:
+    "Write the site into `folder` and look at what was written."
     files["assets/search.js"] = search.script(book)
     maths.convert(book)
     for page in book.pages:
         page.blocks = code.colour(page.blocks)
     site = pages.Site(book, exports)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     for page in book.pages:
-        save(part / page.url, site.render(page))
+        save(folder / page.url, site.render(page))
     for name, content in files.items():
-        save(part / name, content)
+        save(folder / name, content)
     for name in ("style.css", "book.js"):
-        save(part / "assets" / name, (pages.ASSETS / name).read_bytes())
-    audit.audit(part, {page.url: page.path for page in book.pages}, book.problems)
-    if not book.problems:
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
-    return book, len(book.pages)
+        save(folder / "assets" / name, (pages.ASSETS / name).read_bytes())
+    audit.audit(folder, {page.url: page.path for page in book.pages}, book.problems)
 
 
 def _pictures(book: config.Book, made: dict) -> dict:
