@@ -4,7 +4,7 @@
 __all__ = ['full', 'linear_probe', 'bitfit', 'Unranked', 'Full', 'LinearProbe', 'BitFit', 'every_parameter', 'every_bias',
            'nothing']
 
-# %% ../../nbs/past/full.ipynb #c02
+# %% ../../nbs/past/full.ipynb #c09
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..core.adapting import Method
 from ..core.errors import BadType
 from ..core.targets import in_modules, own_linear
 
-# %% ../../nbs/past/full.ipynb #c03
+# %% ../../nbs/past/full.ipynb #c10
 class Unranked(Adapter):
     "A method without a rank: `r` and `alpha` are accepted, like every method's, and have no effect."
 
@@ -49,7 +49,7 @@ class Full(Unranked):
             return F.linear(x, blocks[0].adapter.W.to(x.dtype), bias)
         return effective_product(x, W, bias, blocks)
 
-# %% ../../nbs/past/full.ipynb #c04
+# %% ../../nbs/past/full.ipynb #c12
 class LinearProbe(Unranked):
     "ΔW = 0: the body stays as it is, the head learns."
 
@@ -70,7 +70,7 @@ class LinearProbe(Unranked):
         "The base product."
         return F.linear(x, W, bias)
 
-# %% ../../nbs/past/full.ipynb #c05
+# %% ../../nbs/past/full.ipynb #c13
 class BitFit(LinearProbe):
     "ΔW = 0, and the bias learns: n numbers."
 
@@ -93,7 +93,7 @@ class BitFit(LinearProbe):
             at = rows.stop
         return F.linear(x, W, torch.cat([*parts, bias[at:]]))
 
-# %% ../../nbs/past/full.ipynb #c06
+# %% ../../nbs/past/full.ipynb #c15
 def every_parameter(model: nn.Module, head: list[str]) -> tuple[list, list]:
     "For `full` without targets: every linear map gets an adapter, every other floating-point parameter trains in place."
     found = [t for t in own_linear(model) if not in_modules(t.name, head)]
