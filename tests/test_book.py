@@ -94,8 +94,11 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
     assert "cached" in second.out and "FAILED" in second.out
     assert "nbs/b.ipynb failed" in second.err and "ZeroDivisionError" in second.err
 
-    (project / "nbs/b.ipynb").write_text(notebook("# B {#sec-b}\n\nClaim.", "7 * 6"))
+    warned = "import warnings\nwarnings.warn('mind')\nprint('/x/lib/site-packages/torch/nn.py:1: UserWarning')\n7 * 6"
+    (project / "nbs/b.ipynb").write_text(notebook("# B {#sec-b}\n\nClaim.", warned))
     assert main([*run, "--only", "b"], project) == 0
     assert "nbs/a.ipynb" not in capsys.readouterr().out
     assert ">42<" in (project / "_site/nbs/b.html").read_text() and "Other words." in (project / "_site/nbs/a.html").read_text()
     assert not list((project / "_build").rglob("*.part"))
+    page = (project / "_site/nbs/b.html").read_text()
+    assert "cell:2: UserWarning: mind" in page and ">torch/nn.py:1: UserWarning" in page and "ipykernel" not in page

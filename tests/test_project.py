@@ -19,7 +19,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_boo
 LAYERS = {"core": 0, "past": 1, "present": 2, "future": 3, "registry": 4, "": 4, "experiments": 5, "cli": 6}
 BESIDE = ("theory", "analysis")
 BY_HAND = re.compile(r"lora_book/([\w/]+/)?__init__\.py")
-MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users|mnt|opt|tmp|var)/\w|/site-packages/\w|[A-Z]:\\\\Users|https?://(?:localhost|127\.|10\.|192\.168\.)")
+MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users|mnt|opt|tmp|var)/\w|/site-packages/\w|[A-Z]:\\\\Users|https?://(?:10\.|192\.168\.)")
 UNSAFE = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 
 

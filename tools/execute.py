@@ -17,6 +17,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 MARKS = re.compile(r"^#\|\s*(slow|gpu|eval)\s*:?\s*(\w*)", re.MULTILINE)
 SKIP = "skip-execution"
+PLACES = ((re.compile(r"\S*/site-packages/"), ""), (re.compile(r"\S*/ipykernel_\d+/\d+\.py"), "cell"))
 
 
 def is_skipped(source: str, wanted: set) -> bool:
@@ -24,6 +25,14 @@ def is_skipped(source: str, wanted: set) -> bool:
     marks = dict(MARKS.findall(source))
     costly = {name for name in ("slow", "gpu") if marks.get(name, "false") != "false"}
     return marks.get("eval") == "false" or bool(costly - wanted)
+
+
+def tidy(cells: list) -> None:
+    "Take this machine's folders out of printed text, such as the file that a warning names."
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        if output["output_type"] == "stream":
+            for place, name in PLACES:
+                output["text"] = place.sub(name, output["text"])
 
 
 def execute(source: Path, target: Path, timeout: int = 600, note: dict | None = None) -> None:
@@ -44,6 +53,7 @@ def execute(source: Path, target: Path, timeout: int = 600, note: dict | None = 
             del cell.metadata["tags"]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+    tidy(notebook.cells)
     notebook.metadata.pop("language_info", None)
     notebook.metadata.update(note or {})
     part = target.with_suffix(f".{os.getpid()}.part")
