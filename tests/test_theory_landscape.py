@@ -103,6 +103,16 @@ def test_rank_deficient_second_order_points_are_global(seed, n, m, count, decay)
     assert max(certificate(f, shifted, decay)[0], abs(certificate(f, shifted, decay)[1])) > 1e-6
 
 
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.floats(0.3, 3), st.floats(0.1, 1))
+def test_scale_divides_the_weight_decay(seed, scaling, decay):
+    rand = drawer(seed)
+    f, _ = sensing_problem(4, 3, 1, 20, seed)
+    B, A = minimise(f, 0.5 * rand(4, 3), 0.5 * rand(3, 3), decay, scaling)
+    excess, misaligned = certificate(f, scaling * B @ A, decay / scaling)
+    assert excess < 1e-4 and abs(misaligned) < 1e-4
+
+
 @settings(max_examples=15, deadline=None)
 @given(seeds, st.integers(2, 5), st.floats(0.05, 0.5))
 def test_the_origin_is_stationary_and_a_second_order_point_only_under_strong_decay(seed, n, decay):
