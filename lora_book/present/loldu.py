@@ -103,17 +103,19 @@ class Part:
     def __init__(self, rows: slice | None, PL: Tensor, U: Tensor):
         self.rows, self.PL, self.U = rows, PL, U
 
-    def forward(self, X: Tensor, Y: Tensor, d: Tensor) -> Tensor:
-        "Add the block's part to its columns Y (T, n) of the output; returns V = X Uᵀ, (T, r)."
+    def forward(self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor) -> Tensor:
+        "Add the block's part to its columns Y (T, n) of the output, which hold the base's; returns V = X Uᵀ, (T, r)."
         V = X @ self.U.t()
         Y.addmm_(V * d, self.PL.t())
         return V
 
-    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None) -> tuple[Tensor, Tensor]:
-        "The gradient (r,) of d, and GX (T, m) plus the block's gradient of X, from G (T, n) and from gv, what reaches V itself."
+    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None, wanted: bool) -> tuple:
+        "The gradient (r,) of d, and GX (T, m) or 0 plus the gradient of X if `wanted`; from G (T, n) and from gv, what reaches V itself."
         H = G @ self.PL
-        K = H * d if gv is None else gv + H * d
-        return (H * V).sum(0), K @ self.U if GX is None else GX.addmm_(K, self.U)
+        if wanted:
+            K = H * d if gv is None else gv + H * d
+            GX = K @ self.U if GX is None else GX.addmm_(K, self.U)
+        return (H * V).sum(0), GX
 
 # %% ../../nbs/present/loldu.ipynb #c08
 class Whole:
@@ -122,41 +124,45 @@ class Whole:
     def __init__(self, rows: slice | None, L: Tensor, U: Tensor, order: Tensor, inverse: Tensor):
         self.rows, self.L, self.U, self.order, self.inverse = rows, L, U, order, inverse
 
-    def forward(self, X: Tensor, Y: Tensor, d: Tensor) -> Tensor:
-        "Add the block's part to its columns Y (T, n) of the output; returns V = X Uᵀ, (T, r)."
+    def forward(self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor) -> Tensor:
+        "Write X Uᵀ diag(d) (P L)ᵀ + bias into its columns Y (T, n) of the output; returns V = X Uᵀ, (T, r)."
         V = X.new_empty(X.shape[0], self.U.shape[0])
         for x, y, v in in_cache(X, Y, V):
-            times_upper_t(x, self.U, v)
-            y.add_(times_upper(v * d, self.L.t(), torch.empty_like(y)).index_select(1, self.inverse))
+            scaled = torch.mul(times_upper_t(x, self.U, v), d, out=y[:, :len(d)])
+            torch.index_select(times_upper(scaled, self.L.t(), torch.empty_like(y)), 1, self.inverse, out=y)
+            if bias is not None:
+                y.add_(bias)
         return V
 
-    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None, wanted: bool) -> tuple:
         "As `Part.backward`; skips the blocks of zeros unless the gradient is to be differentiated again."
         if torch.is_grad_enabled() or gv is not None:
-            return Part(self.rows, self.L[self.inverse], self.U).backward(G, V, d, gv, GX)
-        gx, gd = G.new_empty(G.shape[0], self.U.shape[1]), torch.zeros_like(d)
-        for g, v, out in in_cache(G, V, gx):
-            H = times_upper_t(g.index_select(1, self.order), self.L.t(), torch.empty_like(v))
-            gd += (H * v).sum(0)
-            times_upper(H.mul_(d), self.U, out)
-        return gd, gx if GX is None else GX.add_(gx)
+            return Part(self.rows, self.L[self.inverse], self.U).backward(G, V, d, gv, GX, wanted)
+        own, gd = G.new_empty(G.shape[0], self.U.shape[1]), torch.zeros_like(d)
+        for g, v, gx in in_cache(G, V, own):
+            ordered = g.index_select(1, self.order)
+            H = times_upper_t(ordered, self.L.t(), torch.empty_like(v))
+            gd += torch.mul(H, v, out=ordered[:, :len(d)]).sum(0)
+            if wanted:
+                times_upper(H.mul_(d), self.U, gx)
+        return gd, own if GX is None or not wanted else GX.add_(own)
 
 # %% ../../nbs/present/loldu.ipynb #c09
 def base_rows(parts: list, n: int) -> list[slice]:
     "The rows of the weight (n in all) that the base product is still wanted for: all but those of whole blocks."
     spans, at = [], 0
-    for start, stop, _ in sorted((*(part.rows or slice(0, n)).indices(n),) for part in parts if isinstance(part, Whole)):
+    for start, stop, _ in sorted((part.rows or slice(n)).indices(n) for part in parts if isinstance(part, Whole)):
         spans, at = [*spans, slice(at, start)], stop
     return [rows for rows in [*spans, slice(at, n)] if rows.start < rows.stop]
 
 
 def base_output(X: Tensor, W: Tensor, bias: Tensor | None, spans: list[slice]) -> Tensor:
-    "X Wᵀ + bias, (T, n), in the rows of W that `spans` name; the other columns hold the bias alone."
+    "X Wᵀ + bias, (T, n), in the columns that `spans` name; the others are left unwritten."
     if spans == [slice(0, W.shape[0])]:
         return F.linear(X, W, bias)
-    Y = X.new_zeros(X.shape[0], W.shape[0]) if bias is None else bias.repeat(X.shape[0], 1)
+    Y = X.new_empty(X.shape[0], W.shape[0])
     for rows in spans:
-        Y[:, rows].addmm_(X, W[rows].t())
+        Y[:, rows] = F.linear(X, W[rows], None if bias is None else bias[rows])
     return Y
 
 
@@ -173,8 +179,11 @@ class LDUProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(X, W, bias, parts, *ds):
-        Y = base_output(X, W, bias, base_rows(parts, W.shape[0]))
-        return Y, *(part.forward(X, rows_of(Y, part.rows), d.to(X.dtype)) for part, d in zip(parts, ds, strict=True))
+        Y, kept = base_output(X, W, bias, base_rows(parts, W.shape[0])), []
+        for part, d in zip(parts, ds, strict=True):
+            own = bias if bias is None or part.rows is None else bias[part.rows]
+            kept.append(part.forward(X, rows_of(Y, part.rows), own, d.to(X.dtype)))
+        return Y, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -187,11 +196,12 @@ class LDUProduct(torch.autograd.Function):
         W, *rest = ctx.saved_tensors
         ds, Vs = rest[:len(ctx.parts)], rest[len(ctx.parts):]
         G = Vs[0].new_zeros(Vs[0].shape[0], W.shape[0]) if G is None else G
-        GX, grads = base_input_grad(G, W, base_rows(ctx.parts, W.shape[0])), []
+        wanted, grads = ctx.needs_input_grad[0], []
+        GX = base_input_grad(G, W, base_rows(ctx.parts, W.shape[0])) if wanted else None
         for part, d, V, gv in zip(ctx.parts, ds, Vs, gvs, strict=True):
-            gd, GX = part.backward(rows_of(G, part.rows), V, d.to(V.dtype), gv, GX)
+            gd, GX = part.backward(rows_of(G, part.rows), V, d.to(V.dtype), gv, GX, wanted)
             grads.append(gd.to(d.dtype))
-        return GX, None, G.sum(0) if ctx.needs_input_grad[2] else None, None, *grads
+        return GX if wanted else None, None, G.sum(0) if ctx.needs_input_grad[2] else None, None, *grads
 
 # %% ../../nbs/present/loldu.ipynb #c11
 def ldu_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
