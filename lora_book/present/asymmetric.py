@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LAWS', 'asymmetric', 'gaussian', 'orthonormal', 'frozen_law', 'Asymmetric']
 
-# %% ../../nbs/present/asymmetric.ipynb #c02
+# %% ../../nbs/present/asymmetric.ipynb #c09
 from collections.abc import Callable
 from functools import partial
 
@@ -15,7 +15,7 @@ from ..core.adapting import Method
 from ..core.errors import BadValue, check_choice, check_number
 from ..past.lora import kaiming
 
-# %% ../../nbs/present/asymmetric.ipynb #c03
+# %% ../../nbs/present/asymmetric.ipynb #c10
 def gaussian(r: int, m: int, generator: torch.Generator, sigma: float = 0.02) -> Tensor:
     "Entries drawn from N(0, σ²), (r, m)."
     return sigma * torch.randn(r, m, generator=generator)
@@ -29,7 +29,7 @@ def orthonormal(r: int, m: int, generator: torch.Generator) -> Tensor:
 
 LAWS = {"normal": gaussian, "kaiming": kaiming, "orthonormal": orthonormal}
 
-# %% ../../nbs/present/asymmetric.ipynb #c04
+# %% ../../nbs/present/asymmetric.ipynb #c11
 def frozen_law(init: str, sigma: float | None) -> Callable:
     "The law of a frozen factor, a function of (r, m, generator); raises BadValue for an unknown name or a sigma that the law doesn't have."
     check_choice("init", init, LAWS)
@@ -40,9 +40,9 @@ def frozen_law(init: str, sigma: float | None) -> Callable:
         raise BadValue(f"sigma={sigma} belongs to init='normal'; init={init!r} has no sigma")
     return partial(gaussian, sigma=sigma)
 
-# %% ../../nbs/present/asymmetric.ipynb #c05
+# %% ../../nbs/present/asymmetric.ipynb #c12
 class Asymmetric(LowRank):
-    "ΔW = (α/r)·B A0 with A0 frozen, or (α/r)·B0 A with B0 frozen."
+    "ΔW = (α/r)·B A0 with A0 frozen, or (α/r)·B0 A with B0 frozen (@eq-asymmetric-delta); P2 Eq. (8)."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, train: str = "B", init: str = "normal", sigma: float | None = None):

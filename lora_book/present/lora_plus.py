@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['lora_plus']
 
-# %% ../../nbs/present/lora_plus.ipynb #c02
+# %% ../../nbs/present/lora_plus.ipynb #c12
 from ..core.adapting import Method
 from ..past.lora import LoRA
 
-# %% ../../nbs/present/lora_plus.ipynb #c03
+# %% ../../nbs/present/lora_plus.ipynb #c13
 lora_plus = Method(LoRA, "LoRA+", "Hayou, Ghosh, Yu 2024", lr_ratio=16.0, count=lambda n, m, r: r * (n + m))

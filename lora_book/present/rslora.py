@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['rslora', 'RsLoRA']
 
-# %% ../../nbs/present/rslora.ipynb #c02
+# %% ../../nbs/present/rslora.ipynb #c09
 import math
 
 from ..core.adapting import Method
 from ..past.lora import LoRA
 
-# %% ../../nbs/present/rslora.ipynb #c03
+# %% ../../nbs/present/rslora.ipynb #c10
 class RsLoRA(LoRA):
     "ΔW = (α/√r)·B A with A, B as in LoRA (@eq-rslora-delta); source: Kalajdzievski 2023, ledger F5."
 
