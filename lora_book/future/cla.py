@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['cla', 'SELECTORS', 'random_cla', 'CLA', 'first_columns', 'RandomCLA']
 
-# %% ../../nbs/future/cla.ipynb #c02
+# %% ../../nbs/future/cla.ipynb #c04
 import torch
 from torch import Tensor
 
@@ -11,9 +11,9 @@ from ..core.adapting import Method
 from ..core.errors import check_choice
 from ..present.paca import Columns
 
-# %% ../../nbs/future/cla.ipynb #c03
+# %% ../../nbs/future/cla.ipynb #c12
 class CLA(Columns):
-    "ΔW = s·B [I_r 0] (@eq-cla-delta): the first r columns of the weight train."
+    "ΔW = s·B [I_r 0] (@eq-cla-delta): the first r columns of the weight train. P2 §2.3(i), Algorithm 1, ledger A1."
 
     def pick(self, m, r, generator):
         "0 .. r − 1."
@@ -22,18 +22,18 @@ class CLA(Columns):
 
 cla = Method(CLA, "Cheap LoRA (cLA)", "Cadenhead et al. 2026", count=lambda n, m, r: r * n)
 
-# %% ../../nbs/future/cla.ipynb #c04
+# %% ../../nbs/future/cla.ipynb #c25
 SELECTORS = {"block": lambda m, r: range(0, m - r + 1, r), "literal": lambda m, r: range(m // r), "window": lambda m, r: range(m - r + 1)}
 
 
 def first_columns(selector: str, m: int, r: int) -> Tensor:
-    "The first columns, counted from 0, that a selector law chooses among with equal chances (@eq-cla-laws); int64."
+    "The first columns, counted from 0, that a selector law chooses among with equal chances (@eq-cla-laws); int64. Raises BadValue for another name."
     check_choice("selector", selector, SELECTORS)
     return torch.tensor(SELECTORS[selector](m, r))
 
-# %% ../../nbs/future/cla.ipynb #c05
+# %% ../../nbs/future/cla.ipynb #c26
 class RandomCLA(Columns):
-    "ΔW = s·B S, S at r adjacent columns whose start is drawn by a selector law."
+    "ΔW = s·B S, S at r adjacent columns whose start is drawn by a selector law (@eq-cla-laws). P2 Algorithm 2, ledger C3 to C5."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, selector: str = "block"):
