@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loldu.py [--rounds 15] [--blocks 64,128,192]
 
-All variants run in turn in one process; each figure is the median over the rounds of (time of the variant) / (time of the frozen layer), in CPU time.
-"formed" multiplies the factors out in every forward pass and leaves the rest to autograd; "formed, dense P" does so with a permutation matrix,
-as the paper's released code does.
+All variants run in turn in one process; each figure is the median over the rounds of the variant's CPU time over the
+frozen layer's of the same round; "best" is the ratio of the shortest times. "formed" multiplies the factors out in
+every forward pass and leaves the rest to autograd; "dense P" does so with a permutation matrix, as the paper's
+released code does.
 """
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +47,12 @@ def formed(n: int, m: int, r: int, dense: bool):
 
 def variants(n: int, m: int) -> dict:
     "name -> (the layer as a function, its frozen tensors and parameters)."
-    models = {"floor": layer(n, m), "full": lb.adapt(layer(n, m), "full", ["0"]), "lora r=16": lb.adapt(layer(n, m), "lora", ["0"], r=16),
-              "loldu r=16": lb.adapt(layer(n, m), "loldu", ["0"], r=16), "loldu full rank": lb.adapt(layer(n, m), "loldu", ["0"], r=min(n, m))}
-    found = {name: (model, [*model.parameters(), *model.buffers()]) for name, model in models.items()}
-    return found | {"formed, full rank": formed(n, m, min(n, m), False), "formed, dense P": formed(n, m, min(n, m), True)}
+    k, found = min(n, m), {"floor": layer(n, m)}
+    ranks = {"full": ("full", 1), "lora r=16": ("lora", 16), "loldu r=16": ("loldu", 16), "loldu full rank": ("loldu", k)}
+    for name, (method, r) in ranks.items():
+        found[name] = lb.adapt(layer(n, m), method, ["0"], r=r)
+    known = {name: (model, [*model.parameters(), *model.buffers()]) for name, model in found.items()}
+    return known | {"formed": formed(n, m, k, False), "formed, dense P": formed(n, m, k, True)}
 
 
 def seconds(run, x: torch.Tensor, G: torch.Tensor) -> float:
@@ -71,8 +75,8 @@ def compare(T: int, n: int, m: int, rounds: int) -> None:
     print(f"T={T}, {m} -> {n}: floor {1e3 * min(times['floor']):.1f} ms")
     for name, (run, known) in made.items():
         ratio = statistics.median(a / b for a, b in zip(times[name], times["floor"], strict=True))
-        best = min(times[name]) / min(times["floor"])
-        print(f"  {name:18} {ratio:5.2f}   best/best {best:5.2f}   saved {saved_bytes(lambda: run(x), known) / 1e6:6.2f} MB")
+        best, held = min(times[name]) / min(times["floor"]), saved_bytes(partial(run, x), known) / 1e6
+        print(f"  {name:16} {ratio:5.2f}   best {best:5.2f}   saved {held:6.2f} MB")
 
 
 if __name__ == "__main__":
