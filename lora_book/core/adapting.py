@@ -176,7 +176,8 @@ def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, 
     config = {"target_modules": target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules),
               "r": r, "alpha": alpha, "seed": seed, "dtype": dtype, "lr_ratio": lr_ratio, "options": options, "step_options": step_options}
     config |= {"per_site": per_site} if per_site else {}
-    in_head = [f"{name}.{p}" for name, module in heads.items() for p, _ in module.named_parameters()]
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_head = list(dict.fromkeys(names[id(p)] for module in heads.values() for p in module.parameters()))
     return Plan(chosen, built, [n for n in in_place if n not in in_head], in_head, Record(method_id, method, config, step, ratio))
 
 # %% ../../nbs/core/adapting.ipynb #c16
