@@ -48,7 +48,7 @@ def formed(n: int, m: int, r: int, dense: bool):
 def variants(n: int, m: int) -> dict:
     "name -> (the layer as a function, its frozen tensors and parameters)."
     k, found = min(n, m), {"floor": layer(n, m)}
-    ranks = {"full": ("full", 1), "lora r=16": ("lora", 16), "loldu r=16": ("loldu", 16), "loldu full rank": ("loldu", k)}
+    ranks = {"full": ("full", 1), "lora r=16": ("lora", 16), "loldu r=16": ("loldu", 16), "loldu r=all": ("loldu", k)}
     for name, (method, r) in ranks.items():
         found[name] = lb.adapt(layer(n, m), method, ["0"], r=r)
     known = {name: (model, [*model.parameters(), *model.buffers()]) for name, model in found.items()}
