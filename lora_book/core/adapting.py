@@ -46,6 +46,7 @@ class Method:
     lr_ratio: float | None = None
     after: Callable = no_change
     penalty: Callable = no_penalty
+    seeds: Callable = site_seed
     count: Callable | None = None
 
     def options(self) -> list[str]:
@@ -147,7 +148,7 @@ def build_adapters(targets: list[Target], method: Method, r: int, alpha, seed: i
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
             size = {"r": r, "alpha": alpha} | per_site.get(name, {})
-            adapter = method.make(W0, None if bias is None else bias.detach(), **size, seed=site_seed(seed, name), dtype=dtype, **options)
+            adapter = method.make(W0, None if bias is None else bias.detach(), **size, seed=method.seeds(seed, name), dtype=dtype, **options)
             built.setdefault(target.name, {})[key] = adapter
     return built
 

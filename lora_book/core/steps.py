@@ -33,13 +33,12 @@ class PlainStep:
         "Take back what `state` gave."
 
     def __call__(self, model, optimizer, run: Callable, max_grad_norm: float | None) -> Tensor:
-        "Gradient, clipping, optimizer, zeroed gradients; returns the detached loss."
+        "Gradient, clipping, optimizer; returns the detached loss. The gradients stay until `Method.after` has seen them."
         self.check(model, optimizer)
         loss = self.gradient(model, optimizer, run)
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
         return loss
 
 # %% ../../nbs/core/steps.ipynb #c05
@@ -72,6 +71,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Call
     loss = record.step(model, optimizer, run, max_grad_norm)
     record.steps += 1
     record.method.after(adapters(model), record.steps)
+    optimizer.zero_grad()
     if (reset_every := record.config["options"].get("reset_every")) and record.steps % reset_every == 0:
         advance_if_links_left(model, optimizer)
     return loss
