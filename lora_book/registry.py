@@ -16,6 +16,7 @@ from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
 from .present.asymmetric import asymmetric
 from .present.cola import cola
+from .present.dora import dora
 from .present.loldu import loldu
 from .present.lora_plus import lora_plus
 from .present.paca import paca
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "asymmetric": asymmetric,
     "cola": cola,
     "rac": rac,
+    "dora": dora,
     "paca": paca,
     "loldu": loldu,
     "cla": cla,
