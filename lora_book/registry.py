@@ -20,6 +20,7 @@ from .present.dora import dora
 from .present.loldu import loldu
 from .present.lora_plus import lora_plus
 from .present.paca import paca
+from .present.pissa import pissa
 from .present.rac import rac
 from .present.rslora import rslora
 from .future.c3la import c3la, random_c3la
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
     "cola": cola,
     "rac": rac,
     "dora": dora,
+    "pissa": pissa,
     "paca": paca,
     "loldu": loldu,
     "cla": cla,
