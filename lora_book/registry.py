@@ -23,6 +23,7 @@ from .present.paca import paca
 from .present.pissa import pissa
 from .present.rac import rac
 from .present.rslora import rslora
+from .present.vera import vera
 from .future.c3la import c3la, random_c3la
 from .future.cla import cla, random_cla
 
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
     "rac": rac,
     "dora": dora,
     "pissa": pissa,
+    "vera": vera,
     "paca": paca,
     "loldu": loldu,
     "cla": cla,
