@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['cola', 'CoLA']
 
-# %% ../../nbs/present/cola.ipynb #c02
+# %% ../../nbs/present/cola.ipynb #c10
 import torch
 from torch import Tensor
 
@@ -12,9 +12,9 @@ from ..core.chain import Chain
 from ..core.errors import check_choice
 from ..past.lora import INITS
 
-# %% ../../nbs/present/cola.ipynb #c03
+# %% ../../nbs/present/cola.ipynb #c11
 class CoLA(Chain):
-    "ΔW = (α/r)·Σ_j B^j A^j; each link begins as LoRA does, and both its factors train."
+    "ΔW = (α/r)·Σ_j B^j A^j (@eq-cola-delta); each link begins as LoRA does, and both its factors train. P2 Eq. (7)."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None, init: str = "normal"):
