@@ -14,6 +14,7 @@ from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
 from .past.lora import lora
+from .present.adalora import adalora
 from .present.asymmetric import asymmetric
 from .present.cola import cola
 from .present.dora import dora
@@ -41,6 +42,7 @@ METHODS: dict[str, Method] = {
     "dora": dora,
     "pissa": pissa,
     "vera": vera,
+    "adalora": adalora,
     "paca": paca,
     "loldu": loldu,
     "cla": cla,
