@@ -24,6 +24,7 @@ from .present.paca import paca
 from .present.pissa import pissa
 from .present.rac import rac
 from .present.rslora import rslora
+from .present.sharpness import Sam, sam
 from .present.vera import vera
 from .future.c3la import c3la, random_c3la
 from .future.cla import cla, random_cla
@@ -45,12 +46,13 @@ METHODS: dict[str, Method] = {
     "adalora": adalora,
     "paca": paca,
     "loldu": loldu,
+    "sam": sam,
     "cla": cla,
     "random_cla": random_cla,
     "c3la": c3la,
     "random_c3la": random_c3la,
 }
-STEPS: dict[str, type] = {"plain": PlainStep}
+STEPS: dict[str, type] = {"plain": PlainStep, "sam": Sam}
 
 # %% ../nbs/registry.ipynb #c04
 def methods() -> tuple[str, ...]:
