@@ -20,6 +20,7 @@ from .present.cola import cola
 from .present.dora import dora
 from .present.loldu import loldu
 from .present.lora_plus import lora_plus
+from .present.mgpo import Ggpo, Mgpo, ggpo, mgpo
 from .present.paca import paca
 from .present.pissa import pissa
 from .present.rac import rac
@@ -47,12 +48,14 @@ METHODS: dict[str, Method] = {
     "paca": paca,
     "loldu": loldu,
     "sam": sam,
+    "ggpo": ggpo,
+    "mgpo": mgpo,
     "cla": cla,
     "random_cla": random_cla,
     "c3la": c3la,
     "random_c3la": random_c3la,
 }
-STEPS: dict[str, type] = {"plain": PlainStep, "sam": Sam}
+STEPS: dict[str, type] = {"plain": PlainStep, "sam": Sam, "mgpo": Mgpo, "ggpo": Ggpo}
 
 # %% ../nbs/registry.ipynb #c04
 def methods() -> tuple[str, ...]:
