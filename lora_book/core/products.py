@@ -2,12 +2,14 @@
 
 # %% auto #0
 __all__ = ['rows_of', 'add_product', 'LowRankProduct', 'low_rank_linear', 'copy_pays', 'patched', 'ColumnProduct',
-           'column_input_grad', 'column_linear', 'saved_bytes', 'addmm_flops', 'count_flops']
+           'column_input_grad', 'column_linear', 'saved_bytes', 'addmm_flops', 'count_flops', 'NudgedProduct',
+           'nudged_linear']
 
 # %% ../../nbs/core/products.ipynb #c03
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/core/products.ipynb #c05
@@ -171,3 +173,45 @@ def count_flops(run) -> int:
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         run()
     return counter.get_total_flops()
+
+# %% ../../nbs/core/products.ipynb #c25
+class NudgedProduct(torch.autograd.Function):
+    "The output of @eq-products-nudged; called through `nudged_linear`. It can be differentiated once."
+
+    @staticmethod
+    def forward(ctx, X, W, bias, blocks, *factors):
+        Y, kept = F.linear(X, W, bias), []
+        for (rows, scale), A, B, EA, EB in zip(blocks, *(factors[i::4] for i in range(4)), strict=True):
+            U = X @ torch.cat([A, EA]).t()
+            add_product(rows_of(Y, rows), U, torch.cat([B + EB, B], 1).t(), scale)
+            kept.append(U)
+        ctx.blocks, needs = blocks, ctx.needs_input_grad
+        ctx.save_for_backward(X if needs[1] or any(needs[4::4]) else None, W, *factors, *kept)
+        return Y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G):
+        X, W, *rest = ctx.saved_tensors
+        needs, count, grads = ctx.needs_input_grad, 4 * len(ctx.blocks), []
+        GX = G @ W if needs[0] else None
+        for i, (rows, scale) in enumerate(ctx.blocks):
+            A, B, EA, EB = rest[4 * i:4 * i + 4]
+            r, g = len(A), rows_of(G, rows)
+            V = scale * (g @ torch.cat([B, EB], 1))
+            GX = GX.addmm_(V, torch.cat([A + EA, A])) if needs[0] else None
+            grads += [V[:, :r].t() @ X if needs[4 + 4 * i] else None]
+            grads += [scale * (g.t() @ rest[count + i][:, :r]) if needs[5 + 4 * i] else None, None, None]
+        return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, *grads
+
+# %% ../../nbs/core/products.ipynb #c26
+def nudged_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
+    """x Wᵀ + bias with s·(B A + E_B A + B E_A) added to some rows of W (@eq-products-nudged), without forming the sum.
+
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, A (r, m), B (k, r), s, E_A, E_B), the last two of A's and B's shapes.
+    Factors are cast to x's dtype; A and B get the gradients they would have were the E-terms a constant. Returns (..., n).
+    """
+    X = x.reshape(-1, x.shape[-1])
+    spans = [(rows, float(s)) for rows, _, _, s, _, _ in blocks]
+    factors = [M.to(x.dtype) for _, A, B, _, EA, EB in blocks for M in (A, B, EA.detach(), EB.detach())]
+    return NudgedProduct.apply(X, W, bias, spans, *factors).view(*x.shape[:-1], W.shape[0])

@@ -74,6 +74,17 @@ class Columns(Selecting):
         "s·M_B S, (n, m)."
         return self.scaling * spread(M["B"], self.idx, self.m)
 
+    def direction(self, M: dict) -> list:
+        "One product (S, M_B, s)."
+        return [(self.A, M["B"].detach(), self.scaling)] * ("B" in M)
+
+    @classmethod
+    def nudged(cls, x, W, bias, blocks):
+        "ΔW is linear in B, so a nudge along M_B is a move of B (@sec-mgpo)."
+        if any(b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor) for b in blocks):
+            return super().nudged(x, W, bias, blocks)
+        return column_linear(x, W, bias, [(b.rows, b.adapter.idx, b.adapter.B + b.adapter.shifts()[1], b.adapter.scaling) for b in blocks])
+
 # %% ../../nbs/present/paca.ipynb #c17
 class PaCA(Columns):
     "ΔW = s·B S, S at r columns drawn without repetition; with s = 1 those columns of W0 train in place (@thm-paca-place)."
