@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', 'DOCSTRINGS', 'PAD', 'END', 'OFFLINE', 'IMAGES',
-           'Split', 'Data', 'content_hash', 'ranked', 'partition', 'package_folder', 'package_version', 'source_files',
-           'parsed', 'documented', 'summary', 'signature', 'harvest', 'plain', 'distinct', 'seal', 'unsealed', 'corpus',
-           'minilm_folder', 'load_tokenizer', 'encode', 'text_split', 'docstring_splits', 'docstrings_source', 'pairs',
-           'docstrings_match', 'to_bytes', 'from_bytes', 'generation_split', 'docstrings_signature', 'joined',
-           'kinship', 'image_data', 'digits', 'mnist5000', 'built', 'hub_data', 'is_repository', 'load_data', 'batches',
-           'trimmed']
+           'WINDOW', 'Split', 'Data', 'content_hash', 'ranked', 'partition', 'package_folder', 'package_version',
+           'source_files', 'parsed', 'documented', 'summary', 'signature', 'harvest', 'plain', 'distinct', 'seal',
+           'unsealed', 'corpus', 'minilm_folder', 'load_tokenizer', 'encode', 'text_split', 'docstring_splits',
+           'docstrings_source', 'pairs', 'docstrings_match', 'to_bytes', 'from_bytes', 'generation_split',
+           'docstrings_signature', 'joined', 'kinship', 'image_data', 'digits', 'mnist5000', 'built', 'hub_data',
+           'is_repository', 'load_data', 'alike', 'batches', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
 import ast
@@ -454,13 +454,28 @@ def load_data(name: str, split: str | None = None, limit: int | None = None, see
     return data if split is None else getattr(data, split)
 
 # %% ../../nbs/core/data.ipynb #c54
+WINDOW = 8
+
+
+def alike(split: Split, order: Tensor, batch_size: int) -> Iterator:
+    "The rows of `order`, batch by batch; texts sorted by length within windows of 8 batches, other data as they come."
+    if "attention_mask" not in split.tensors:
+        yield from order.split(batch_size)
+        return
+    lengths = split["attention_mask"].sum(1)
+    for window in order.split(WINDOW * batch_size):
+        rows = window[lengths[window].argsort(stable=True)]
+        parts = list(rows.split(batch_size))
+        yield from (parts[i] for i in sorted(range(len(parts)), key=lambda i: int(window[i * batch_size])))
+
+# %% ../../nbs/core/data.ipynb #c55
 def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, generator: torch.Generator | None = None,
             trim: bool = True) -> Iterator:
     "Dictionaries of tensors with up to `batch_size` rows, in an order drawn from `generator` or `seed`; `trim` cuts common padding."
     check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator) if shuffle else torch.arange(len(split))
-    for index in order.split(batch_size):
+    for index in alike(split, order, batch_size) if shuffle and trim else order.split(batch_size):
         batch = {name: value[index] for name, value in split.tensors.items()}
         batch = trimmed(batch) if trim else batch
         yield split.transform(batch) if split.transform else batch
