@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .core import peft, saving
-from .core.adapting import Method, Plan, check_options, commit, plan
-from .core.errors import unknown
+from .core.adapting import Method, Plan, check_module, check_options, commit, plan
+from .core.errors import BadType, unknown
 from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
@@ -65,6 +65,8 @@ def methods() -> tuple[str, ...]:
 
 def method(method_id: str) -> Method:
     "The method with this id; raises UnknownName, with the nearest ids."
+    if not isinstance(method_id, str):
+        raise BadType(f"a method is named by its id, one of {', '.join(map(repr, METHODS))}, not by {method_id!r}")
     if method_id not in METHODS:
         raise unknown("method", method_id, METHODS)
     return METHODS[method_id]
@@ -72,6 +74,8 @@ def method(method_id: str) -> Method:
 # %% ../nbs/registry.ipynb #c05
 def make_step(name: str, options: dict) -> tuple[PlainStep, dict]:
     "The step with this id, made with those of `options` that are its own; and these."
+    if not isinstance(name, str):
+        raise BadType(f"a step is named by its id, one of {', '.join(map(repr, STEPS))}, not by {name!r}")
     if name not in STEPS:
         raise unknown("step", name, STEPS)
     own = {key: value for key, value in options.items() if key in step_options(STEPS[name])}
@@ -82,8 +86,9 @@ def make_plan(model: nn.Module, method_id: str, target_modules=None, targets: tu
               step: str | None = None, **settings) -> Plan:
     "Check everything and build the adapters without changing the model; see `adapt`, and for `targets` and `per_site` `core.adapting.plan`."
     chosen = method(method_id)
+    check_module(model)
     common = {k: settings.pop(k) for k in ("r", "alpha", "head", "seed", "generator", "dtype", "lr_ratio") if k in settings}
-    step_id = step or chosen.step or "plain"
+    step_id = step if step is not None else chosen.step or "plain"
     made, own = make_step(step_id, settings)
     options = {key: value for key, value in settings.items() if key not in own}
     check_options(method_id, chosen, options, own)
@@ -104,16 +109,17 @@ def adapt(model: nn.Module, method: str, target_modules=None, *, r: int = 8, alp
     step: "sam", "mgpo" or "ggpo" with any adapter. lr_ratio: LoRA+'s ratio of B's learning rate to A's. options: the method's own and the step's own.
     Raises a LoraBookError (also a ValueError, TypeError or KeyError) that names the wrong value and the nearest choices; the model is then as it was.
     """
-    return commit(model, make_plan(model, method, target_modules, r=r, alpha=alpha, head=head, seed=seed, generator=generator, dtype=dtype,
-                                   step=step, lr_ratio=lr_ratio, **options))
+    with torch.inference_mode(False):
+        return commit(model, make_plan(model, method, target_modules, r=r, alpha=alpha, head=head, seed=seed, generator=generator, dtype=dtype,
+                                       step=step, lr_ratio=lr_ratio, **options))
 
 # %% ../nbs/registry.ipynb #c07
 def plan_of_description(model: nn.Module, description: dict) -> Plan:
     "The plan that a saved adapter's description asks for."
     config = dict(description["config"])
-    dtype = None if config["dtype"] is None else getattr(torch, config["dtype"])
+    dtype = None if config["dtype"] is None else vars(torch).get(config["dtype"], config["dtype"])
     settings = {key: config[key] for key in ("r", "alpha", "seed", "lr_ratio", "step")} | config["options"] | config["step_options"]
-    head = sorted({name.rpartition(".")[0] for name in description["head"]}) or None
+    head = config["head"] or None
     targets = (exactly(model, description["sites"]), description["in_place"])
     return make_plan(model, description["method"], config["target_modules"], targets, config.get("per_site"), dtype=dtype, head=head, **settings)
 
@@ -123,7 +129,8 @@ def load(model: nn.Module, path) -> nn.Module:
 
     Raises BadValue or MissingFile, the model unchanged, for altered or missing files, another architecture or base, NaN, or an adapted model.
     """
-    return saving.load(model, path, plan_of_description, commit)
+    with torch.inference_mode(False):
+        return saving.load(model, path, plan_of_description, commit)
 
 
 def from_peft(model: nn.Module, path) -> nn.Module:

@@ -4,7 +4,7 @@
 __all__ = ['FUSED', 'ENTRY', 'QUERY_VALUE', 'HEADS', 'Target', 'ends_with', 'parse_rows', 'parse_view', 'views_of',
            'check_disjoint', 'linear_names', 'modules_matching', 'choose_entry', 'check_runs', 'head_names',
            'in_modules', 'query_value', 'choose', 'entries', 'all_linear', 'runs', 'by_expression', 'exactly',
-           'tied_names', 'own_linear']
+           'tied_names', 'owners', 'own_linear']
 
 # %% ../../nbs/core/targets.ipynb #c02
 import re
@@ -33,7 +33,8 @@ FUSED = "qkv"
 ENTRY = re.compile(r"^(?P<ending>[^\[\]]*?)(?:\[(?P<rows>[^\[\]]+)\])?$")
 QUERY_VALUE = (["query", "value"], ["q_proj", "v_proj"], ["query_proj", "value_proj"], ["q_lin", "v_lin"],
                ["SelfAttention.q", "SelfAttention.v"], ["attn.c_attn[q,v]"], ["attn.qkv[q,v]"])
-HEADS = ("classifier", "score", "lm_head", "head", "head_dist", "qa_outputs", "cls", "fc")
+HEADS = ("classifier", "score", "lm_head", "head", "head_dist", "qa_outputs", "cls", "fc", "pre_classifier", "classification_head", "embed_out",
+         "proj_out")
 
 
 def ends_with(name: str, ending: str) -> bool:
@@ -81,12 +82,14 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_linear(module)]
 
 
-def modules_matching(model: nn.Module, entry: str, matches) -> list[tuple[str, nn.Module]]:
-    "The (name, module) pairs that `matches`; raises UnknownName, with the nearest endings, if there are none."
-    found = [(name, module) for name, module in model.named_modules() if matches(name)]
+def modules_matching(model: nn.Module, entry: str, matches, hint: str = "") -> list[tuple[str, nn.Module]]:
+    "The (name, module) pairs that `matches`, a module with two names once; raises UnknownName, with the nearest endings, if there are none."
+    canonical = {id(module): name for name, module in model.named_modules()}
+    every = model.named_modules(remove_duplicate=False)
+    found = list({id(module): (canonical[id(module)], module) for name, module in every if matches(name)}.values())
     if not found:
         parts = {".".join(name.split(".")[-k:]) for name in linear_names(model) for k in (1, 2)}
-        raise UnknownName(f"no module matches {entry!r}; nearest: {nearest(entry.split('[')[0], sorted(parts))}")
+        raise UnknownName(f"no module matches {entry!r}; nearest: {nearest(entry.split('[')[0], sorted(parts))}{hint}")
     return found
 
 # %% ../../nbs/core/targets.ipynb #c11
@@ -109,8 +112,12 @@ def check_runs(model: nn.Module, name: str) -> None:
 
 # %% ../../nbs/core/targets.ipynb #c14
 def head_names(model: nn.Module) -> list[str]:
-    "The names of the model's own head: modules called as heads usually are, not counting an output that shares its weight with the input."
-    return [name for name, _ in model.named_children() if name in HEADS]
+    "The names of the model's own head: modules called as heads usually are, also where the model is the only child of a wrapper."
+    children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    if len(children) == 1 and not isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and children[0][0] not in HEADS:
+        name, only = children[0]
+        return [f"{name}.{inner}" for inner in head_names(only)]
+    return [name for name, _ in children if name in HEADS]
 
 
 def in_modules(name: str, modules: list[str]) -> bool:
@@ -180,7 +187,7 @@ def by_expression(model: nn.Module, expression: str) -> list[Target]:
         pattern = re.compile(expression)
     except re.error as error:
         raise BadValue(f"{expression!r} isn't a regular expression: {error}; name endings go in a list") from error
-    found = modules_matching(model, expression, lambda name: pattern.fullmatch(name) is not None)
+    found = modules_matching(model, expression, lambda name: pattern.fullmatch(name) is not None, "; name endings go in a list")
     for name, module in found:
         check_site_is_plain(module, name)
     return [Target(name, module, views_of(module, None, expression)) for name, module in found]
@@ -207,8 +214,18 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    "The names of the parameters that different modules hold, by the parameter's identity; a module with two names counts once."
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
+    return found
+
+
 def own_linear(model: nn.Module) -> list[Target]:
     "A target for every linear map that is called when the model runs and shares its weight with no other module."
-    tied = tied_names(model)
-    names = [name for name in linear_names(model) if runs(model, name) and len(tied[id(model.get_submodule(name).weight)]) == 1]
+    held = owners(model)
+    names = [name for name in linear_names(model) if runs(model, name) and len(held[id(model.get_submodule(name).weight)]) == 1]
     return exactly(model, names)
