@@ -82,13 +82,11 @@ def test_peft_computes_what_was_exported_and_so_does_from_peft(name, method, tmp
     assert off_by(output(load_model(name), name), want) > 1e-3
     assert lb.to_peft(model, tmp_path) == tmp_path
     assert off_by(output(in_peft(name, tmp_path), name), want) < 2e-6
-    if config(tmp_path)["peft_type"] == "LORA":
-        assert off_by(output(lb.from_peft(load_model(name), tmp_path), name), want) < 2e-6
-        lb.to_peft(model, tmp_path / "lora", as_lora=True) if not config(tmp_path)["use_dora"] else None
+    assert off_by(output(lb.from_peft(load_model(name), tmp_path), name), want) < 2e-6
 
 
 @pytest.mark.parametrize("method", EXPORTED)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_every_host_shape_and_rank_in_float64(method, data, tmp_path_factory):
     n, m = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
@@ -110,6 +108,30 @@ def test_rank_and_alpha_are_kept_and_rslora_stays_rslora(tmp_path):
     a, b = config(tmp_path / "a"), config(tmp_path / "b")
     assert (a["r"], a["lora_alpha"], a["use_rslora"]) == (3, 7, False) and (b["r"], b["lora_alpha"], b["use_rslora"]) == (3, 7, True)
     assert a["rank_pattern"] == a["alpha_pattern"] == {}
+
+
+@pytest.mark.parametrize("name, target, kind", [("tiny_bert", None, "VERA"), ("tiny_llama", ["q_proj", "o_proj"], "VERA"), ("tiny_gpt2", ["c_fc"], "VERA"),
+                                                ("tiny_gpt2", None, "LORA"), ("tiny_bert", ["query", "intermediate.dense"], "VERA"),
+                                                ("tiny_bert", ["intermediate.dense", "output.dense"], "LORA")])
+def test_vera_stays_vera_where_layers_share_their_projections(name, target, kind, tmp_path):
+    model = randomise(lb.adapt(load_model(name), "vera", target, r=5, alpha=3), 1, 0.1)
+    lb.to_peft(model, tmp_path / "own")
+    lb.to_peft(model, tmp_path / "lora", as_lora=True)
+    assert (config(tmp_path / "own")["peft_type"], config(tmp_path / "lora")["peft_type"]) == (kind, "LORA")
+    for path in ("own", "lora"):
+        assert off_by(output(in_peft(name, tmp_path / path), name), output(model, name)) < 2e-6
+
+
+def test_pissa_doubles_its_rank_and_adalora_drops_pruned_triplets(tmp_path):
+    lb.to_peft(adapted("tiny_bert", "pissa", r=3), tmp_path / "pissa")
+    model = adapted("tiny_bert", "adalora", r=4, total_steps=4, warmup=0, final=1, budget=8)
+    optimizer = torch.optim.SGD(lb.param_groups(model, 1e-3))
+    for _ in range(4):
+        lb.train_step(model, optimizer, lambda: (model(input_ids=IDS)[0] * torch.linspace(-1, 1, 32)).sum())
+    lb.to_peft(model, tmp_path / "adalora")
+    ranks = {key: len(t) for key, t in load_file(tmp_path / "adalora" / WEIGHTS).items() if "lora_A" in key}
+    assert config(tmp_path / "pissa")["r"] == 6 and sum(ranks.values()) < 16
+    assert off_by(output(in_peft("tiny_bert", tmp_path / "adalora"), "tiny_bert"), output(model, "tiny_bert")) < 2e-6
 
 
 @pytest.mark.parametrize("name, fused", [("tiny_bert", False), ("tiny_vit", True), ("tiny_gpt2", True)])
@@ -356,12 +378,10 @@ READABLE = [
     ("tiny_vit", {"target_modules": ["qkv"], "r": 3}),
     ("tiny_llama", {"target_modules": ["q_proj", "k_proj"], "r": 3, "use_rslora": True, "rank_pattern": {"k_proj": 2}}),
 ]
-if "dora" in METHODS:
-    READABLE += [(name, {"target_modules": targets, "r": 3, "use_dora": True, "use_rslora": rs, "fan_in_fan_out": name == "tiny_gpt2"})
-                 for name, targets, rs in [("tiny_bert", QV, False), ("tiny_gpt2", ["c_attn"], True), ("tiny_vit", ["qkv"], False)]]
-if "vera" in METHODS:
-    READABLE += [(name, {"target_modules": targets, "r": 3, "d_initial": 0.1, "fan_in_fan_out": name == "tiny_gpt2"})
-                 for name, targets in [("tiny_bert", QV), ("tiny_gpt2", ["c_attn", "c_fc"]), ("tiny_vit", ["qkv", "fc1"])]]
+READABLE += [(name, {"target_modules": targets, "r": 3, "use_dora": True, "use_rslora": rs, "fan_in_fan_out": name == "tiny_gpt2"})
+             for name, targets, rs in [("tiny_bert", QV, False), ("tiny_gpt2", ["c_attn"], True), ("tiny_vit", ["qkv"], False)]]
+READABLE += [(name, {"target_modules": targets, "r": 3, "d_initial": 0.1, "fan_in_fan_out": name == "tiny_gpt2"})
+             for name, targets in [("tiny_bert", QV), ("tiny_gpt2", ["c_attn", "c_fc"]), ("tiny_vit", ["qkv", "fc1"])]]
 
 
 @pytest.mark.parametrize("name, settings", READABLE)

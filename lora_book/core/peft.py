@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'PREFIX', 'CONFIG', 'WEIGHTS', 'KINDS', 'READ', 'SILENT', 'STARTS_AT_BASE', 'LoraForm', 'VeraForm',
            'split', 'compressed', 'one_product', 'form_of', 'lengths', 'stacked', 'layer_form', 'exact_names', 'common',
-           'pattern', 'tidy', 'is_stabilised', 'lora_file', 'vera_file', 'outermost', 'heads_of', 'head_tensors',
-           'check_expressible', 'write', 'file_content', 'to_peft', 'check_settings', 'read_peft', 'by_layer',
-           'shared_projections', 'is_target', 'check_targets', 'head_numbers', 'fitting', 'sizes', 'method_of',
+           'pattern', 'fitting', 'tidy', 'is_stabilised', 'lora_file', 'vera_file', 'outermost', 'heads_of',
+           'head_tensors', 'check_expressible', 'write', 'file_content', 'to_peft', 'check_settings', 'read_peft',
+           'by_layer', 'shared_projections', 'is_target', 'check_targets', 'head_numbers', 'sizes', 'method_of',
            'from_peft']
 
-# %% ../../nbs/core/peft.ipynb #c02
+# %% ../../nbs/core/peft.ipynb #c03
 import json
 import math
 import re
@@ -31,7 +31,7 @@ from .saving import fill, is_adapted
 from .settings import write_atomic
 from .targets import check_runs, ends_with, exactly, in_modules, linear_names, tied_names, views_of
 
-# %% ../../nbs/core/peft.ipynb #c04
+# %% ../../nbs/core/peft.ipynb #c06
 @dataclass(frozen=True)
 class LoraForm:
     "W = W0 + s·B A with A (r, m) and B (n, r); where g (n,) is given, each row of W is brought to that length (DoRA)."
@@ -54,7 +54,7 @@ class LoraForm:
         factors = abs(self.scale) * self.A.norm().item() * self.B.norm().item()
         return factors if self.g is None else factors + W0.norm().item()
 
-# %% ../../nbs/core/peft.ipynb #c05
+# %% ../../nbs/core/peft.ipynb #c07
 @dataclass(frozen=True)
 class VeraForm:
     "ΔW = diag(b) B diag(d) A with A (r, m) and B (n, r) shared by all layers (@eq-peft-vera)."
@@ -72,7 +72,7 @@ class VeraForm:
         "What rounding errors of `change` are relative to."
         return self.b.norm().item() * self.B.norm().item() * self.d.norm().item() * self.A.norm().item()
 
-# %% ../../nbs/core/peft.ipynb #c07
+# %% ../../nbs/core/peft.ipynb #c09
 def split(form: LoraForm) -> tuple[Tensor, Tensor, Tensor, float]:
     "U (n, k), σ (k,), Vᵀ (k, m) of B A in float64, through factors no larger than (R, R); and what σ's rounding errors are relative to."
     Qb, Rb = torch.linalg.qr(form.B.double())
@@ -85,14 +85,14 @@ def split(form: LoraForm) -> tuple[Tensor, Tensor, Tensor, float]:
 def compressed(form: LoraForm) -> LoraForm:
     "The same product with as many rows of A as its rank in float64 (one for the product 0); the form itself if it has no more."
     U, sigma, Vt, size = split(form)
-    eps = max(form.B.shape[0], form.A.shape[1]) * torch.finfo(torch.float64).eps
-    rank = max(1, int((sigma > eps * size).sum()))
+    sigma = sigma * (sigma > max(form.B.shape[0], form.A.shape[1]) * torch.finfo(torch.float64).eps * size)
+    rank = max(1, int(sigma.count_nonzero()))
     if rank == form.A.shape[0]:
         return form
     root = sigma[:rank].sqrt()
     return LoraForm((root[:, None] * Vt[:rank]).to(form.A), (U[:, :rank] * root).to(form.B), form.scale)
 
-# %% ../../nbs/core/peft.ipynb #c08
+# %% ../../nbs/core/peft.ipynb #c11
 def one_product(products: list) -> LoraForm:
     "Σ_j s_j·B_j A_j as one product, of its true rank where there are several (@eq-peft-stack); a single product stays as it is."
     scale = products[-1][2]
@@ -101,7 +101,7 @@ def one_product(products: list) -> LoraForm:
     form = LoraForm(A, B, float(scale))
     return form if len(products) == 1 else compressed(form)
 
-# %% ../../nbs/core/peft.ipynb #c09
+# %% ../../nbs/core/peft.ipynb #c16
 def form_of(block: Block, as_lora: bool) -> LoraForm | VeraForm:
     "How PEFT can write one adapter's change: its own form, or the product of its factors. Raises BadType if neither gives ΔW."
     adapter = block.adapter
@@ -116,7 +116,7 @@ def form_of(block: Block, as_lora: bool) -> LoraForm | VeraForm:
 
 TOLERANCE = 1e-5
 
-# %% ../../nbs/core/peft.ipynb #c11
+# %% ../../nbs/core/peft.ipynb #c18
 def lengths(forms: list, W0: Tensor) -> Tensor | None:
     "The row lengths of the whole layer (N,): W0's own where no form sets them; None if none does."
     if all(form.g is None for _, form in forms):
@@ -138,7 +138,7 @@ def stacked(forms: list, W0: Tensor) -> LoraForm:
         at += r
     return LoraForm(A, B, scale, lengths(forms, W0))
 
-# %% ../../nbs/core/peft.ipynb #c12
+# %% ../../nbs/core/peft.ipynb #c19
 def layer_form(name: str, site: Site, as_lora: bool) -> LoraForm | VeraForm:
     "How PEFT can write a whole adapted layer; raises BadType where it can't."
     blocks, W0 = site.blocks(), site.logical(site.base_weight())
@@ -156,7 +156,7 @@ def layer_form(name: str, site: Site, as_lora: bool) -> LoraForm | VeraForm:
     too_long = isinstance(form, LoraForm) and form.g is None and form.A.shape[0] > min(W0.shape)
     return compressed(form) if too_long else form
 
-# %% ../../nbs/core/peft.ipynb #c14
+# %% ../../nbs/core/peft.ipynb #c22
 def exact_names(model: nn.Module, names: list[str]) -> list[str] | str:
     "`target_modules` that stands for just these modules: their names, or a regular expression where a name ends another one's."
     others = [other for other, _ in model.named_modules() if other not in names]
@@ -172,11 +172,19 @@ def common(model: nn.Module, peft_type: str, names: list[str], heads: list[str],
             "target_modules": exact_names(model, names), "modules_to_save": heads or None,
             "fan_in_fan_out": all(modules[name].transposed for name in names)}
 
-# %% ../../nbs/core/peft.ipynb #c15
+# %% ../../nbs/core/peft.ipynb #c23
 def pattern(values: dict) -> tuple:
     "The most common value, and {pattern that only one layer's name fits: value} for the layers with another."
     usual = Counter(values.values()).most_common(1)[0][0]
     return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+
+
+def fitting(patterns: dict, name: str, usual: object) -> object:
+    "The value of the first pattern that fits the end of a layer's name, by PEFT's rule; `usual` if none does."
+    try:
+        return next((value for ending, value in patterns.items() if re.match(rf"(.*\.)?({ending})$", name)), usual)
+    except re.error as error:
+        raise BadValue(f"a pattern in {CONFIG} isn't a regular expression: {error}") from error
 
 
 def tidy(number: float) -> int | float:
@@ -190,7 +198,7 @@ def is_stabilised(adapters: list[Adapter]) -> bool:
     sizes = [(a.scaling, a.alpha, a.r) for a in adapters if isinstance(a, LowRank)]
     return len(sizes) == len(adapters) and all(s == alpha / math.sqrt(r) for s, alpha, r in sizes) and any(s != alpha / r for s, alpha, r in sizes)
 
-# %% ../../nbs/core/peft.ipynb #c16
+# %% ../../nbs/core/peft.ipynb #c26
 def lora_file(forms: dict, stabilised: bool) -> tuple[dict, dict]:
     "The settings and tensors of LoRA, rsLoRA (s = α/√r) and DoRA forms by layer."
     ranks = {name: form.A.shape[0] for name, form in forms.items()}
@@ -207,7 +215,7 @@ def lora_file(forms: dict, stabilised: bool) -> tuple[dict, dict]:
 
 PREFIX = "base_model.model."
 
-# %% ../../nbs/core/peft.ipynb #c17
+
 def vera_file(forms: dict) -> tuple[dict, dict] | None:
     "The settings and tensors of VeRA forms by layer; None if not all layers cut their A and B from one pair, as PEFT's format wants."
     if not all(isinstance(form, VeraForm) for form in forms.values()):
@@ -221,7 +229,7 @@ def vera_file(forms: dict) -> tuple[dict, dict] | None:
         tensors |= {f"{PREFIX}{name}.vera_lambda_b": form.b, f"{PREFIX}{name}.vera_lambda_d": form.d}
     return {"r": A.shape[0], "projection_prng_key": 0, "save_projection": True, "vera_dropout": 0.0, "d_initial": 0.1, "init_weights": True}, tensors
 
-# %% ../../nbs/core/peft.ipynb #c19
+# %% ../../nbs/core/peft.ipynb #c28
 def outermost(names) -> list[str]:
     "The sorted names of modules that lie inside no other of them."
     kept: list[str] = []
@@ -248,7 +256,7 @@ def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
     found = {name: module for name, module in model.named_modules() if any(name.endswith(head) for head in heads)}
     return {f"{PREFIX}{name}.{key}": t for name, module in found.items() for key, t in module.state_dict().items()}
 
-# %% ../../nbs/core/peft.ipynb #c21
+# %% ../../nbs/core/peft.ipynb #c30
 def check_expressible(model: nn.Module, record: Record) -> None:
     "Raise BadType for what PEFT's format has no place for: weights that train in place, nothing adapted, a model that is one layer."
     in_place = [name for name in record.base if name not in record.head]
@@ -271,7 +279,7 @@ def write(folder: Path, settings: dict, tensors: dict) -> None:
     write_atomic(folder / WEIGHTS, data)
     write_atomic(folder / CONFIG, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
 
-# %% ../../nbs/core/peft.ipynb #c22
+# %% ../../nbs/core/peft.ipynb #c31
 def file_content(root: nn.Module, as_lora: bool) -> tuple[str, list[str], dict, dict]:
     "PEFT's type, the adapted layers' names, the settings and the tensors; VeRA becomes LoRA where PEFT's VeRA can't hold it."
     found = dict(sites(root))
@@ -299,8 +307,8 @@ def to_peft(model: nn.Module, path, *, as_lora: bool = False, base_model: str | 
     write(Path(path), common(root, kind, names, heads, base_model) | settings, tensors | head_tensors(root, heads))
     return Path(path)
 
-# %% ../../nbs/core/peft.ipynb #c24
-KINDS = {"LORA": {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "g"}, "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d"}}
+# %% ../../nbs/core/peft.ipynb #c39
+KINDS = {"LORA": {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude"}, "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d"}}
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias", "modules_to_save",
         "target_modules", "exclude_modules", "layers_to_transform", "save_projection"}
 SILENT = {"auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "eva_config", "fan_in_fan_out", "inference_mode", "init_weights",
@@ -308,7 +316,7 @@ SILENT = {"auto_mapping", "base_model_name_or_path", "corda_config", "d_initial"
           "qalora_group_size", "revision", "runtime_config", "task_type", "vera_dropout"}
 STARTS_AT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# %% ../../nbs/core/peft.ipynb #c25
+
 def check_settings(settings: dict) -> None:
     "Raise BadValue for a setting that makes the numbers mean something that can't be read here."
     check_choice("peft_type", settings.get("peft_type"), KINDS)
@@ -326,7 +334,7 @@ def check_settings(settings: dict) -> None:
         if settings.get(key) is not None and not isinstance(settings[key], kind):
             raise BadValue(f"{key}={settings[key]!r} in {CONFIG} is of the wrong type")
 
-# %% ../../nbs/core/peft.ipynb #c26
+# %% ../../nbs/core/peft.ipynb #c40
 def read_peft(path) -> tuple[dict, dict]:
     "Settings and tensors of an adapter in PEFT's format; raises MissingFile or BadValue."
     folder = Path(path)
@@ -343,12 +351,12 @@ def read_peft(path) -> tuple[dict, dict]:
     check_settings(settings)
     return settings, tensors
 
-# %% ../../nbs/core/peft.ipynb #c27
+# %% ../../nbs/core/peft.ipynb #c42
 def by_layer(model: nn.Module, kind: str, tensors: dict) -> tuple[dict, dict]:
     "{layer: {our name: tensor}} and the tensors that belong to no layer; raises UnknownName for a layer the model hasn't."
     form = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(KINDS[kind])})(?:\.weight)?")
     layers, rest, known = {}, {}, dict(model.named_modules())
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         match = form.fullmatch(key)
         if match is None:
             rest[key] = tensor
@@ -358,7 +366,7 @@ def by_layer(model: nn.Module, kind: str, tensors: dict) -> tuple[dict, dict]:
             layers.setdefault(match[1], {})[KINDS[kind][match[2]]] = tensor
     return layers, rest
 
-# %% ../../nbs/core/peft.ipynb #c28
+
 def shared_projections(model: nn.Module, layers: dict, rest: dict) -> None:
     "Give each layer its part of VeRA's common A and B, which leave `rest`; raises BadValue if they aren't there."
     A, B = rest.pop("base_model.vera_A", None), rest.pop("base_model.vera_B", None)
@@ -368,7 +376,7 @@ def shared_projections(model: nn.Module, layers: dict, rest: dict) -> None:
         n, m = views_of(model.get_submodule(name), None, name)["all"].of(model.get_submodule(name).weight).shape
         own |= {"A": A[:, :m], "B": B[:n]}
 
-# %% ../../nbs/core/peft.ipynb #c29
+# %% ../../nbs/core/peft.ipynb #c43
 def is_target(settings: dict, name: str) -> bool:
     "Whether `target_modules` names a module: by an ending in a list, or as a whole by a regular expression."
     wanted = settings.get("target_modules")
@@ -394,7 +402,7 @@ def check_targets(model: nn.Module, settings: dict, layers: dict, heads: list[st
         if missing:
             raise BadValue(f"{WEIGHTS} has no numbers for {missing[0]!r}, which target_modules names")
 
-# %% ../../nbs/core/peft.ipynb #c30
+# %% ../../nbs/core/peft.ipynb #c45
 def head_numbers(model: nn.Module, settings: dict, rest: dict) -> dict[str, Tensor]:
     "{parameter: tensor} of the modules that trained in full; raises BadValue if they aren't those of `modules_to_save`."
     endings = settings.get("modules_to_save") or []
@@ -411,15 +419,7 @@ def head_numbers(model: nn.Module, settings: dict, rest: dict) -> dict[str, Tens
             raise BadValue(f"{name!r} is a buffer of the head that changed in training; only parameters are read")
     return {name: t for name, t in got.items() if name in parameters}
 
-# %% ../../nbs/core/peft.ipynb #c31
-def fitting(patterns: dict, name: str, usual: object) -> object:
-    "The value of the first pattern that fits the end of a layer's name, by PEFT's rule; `usual` if none does."
-    try:
-        return next((value for ending, value in patterns.items() if re.match(rf"(.*\.)?({ending})$", name)), usual)
-    except re.error as error:
-        raise BadValue(f"a pattern in {CONFIG} isn't a regular expression: {error}") from error
-
-
+# %% ../../nbs/core/peft.ipynb #c47
 def sizes(settings: dict, layers: dict) -> dict[str, dict]:
     "{layer: its r and alpha}, with DoRA's α/√r written as α√r / r; raises BadType or BadValue for what can't be a rank or an alpha."
     found = {}
@@ -439,7 +439,7 @@ def method_of(settings: dict) -> str:
     ids = [("use_dora", "dora"), ("use_rslora", "rslora")]
     return "vera" if settings["peft_type"] == "VERA" else next((method for flag, method in ids if settings.get(flag)), "lora")
 
-# %% ../../nbs/core/peft.ipynb #c32
+# %% ../../nbs/core/peft.ipynb #c49
 def from_peft(model: nn.Module, path, make_plan: Callable) -> nn.Module:
     """Adapt the plain base `model` with the LoRA, rsLoRA, DoRA or VeRA adapter that PEFT wrote to the folder `path`; returns the model.
 
