@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['rac', 'RAC']
 
-# %% ../../nbs/present/rac.ipynb #c02
+# %% ../../nbs/present/rac.ipynb #c09
 import torch
 from torch import Tensor
 
@@ -11,9 +11,9 @@ from ..core.adapting import Method
 from ..core.chain import Chain
 from .asymmetric import frozen_law
 
-# %% ../../nbs/present/rac.ipynb #c03
+# %% ../../nbs/present/rac.ipynb #c10
 class RAC(Chain):
-    "ΔW = (α/r)·Σ_j B^j A0^j; each link draws a fresh A0^j, which is frozen, and trains B^j from 0."
+    "ΔW = (α/r)·Σ_j B^j A0^j (@eq-rac-delta); each link draws a fresh frozen A0^j and trains B^j from 0. P2 Eq. (9)."
 
     trainable = "B"
 
