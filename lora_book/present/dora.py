@@ -170,15 +170,18 @@ class DoRA(LoRA):
         return self.factors()
 
     def tangent(self, M: dict, W0: Tensor | None = None) -> Tensor:
-        "d ⊙ s (M_B A + B M_A) + (M_g / ‖V‖) ⊙ V, (n, m), with a missing M standing for 0; raises BadType without W0."
+        "(M_g / ‖V‖) ⊙ V + d ⊙ (dV less its part along V's rows), dV = s (M_B A + B M_A), (n, m); raises BadType without W0."
         if W0 is None:
             raise BadType("how DoRA's weight moves depends on W0: give it")
         V, dV = self.moved(W0), super().tangent(M)
-        lengths = row_lengths(W0, self.A, self.B, self.scaling)
-        turned = divided(self.magnitude, lengths)[:, None] * dV
-        if not self.detach_norm:
-            turned = turned - (divided(self.magnitude, lengths**3) * (V * dV).sum(1))[:, None] * V
+        lengths = V.norm(dim=1)
+        along = divided((V * dV).sum(1), lengths**2)[:, None] * V
+        turned = divided(self.magnitude, lengths)[:, None] * (dV - along)
         return turned + divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[:, None] * V
+
+    def direction(self, M: dict, W0: Tensor) -> list:
+        "The tangent, which has no low rank."
+        return [(None, self.tangent(M, W0).detach(), 1.0)]
 
     @classmethod
     def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:

@@ -37,6 +37,7 @@ class VeRA(LowRank):
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, d_initial: float = 0.1):
         check_number("d_initial", d_initial)
+        self.drawn = True
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         self.d = nn.Parameter(torch.full_like(self.A[:, 0], d_initial))
         self.b = nn.Parameter(torch.zeros_like(self.B[:, 0]))
@@ -59,8 +60,11 @@ class VeRA(LowRank):
         return self.factors()
 
     def peft(self) -> VeraForm:
-        "PEFT's VeRA."
-        return VeraForm(self.A, self.B, self.scaling * self.b, self.d)
+        "PEFT's VeRA, whose layers of all widths cut one A: √(6/m), which differs by width, moves to d."
+        if not self.drawn:
+            return VeraForm(self.A, self.B, self.scaling * self.b, self.d)
+        m = self.A.shape[1]
+        return VeraForm(uniform(m, self.r, self.seed, "A").t().to(self.A), self.B, self.scaling * self.b, bound(m) * self.d)
 
     def tangent(self, M: dict) -> Tensor:
         "s (diag(M_b) B diag(d) + diag(b) B diag(M_d)) A, with a missing M_b or M_d standing for 0."
@@ -72,6 +76,7 @@ class VeRA(LowRank):
             given = state.get(prefix + name)
             if given is not None and given.shape == getattr(self, name).shape:
                 self.register_buffer(name, given.detach().clone().to(getattr(self, name)))
+                self.drawn = False
         super()._load_from_state_dict(state, prefix, *args)
 
 
