@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         "d/dt delta(W0) at θ + tM for M a tensor per trained parameter; (n, m), float32 or wider."
         raise BadType(f"{type(self).__name__} doesn't say how its weight moves with its parameters")
 
-    def direction(self, M: dict) -> list:
+    def direction(self, M: dict, W0: Tensor) -> list:
         "tangent(M) as detached products: a list of (A_j, B_j, s_j) with tangent(M) = Σ_j s_j·B_j A_j; A_j None is the identity."
         return [(None, self.tangent(M).detach(), 1.0)]
 
@@ -143,17 +143,17 @@ class Nudge:
     M: dict | Tensor
     size: Tensor
 
-    def pieces(self, adapter: Adapter) -> list:
-        "ε as detached products [(A_j, B_j)], ε = Σ_j B_j A_j; A_j None is the identity."
+    def pieces(self, block: Block) -> list:
+        "The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j; A_j None is the identity."
         if isinstance(self.M, Tensor):
             return [(None, self.size * self.M)]
-        return [(A, self.size * s * B) for A, B, s in adapter.direction(self.M)]
+        return [(A, self.size * s * B) for A, B, s in block.adapter.direction(self.M, block.W0)]
 
 
 def nudged_product(y: Tensor, x: Tensor, blocks: list) -> Tensor:
     "y (..., n), a layer's output for x, with x εᵀ added for every block that has a nudge."
     for block in (block for block in blocks if block.adapter.nudge is not None):
-        for A, B in block.adapter.nudge.pieces(block.adapter):
+        for A, B in block.adapter.nudge.pieces(block):
             u = x if A is None else F.linear(x, A.to(x.dtype))
             y = add_to_rows(y, block.rows, F.linear(u, B.to(x.dtype)))
     return y
@@ -260,12 +260,12 @@ class LowRank(Adapter):
         size, M = (0, {}) if self.nudge is None else (self.nudge.size, self.nudge.M)
         return tuple(size * M[name] if name in M else torch.zeros_like(getattr(self, name)) for name in "AB")
 
-    def direction(self, M: dict) -> list:
+    def direction(self, M: dict, W0: Tensor) -> list:
         "(A, M_B, s) and (M_A, B, s), those of them that M has."
         if type(self).tangent is not LowRank.tangent:
-            return super().direction(M)
-        pairs = [(self.A, M["B"])] * ("B" in M) + [(M["A"], self.B)] * ("A" in M)
-        return [(A.detach(), B.detach(), self.scaling) for A, B in pairs]
+            return super().direction(M, W0)
+        pairs = [(self.A, M.get("B")), (M.get("A"), self.B)]
+        return [(A.detach(), B.detach(), self.scaling) for A, B in pairs if A is not None and B is not None]
 
     def moving(self) -> list:
         "The products that the forward pass adds to the resting weight: (A, B, s)."
@@ -273,5 +273,4 @@ class LowRank(Adapter):
 
     def tangent(self, M: dict) -> Tensor:
         "s (M_B A + B M_A), with a missing M_A or M_B standing for 0."
-        parts = [M["B"] @ self.A] * ("B" in M) + [self.B @ M["A"]] * ("A" in M)
-        return self.scaling * sum(parts, torch.zeros_like(self.B @ self.A))
+        return self.scaling * (M.get("B", torch.zeros_like(self.B)) @ self.A + self.B @ M.get("A", torch.zeros_like(self.A)))

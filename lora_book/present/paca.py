@@ -74,9 +74,9 @@ class Columns(Selecting):
         "s·M_B S, (n, m)."
         return self.scaling * spread(M["B"], self.idx, self.m)
 
-    def direction(self, M: dict) -> list:
+    def direction(self, M: dict, W0: Tensor) -> list:
         "One product (S, M_B, s)."
-        return [(self.A, M["B"].detach(), self.scaling)] * ("B" in M)
+        return [(self.A, B.detach(), self.scaling) for name, B in M.items() if name == "B"]
 
     @classmethod
     def nudged(cls, x, W, bias, blocks):

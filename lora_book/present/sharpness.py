@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapting import Method
-from ..core.errors import check_number
+from ..core.errors import BadType, check_number
 from ..core.steps import PlainStep
 from ..past.lora import LoRA
 
@@ -42,6 +42,11 @@ class Sam(PlainStep):
     def __init__(self, *, rho: float = 0.05):
         check_number("rho", rho, above=0)
         self.rho = float(rho)
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        "Raise BadType unless the optimizer is one of torch's."
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise BadType(f"a torch optimizer is needed, not a {type(optimizer).__name__}")
 
     def gradient(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable) -> Tensor:
         "Both gradients; every trained number gets its bits back, also when the second evaluation raises. Returns the first loss."
