@@ -352,7 +352,7 @@ def test_the_factors_are_the_change():
     move(adapter)
     (A, B, s), = adapter.factors()
     assert A.shape == (3, 5) and B.shape == (7, 3) and torch.allclose(s * B @ A, adapter.delta(W))
-    on_residual = adapter.residual(W) + adapter.PL() @ torch.diag(adapter.sigma * adapter.z) @ adapter.right
+    on_residual = adapter.residual(W) + adapter.ordered(adapter.left) @ torch.diag(adapter.sigma * adapter.z) @ adapter.right
     assert torch.allclose(on_residual, W + adapter.delta(W), atol=1e-12)
 
 
