@@ -139,4 +139,5 @@ def from_peft(model: nn.Module, path) -> nn.Module:
     Raises a LoraBookError, the model unchanged, for missing or damaged files, settings that can't be honoured, layers or shapes that don't fit, NaN,
     or an adapted model.
     """
-    return peft.from_peft(model, path, make_plan)
+    with torch.inference_mode(False):
+        return peft.from_peft(model, path, make_plan)

@@ -98,8 +98,8 @@ def test_every_host_shape_and_rank_in_float64(method, data, tmp_path_factory):
         randomise(lb.advance(model), case.seed + 1)
     lb.to_peft(model, path)
     loaded = peft.PeftModel.from_pretrained(case.base(), str(path)).eval()
-    want = model(case.inputs()).detach()
-    assert torch.allclose(loaded(case.inputs()), want, rtol=1e-8, atol=1e-8 * max(1, want.abs().max().item()))
+    want, eps = model(case.inputs()).detach(), 1e-6 if config(path)["peft_type"] == "VERA" else 1e-8
+    assert torch.allclose(loaded(case.inputs()), want, rtol=eps, atol=eps * max(1, want.abs().max().item())), "PEFT holds VeRA's A and B in float32"
 
 
 def test_rank_and_alpha_are_kept_and_rslora_stays_rslora(tmp_path):
@@ -112,7 +112,7 @@ def test_rank_and_alpha_are_kept_and_rslora_stays_rslora(tmp_path):
 
 @pytest.mark.parametrize("name, target, kind", [("tiny_bert", None, "VERA"), ("tiny_llama", ["q_proj", "o_proj"], "VERA"), ("tiny_gpt2", ["c_fc"], "VERA"),
                                                 ("tiny_gpt2", None, "LORA"), ("tiny_bert", ["query", "intermediate.dense"], "VERA"),
-                                                ("tiny_bert", ["intermediate.dense", "output.dense"], "LORA")])
+                                                ("tiny_bert", ["intermediate.dense", "output.dense"], "VERA")])
 def test_vera_stays_vera_where_layers_share_their_projections(name, target, kind, tmp_path):
     model = randomise(lb.adapt(load_model(name), "vera", target, r=5, alpha=3), 1, 0.1)
     lb.to_peft(model, tmp_path / "own")
@@ -288,6 +288,38 @@ def test_heads_that_peft_would_misread_are_refused(tmp_path):
     tied = Two()
     tied.tied.weight = tied.fc.weight
     refused(lb.adapt(tied, "lora", ["my_fc"], r=2, head=["tied"]), tmp_path / "x", ValueError, "one tensor")
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.fc, self.head = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(self.fc(self.norm(x)))
+
+
+def test_buffers_of_a_head_go_along_and_other_moved_buffers_are_refused(tmp_path):
+    model, x = lb.adapt(Normed(), "lora", ["fc"], r=2, head=["head"]), torch.randn(5, 4)
+    model.head.train()(x)
+    model.eval()
+    lb.to_peft(model, tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(Normed(), str(tmp_path / "a")).eval()
+    assert torch.allclose(loaded(x), model(x), atol=1e-6)
+    assert torch.allclose(lb.from_peft(Normed(), tmp_path / "a").eval()(x), model(x), atol=1e-6)
+    model.norm.train()(x)
+    refused(model, tmp_path / "x", TypeError, "norm.running_mean")
+    listed = nn.ModuleDict({"fc": nn.Linear(4, 4), "heads": nn.ModuleList([nn.Linear(4, 2)])})
+    refused(lb.adapt(listed, "lora", ["fc"], r=2, head=["heads"]), tmp_path / "x", TypeError, "ModuleList")
+
+
+def test_a_disabled_model_is_refused(tmp_path):
+    model = adapted("tiny_bert", "lora")
+    with lb.disabled(model):
+        refused(model, tmp_path / "x", ValueError, "disabled")
+    with pytest.raises(TypeError, match="path"):
+        lb.to_peft(model, 3)
 
 
 class Liar(LowRank):

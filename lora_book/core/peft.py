@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'PREFIX', 'CONFIG', 'WEIGHTS', 'KINDS', 'READ', 'SILENT', 'STARTS_AT_BASE', 'LoraForm', 'VeraForm',
            'split', 'compressed', 'one_product', 'form_of', 'lengths', 'stacked', 'layer_form', 'exact_names', 'common',
-           'pattern', 'fitting', 'tidy', 'is_stabilised', 'lora_file', 'vera_file', 'outermost', 'heads_of',
-           'head_tensors', 'check_expressible', 'write', 'file_content', 'to_peft', 'check_settings', 'read_peft',
-           'by_layer', 'shared_projections', 'is_target', 'check_targets', 'head_numbers', 'sizes', 'method_of',
-           'from_peft']
+           'pattern', 'fitting', 'tidy', 'is_stabilised', 'lora_file', 'vera_file', 'outermost', 'check_own',
+           'heads_of', 'head_tensors', 'check_expressible', 'write', 'file_content', 'to_peft', 'check_settings',
+           'read_peft', 'by_layer', 'shared_projections', 'is_target', 'check_targets', 'head_numbers', 'sizes',
+           'method_of', 'from_peft']
 
 # %% ../../nbs/core/peft.ipynb #c03
 import json
@@ -24,11 +24,10 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
 from .adapter import Adapter, Block, LowRank, widened
-from .adapting import Record, commit, record_of, root_of
+from .adapting import Record, commit, enabled_record, root_of, stored_buffers
 from .errors import BadType, BadValue, MissingFile, check_choice, check_count, check_number, unknown
 from .hosts import Site, check_site_is_plain, sites
-from .saving import fill, is_adapted
-from .settings import write_atomic
+from .saving import fill, folder_of, is_adapted, put, trained_tensors, write_pair
 from .targets import check_runs, ends_with, exactly, in_modules, linear_names, tied_names, views_of
 
 # %% ../../nbs/core/peft.ipynb #c06
@@ -238,12 +237,22 @@ def outermost(names) -> list[str]:
     return kept
 
 
+def check_own(model: nn.Module, heads: list[str]) -> None:
+    "Raise for a head that PEFT can't copy: a list of modules, or one that shares a tensor with the rest of the model."
+    tied = tied_names(model)
+    for head in heads:
+        module = model.get_submodule(head)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise BadType(f"the head {head!r} is a {type(module).__name__}, which PEFT can't train in full; name its modules one by one")
+        for name, p in module.named_parameters():
+            if len(tied[id(p)]) > 1:
+                raise BadValue(f"the head's {head + '.' + name!r} is one tensor with {tied[id(p)]}, and PEFT would train a copy of it")
+
+
 def heads_of(model: nn.Module, record: Record, targets: list[str]) -> list[str]:
     "The names of the modules that train in full; raises where PEFT's rules would make something else of them."
-    names, named, tied = outermost(name.rpartition(".")[0] for name in record.head), dict(model.named_parameters()), tied_names(model)
-    for name in record.head:
-        if len(tied[id(named[name])]) > 1:
-            raise BadValue(f"the head's {name!r} is one tensor with {tied[id(named[name])]}, and PEFT would train a copy of it: use save")
+    names = outermost(record.config["head"])
+    check_own(model, names)
     for name in names:
         clash = [t for t in targets if t.endswith(name) or re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", t)]
         if clash:
@@ -258,11 +267,13 @@ def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
 
 # %% ../../nbs/core/peft.ipynb #c30
 def check_expressible(model: nn.Module, record: Record) -> None:
-    "Raise BadType for what PEFT's format has no place for: weights that train in place, nothing adapted, a model that is one layer."
-    in_place = [name for name in record.base if name not in record.head]
+    "Raise BadType for what PEFT's format has no place for: numbers that moved in place, nothing adapted, a model that is one layer."
+    buffers = [key.removeprefix("buffer:") for key in trained_tensors(model) if key.startswith("buffer:")]
+    moved = [name for name in record.base if name not in record.head]
+    moved += [name for name in buffers if not in_modules(name.rpartition(".")[0], record.config["head"])]
     names = [name for name, _ in sites(model)]
-    if in_place:
-        raise BadType(f"{record.method_id!r} trains {in_place[0]!r} in place, which PEFT's format can't hold: save the model itself")
+    if moved:
+        raise BadType(f"{record.method_id!r} moves {moved[0]!r} in place, which PEFT's format can't hold: save the model itself")
     if not names or names == [""]:
         raise BadType(f"{record.method_id!r} adapts no layer inside this model, and PEFT's format holds nothing else: use save")
 
@@ -271,13 +282,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write(folder: Path, settings: dict, tensors: dict) -> None:
-    "Write both files, each at once or not at all; raises BadValue, before anything is written, if a number isn't finite."
+    "Write both files or neither; raises BadValue, before anything is written, if a number isn't finite."
     for name, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise BadValue(f"{name!r} holds NaN or infinite numbers; it isn't written")
     data = write_tensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata={"format": "pt"})
-    write_atomic(folder / WEIGHTS, data)
-    write_atomic(folder / CONFIG, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    write_pair(folder, {WEIGHTS: data, CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()})
 
 # %% ../../nbs/core/peft.ipynb #c31
 def file_content(root: nn.Module, as_lora: bool) -> tuple[str, list[str], dict, dict]:
@@ -297,15 +307,15 @@ def to_peft(model: nn.Module, path, *, as_lora: bool = False, base_model: str | 
 
     The outputs are equal, also where the model is merged now. Chains become one LoRA of their true rank; blocks of a fused layer become one LoRA with
     rows of zeros; VeRA stays VeRA where all layers share A and B, unless as_lora=True. base_model: the base's name, which the file then mentions.
-    Raises BadType for a change that isn't low rank or that trains in place, BadValue for a plain model or numbers that aren't finite; then nothing is
-    written.
+    Raises BadType for a change that isn't low rank or that trains in place, BadValue for a plain or disabled model or numbers that aren't finite; then
+    nothing is written.
     """
-    record, root = record_of(model), root_of(model)
+    record, root, folder = enabled_record(model), root_of(model), folder_of(path)
     check_expressible(root, record)
     kind, names, settings, tensors = file_content(root, as_lora)
     heads = heads_of(root, record, names)
-    write(Path(path), common(root, kind, names, heads, base_model) | settings, tensors | head_tensors(root, heads))
-    return Path(path)
+    write(folder, common(root, kind, names, heads, base_model) | settings, tensors | head_tensors(root, heads))
+    return folder
 
 # %% ../../nbs/core/peft.ipynb #c39
 KINDS = {"LORA": {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude"}, "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d"}}
@@ -337,7 +347,7 @@ def check_settings(settings: dict) -> None:
 # %% ../../nbs/core/peft.ipynb #c40
 def read_peft(path) -> tuple[dict, dict]:
     "Settings and tensors of an adapter in PEFT's format; raises MissingFile or BadValue."
-    folder = Path(path)
+    folder = folder_of(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise MissingFile(f"no file {name!r} in {str(folder)!r}: PEFT's format is a folder with {CONFIG!r} and {WEIGHTS!r} (pickles aren't read)")
@@ -403,21 +413,19 @@ def check_targets(model: nn.Module, settings: dict, layers: dict, heads: list[st
             raise BadValue(f"{WEIGHTS} has no numbers for {missing[0]!r}, which target_modules names")
 
 # %% ../../nbs/core/peft.ipynb #c45
-def head_numbers(model: nn.Module, settings: dict, rest: dict) -> dict[str, Tensor]:
-    "{parameter: tensor} of the modules that trained in full; raises BadValue if they aren't those of `modules_to_save`."
+def head_numbers(model: nn.Module, settings: dict, rest: dict) -> tuple[list[str], dict[str, Tensor]]:
+    "The modules that trained in full, and their tensors as `fill` wants them; raises BadValue if these aren't those of `modules_to_save`."
     endings = settings.get("modules_to_save") or []
-    saved = outermost(name for name, _ in model.named_modules() if name and any(name.endswith(str(ending)) for ending in endings))
-    wanted = {name: t for name, t in model.state_dict().items() if in_modules(name.rpartition(".")[0], saved)}
+    heads = outermost(name for name, _ in model.named_modules() if name and any(name.endswith(str(ending)) for ending in endings))
+    check_own(model, heads)
+    wanted = [name for name in model.state_dict() if in_modules(name.rpartition(".")[0], heads)]
     got = {key.removeprefix(PREFIX): t for key, t in rest.items()}
-    if strange := sorted(got.keys() - wanted.keys()):
+    if strange := sorted(got.keys() - set(wanted)):
         raise BadValue(f"{WEIGHTS} holds {strange[0]!r}, which is neither an adapted layer's nor in modules_to_save={endings!r} of this model")
-    if missing := sorted(wanted.keys() - got.keys()):
+    if missing := sorted(set(wanted) - got.keys()):
         raise BadValue(f"{WEIGHTS} has no numbers for {missing[0]!r}, which modules_to_save={endings!r} names")
     parameters = dict(model.named_parameters())
-    for name in got.keys() - parameters.keys():
-        if not torch.equal(got[name], wanted[name].cpu()):
-            raise BadValue(f"{name!r} is a buffer of the head that changed in training; only parameters are read")
-    return {name: t for name, t in got.items() if name in parameters}
+    return heads, {f"{'parameter' if name in parameters else 'buffer'}:{name}": t for name, t in got.items()}
 
 # %% ../../nbs/core/peft.ipynb #c47
 def sizes(settings: dict, layers: dict) -> dict[str, dict]:
@@ -452,18 +460,16 @@ def from_peft(model: nn.Module, path, make_plan: Callable) -> nn.Module:
     layers, rest = by_layer(model, settings["peft_type"], tensors)
     if settings["peft_type"] == "VERA":
         shared_projections(model, layers, rest)
-    head = head_numbers(model, settings, rest)
-    heads = outermost(name.rpartition(".")[0] for name in head)
+    heads, numbers = head_numbers(model, settings, rest)
     check_targets(model, settings, layers, heads)
     own = sizes(settings, layers)
     usual = own[next(iter(own))]
     differing = {name: size for name, size in own.items() if size != usual}
     made = make_plan(model, method_of(settings), None, (exactly(model, list(layers)), []), differing, head=heads or None, **usual)
-    named = dict(model.named_parameters())
-    fill({name: made.built[name]["all"] for name in layers}, {name: named[name] for name in made.head},
-         {f"{name}/{key}": t for name, parts in layers.items() for key, t in parts.items()} | {f"parameter:{name}": t for name, t in head.items()})
+    named, buffers = dict(model.named_parameters()), stored_buffers(model)
+    in_place = {name: named[name] for name in made.head}
+    numbers |= {f"{name}/{key}": t for name, parts in layers.items() for key, t in parts.items()}
+    fill({name: made.built[name]["all"] for name in layers}, in_place, numbers, buffers)
     commit(model, made)
-    with torch.no_grad():
-        for name, t in head.items():
-            named[name].copy_(t)
+    put(in_place, buffers, numbers)
     return model
