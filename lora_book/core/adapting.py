@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['query_value_targets', 'no_change', 'no_penalty', 'Method', 'Record', 'check_module', 'find_record', 'record_of',
-           'enabled_record', 'check_options', 'check_common', 'head_modules', 'check_floating', 'check_dtype',
-           'drawn_seed', 'check_finite', 'Plan', 'build_adapters', 'plan', 'check_not_adapted', 'check_ratio', 'commit',
-           'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled', 'base_buffers',
-           'param_groups', 'strip']
+           'enabled_record', 'check_options', 'check_common', 'head_modules', 'check_made', 'check_floating',
+           'check_dtype', 'drawn_seed', 'check_finite', 'Plan', 'build_adapters', 'plan', 'check_not_adapted',
+           'check_ratio', 'commit', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled',
+           'base_buffers', 'param_groups', 'strip']
 
 # %% ../../nbs/core/adapting.ipynb #c02
 import inspect
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter import site_seed, widened
 from .errors import BadType, BadValue, check_count, check_number, unknown
-from .hosts import Site, adapters, fusing, held, hold, install, release, sites, switched_off, uninstall
+from .hosts import Site, adapters, fusing, held, hold, install, is_lazy, release, sites, switched_off, uninstall
 from .targets import Target, choose
 
 # %% ../../nbs/core/adapting.ipynb #c04
@@ -138,10 +138,19 @@ def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
     return {canonical[id(known[name])]: known[name] for name in names}
 
 # %% ../../nbs/core/adapting.ipynb #c13
+def check_made(model: nn.Module) -> None:
+    "Raise BadValue if a lazy layer of the model has no numbers yet."
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise BadValue(f"{name!r} has no numbers yet: run the model once before adapting it")
+
+
 def check_floating(name: str, parameter: nn.Parameter) -> None:
     "Raise BadType for a parameter that can't be trained."
     if not parameter.is_floating_point():
         raise BadType(f"{name!r} holds {parameter.dtype} numbers, which can't be trained")
+    if parameter.is_inference():
+        raise BadType(f"{name!r} was made in torch's inference mode and can't be trained; make the model outside of it")
 
 # %% ../../nbs/core/adapting.ipynb #c14
 def check_dtype(dtype: object) -> None:
@@ -209,6 +218,10 @@ def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, 
     in_head = list(dict.fromkeys(names[id(p)] for module in heads.values() for p in module.parameters()))
     if not chosen and not in_place and not in_head:
         raise BadValue(f"{method_id!r} would train nothing: name target_modules= or head=")
+    check_made(model)
+    named = dict(model.named_parameters())
+    for name in [*in_place, *in_head, *(f"{target.name}.weight".lstrip(".") for target in chosen)]:
+        check_floating(name, named[name] if name in named else model.get_parameter(name))
     built = build_adapters(chosen, method, r, alpha, seed, dtype, options, per_site or {})
     ratio = method.lr_ratio if lr_ratio is None else lr_ratio
     check_ratio(method_id, ratio, built)
@@ -238,8 +251,6 @@ def check_ratio(method_id: str, ratio: float | None, built: dict) -> None:
 def commit(model: nn.Module, made: Plan) -> nn.Module:
     "Adapt the model as planned, in place; returns it."
     record, named = made.record, dict(model.named_parameters())
-    for name in [*made.head, *made.in_place]:
-        check_floating(name, named[name])
     record.was_trainable = {name: p.requires_grad for name, p in named.items()}
     record.base = {name: named[name].detach().clone() for name in [*made.head, *made.in_place]}
     record.head = made.head
