@@ -468,7 +468,7 @@ def alike(split: Split, order: Tensor, batch_size: int) -> Iterator:
         parts = list(rows.split(batch_size))
         yield from (parts[i] for i in sorted(range(len(parts)), key=lambda i: int(window[i * batch_size])))
 
-# %% ../../nbs/core/data.ipynb #c55
+
 def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, generator: torch.Generator | None = None,
             trim: bool = True) -> Iterator:
     "Dictionaries of tensors with up to `batch_size` rows, in an order drawn from `generator` or `seed`; `trim` cuts common padding."
