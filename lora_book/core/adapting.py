@@ -219,9 +219,11 @@ def plan(model: nn.Module, method_id: str, method: Method, target_modules=None, 
     if not chosen and not in_place and not in_head:
         raise BadValue(f"{method_id!r} would train nothing: name target_modules= or head=")
     check_made(model)
-    named = dict(model.named_parameters())
+    named, every = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
     for name in [*in_place, *in_head, *(f"{target.name}.weight".lstrip(".") for target in chosen)]:
-        check_floating(name, named[name] if name in named else model.get_parameter(name))
+        if name not in every:
+            raise unknown("parameter is called", name, named)
+        check_floating(name, every[name])
     built = build_adapters(chosen, method, r, alpha, seed, dtype, options, per_site or {})
     ratio = method.lr_ratio if lr_ratio is None else lr_ratio
     check_ratio(method_id, ratio, built)

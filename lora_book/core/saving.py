@@ -158,6 +158,8 @@ def check_keys(description: dict, path: Path) -> None:
     "Raise BadValue unless a description has every entry, each of its type."
     wrong = [key for key, kind in KEYS.items() if not isinstance(description.get(key), kind)]
     wrong += [f"config.{key}" for key in CONFIG_KEYS if not wrong and key not in description["config"]]
+    wrong += [f"config.{key}" for key in ("options", "step_options") if not wrong and not isinstance(description["config"][key], dict)]
+    wrong += ["steps"] if not wrong and description["steps"] < 0 else []
     wrong += [key for key in ("sites", "head", "in_place") if not wrong and not all(isinstance(name, str) for name in description[key])]
     if wrong:
         raise BadValue(f"{path} has no {wrong[0]!r}, or one of the wrong type: it isn't a description of an adapter")

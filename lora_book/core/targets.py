@@ -198,8 +198,8 @@ def exactly(model: nn.Module, names: list[str]) -> list[Target]:
     modules, views = dict(model.named_modules()), {}
     for name in names:
         match = ENTRY.match(name)
-        if match["ending"] not in modules:
-            raise unknown("module is called", match["ending"], linear_names(model))
+        if match is None or match["ending"] not in modules:
+            raise unknown("module is called", name if match is None else match["ending"], linear_names(model))
         module = modules[match["ending"]]
         check_site_is_plain(module, name)
         views.setdefault(match["ending"], {}).update(views_of(module, match["rows"], name))

@@ -1,0 +1,285 @@
+"""Saving and loading from outside: what goes in comes out, and a file that was touched or belongs elsewhere is refused."""
+import copy
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interface_tools import CHAINS, adapted, inputs, largest, move, moved, net, numbers, snapshot
+from torch import nn
+
+import lora_book as lb
+from lora_book.core.models import load_model
+from lora_book.core.saving import canonical
+
+METHODS = lb.methods()
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def refused(folder, *words, base=None) -> None:
+    "Loading raises a ValueError, TypeError or KeyError of the package, and the model is what it was."
+    model = net() if base is None else base
+    before = snapshot(model)
+    with pytest.raises(lb.LoraBookError) as caught:
+        lb.load(model, folder)
+    assert isinstance(caught.value, (ValueError, TypeError, KeyError)) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert snapshot(model) == before
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_is_saved_comes_back(method, dtype, tmp_path):
+    model, x = moved(method, dtype, alpha=3.0, seed=7), inputs(dtype)
+    want = model(x)
+    lb.save(model, tmp_path)
+    fresh = net(dtype)
+    assert lb.load(fresh, str(tmp_path)) is fresh
+    assert torch.equal(fresh(x), want) and lb.n_trainable(fresh, heads=True) == lb.n_trainable(model, heads=True)
+    assert all(torch.equal(a, b) for a, b in zip(lb.delta(model).values(), lb.delta(fresh).values(), strict=True))
+    with lb.disabled(fresh):
+        assert torch.equal(fresh(x), net(dtype)(x))
+    other = tmp_path / "merged"
+    lb.merge(model)
+    lb.save(model, other)
+    assert all((tmp_path / name).read_bytes() == (other / name).read_bytes() for name in os.listdir(other))
+
+
+@pytest.mark.parametrize("method", CHAINS)
+def test_a_chain_keeps_its_links_and_goes_on_alike(method, tmp_path):
+    model, x = moved(method, chain_length=4), inputs()
+    for seed in (1, 2):
+        lb.advance(model)
+        move(model, seed)
+    lb.save(model, tmp_path)
+    fresh = lb.load(net(), tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    for one in (model, fresh):
+        optimizer = torch.optim.AdamW(lb.param_groups(one, 1e-2))
+        for _ in range(2):
+            lb.train_step(one, optimizer, lambda one=one: one(x).pow(2).mean())
+        lb.advance(one, optimizer)
+        lb.train_step(one, optimizer, lambda one=one: one(x).pow(2).mean())
+    assert numbers(fresh) == numbers(model)
+    for one in (model, fresh):
+        with pytest.raises(ValueError, match="4"):
+            lb.advance(one)
+
+
+@pytest.mark.parametrize("method", ["cola", "c3la"])
+def test_steps_are_counted_on_after_loading(method, tmp_path):
+    model, x = adapted(method, reset_every=3), inputs()
+    optimizer = torch.optim.SGD(lb.param_groups(model, 1e-2))
+    for _ in range(2):
+        lb.train_step(model, optimizer, lambda: model(x).pow(2).mean())
+    lb.save(model, tmp_path)
+    fresh = lb.load(net(), tmp_path)
+    lb.train_step(fresh, torch.optim.SGD(lb.param_groups(fresh, 1e-2)), lambda: fresh(x).pow(2).mean())
+    assert lb.adapters(fresh)["first"].done == 1
+
+
+def test_moved_statistics_are_saved(tmp_path):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 2)))
+
+    model = lb.adapt(make(), "lora", "0", r=2, head="2")
+    optimizer = torch.optim.SGD(lb.param_groups(model, 0.1))
+    lb.train_step(model, optimizer, lambda: model(inputs()).pow(2).mean())
+    lb.save(model.eval(), tmp_path)
+    fresh = lb.load(make(), tmp_path).eval()
+    assert torch.equal(fresh(inputs()), model(inputs()))
+    other = make()
+    other[1].running_mean.add_(1.0)
+    refused(tmp_path, "base", base=other)
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2", "tiny_vit", "tiny_llama", "tiny_t5"])
+def test_real_architectures(name, tmp_path):
+    model = move(lb.adapt(load_model(name), "lora", r=2))
+    lb.save(model, tmp_path)
+    assert numbers(lb.load(load_model(name), tmp_path)) == numbers(model)
+    refused(tmp_path, "base", base=load_model(name, seed=1))
+    refused(tmp_path, "architecture")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    lb.save(moved("cola"), folder)
+    return folder
+
+
+def test_the_folder_holds_safetensors_and_json_alone(saved):
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_no_byte_can_change(saved, suffix, tmp_path):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    victim = next(path for path in tmp_path.iterdir() if path.suffix == suffix)
+    whole, base = victim.read_bytes(), net()
+
+    @given(at=st.integers(0, len(whole) - 1), flip=st.integers(1, 255))
+    @settings(max_examples=60, deadline=None)
+    def altered(at, flip):
+        victim.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
+        refused(tmp_path, base=base)
+
+    @given(length=st.integers(0, len(whole) - 1))
+    @settings(max_examples=30, deadline=None)
+    def truncated(length):
+        victim.write_bytes(whole[:length])
+        refused(tmp_path, base=base)
+
+    altered()
+    truncated()
+    for wrong in (whole + b"\0", whole + b"\n", b" " + whole, whole.replace(b"\n", b"\r\n") if suffix == ".json" else whole * 2):
+        victim.write_bytes(wrong)
+        refused(tmp_path, base=base)
+    victim.write_bytes(whole)
+    lb.load(base, tmp_path)
+
+
+def test_files_that_are_missing_or_no_files(saved, tmp_path):
+    refused(tmp_path / "nowhere", "nowhere")
+    refused(tmp_path)
+    refused(None)
+    refused(3)
+    refused(saved / "adapter.json")
+    for name in ("adapter.json", "adapter.safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes((saved / name).read_bytes())
+        refused(folder, "adapter.")
+    (tmp_path / "mixed").mkdir()
+    lb.save(moved("lora"), tmp_path / "mixed")
+    (tmp_path / "mixed" / "adapter.json").write_bytes((saved / "adapter.json").read_bytes())
+    refused(tmp_path / "mixed")
+
+
+def test_other_files_beside_them_are_left_alone(saved, tmp_path):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "README.md").write_text("mine")
+    lb.load(net(), tmp_path)
+    lb.save(moved("lora"), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
+
+
+def rewritten(saved: Path, folder: Path, **changes) -> Path:
+    "A copy whose description was edited and given a new checksum."
+    folder.mkdir()
+    description = json.loads((saved / "adapter.json").read_text().rsplit("\n", 2)[0])
+    for key, value in changes.items():
+        place = description["config"] if key in description["config"] else description
+        if value is KeyError:
+            del place[key]
+        else:
+            place[key] = value
+    (folder / "adapter.safetensors").write_bytes((saved / "adapter.safetensors").read_bytes())
+    (folder / "adapter.json").write_bytes(canonical(description))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [
+    {"r": 3}, {"r": "2"}, {"r": 99}, {"alpha": -1}, {"method": "lroa"}, {"method": 3}, {"format": 2}, {"sites": ["first"]}, {"sites": ["frist"]}, {"sites": [3]},
+    {"sites": ["first", "qkv[q", "proj"]}, {"sites": ["norm"]}, {"head": ["hed"]}, {"head": KeyError}, {"config": {}}, {"config": KeyError}, {"dtype": "nonsense"}, {"dtype": "int64"},
+    {"options": {"rank": 3}}, {"options": []}, {"step_options": 3}, {"steps": -1}, {"steps": "1"}, {"in_place": ["first.weight"]}, {"in_place": ["nope"]}, {"sha256": "0"}, {"sha256": KeyError}, {"step": "sma"}, {"seed": None}])
+def test_an_edited_description_with_a_new_checksum(saved, tmp_path, changes):
+    refused(rewritten(saved, tmp_path / "edited", **changes))
+
+
+def test_another_architecture_shape_or_base(saved):
+    refused(saved, "architecture", base=net(width=12))
+    refused(saved, "architecture", base=nn.Sequential(net()))
+    refused(saved, "base", base=net(seed=1))
+    changed = net()
+    with torch.no_grad():
+        changed.norm.bias[0] = 1e-7
+    refused(saved, "base", base=changed)
+    refused(saved, base=net(classes=5))
+    renamed = net()
+    renamed.other = renamed.proj
+    del renamed.proj
+    refused(saved, "architecture", base=renamed)
+
+
+@every_method
+def test_an_adapted_model_doesn_t_load(method, saved):
+    model = moved(method)
+    before = snapshot(model)
+    for one in (model, nn.Sequential(model), model.first):
+        with pytest.raises(lb.LoraBookError, match="adapted"):
+            lb.load(one, saved)
+    assert snapshot(model) == before
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tmp_path):
+    model = moved(method)
+    lb.save(model, tmp_path / "good")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "good").iterdir()}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = bad
+    with pytest.raises(ValueError, match="NaN"):
+        lb.save(model, tmp_path / "good")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "good").iterdir()} == before
+    from safetensors.torch import load, save
+    tensors = load(before["adapter.safetensors"])
+    name = next(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
+    tensors[name].view(-1)[-1] = bad
+    data = save(tensors)
+    description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {"sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "good" / "adapter.safetensors").write_bytes(data)
+    (tmp_path / "good" / "adapter.json").write_bytes(canonical(description))
+    refused(tmp_path / "good", "NaN")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_leaves_the_old_pair(saved, tmp_path, monkeypatch, fails_at):
+    model = moved("cola")
+    lb.save(model, tmp_path)
+    before, calls, write = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, [], Path.write_bytes
+
+    def full(self, data):
+        calls.append(self)
+        if len(calls) == fails_at:
+            write(self, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        lb.save(move(model, 9), tmp_path)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    lb.load(net(), tmp_path)
+
+
+def test_a_base_of_another_type_with_the_same_numbers_is_the_same_base(tmp_path):
+    model = moved("lora")
+    lb.save(model, tmp_path)
+    wide = lb.load(net().double(), tmp_path)
+    assert largest(wide(inputs(torch.float64)), model(inputs())) < 1e-5
+    refused(tmp_path, "base", base=net().bfloat16())
+
+
+def test_heads_are_saved_with_the_adapter(tmp_path):
+    model = moved("lora")
+    lb.save(model, tmp_path)
+    fresh = net()
+    with torch.no_grad():
+        fresh.head.weight.zero_()
+    base = copy.deepcopy(fresh)
+    lb.load(fresh, tmp_path)
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    with lb.disabled(fresh):
+        assert torch.equal(fresh(inputs()), base(inputs()))
