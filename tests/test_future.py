@@ -435,3 +435,11 @@ def test_the_mutant_that_stays_is_found_by_coverage():
     chain = Stuck(torch.zeros(4, 6), r=2)
     chain.advance()
     assert chain.idx.tolist() != circulant(1, 6, 2).tolist() and chain.rank_bound(4, 6) == 2
+
+
+@pytest.mark.parametrize("method", ["c3la", "random_c3la"])
+def test_a_chain_longer_than_the_widest_weights_columns_is_refused(method):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    with pytest.raises(lb.LoraBookError, match="chain_length = 5"):
+        lb.adapt(model, method, ["0", "1"], r=2, chain_length=5)
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
