@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_book as lb
-from lora_book.core.adapter import generator
+from lora_book.core.adapter import Nudge, generator
 from lora_book.core.laws import BrokenLaw, Case, check
 from lora_book.core.ldu import leading, unpermute
 from lora_book.core.products import saved_bytes
@@ -346,6 +346,16 @@ def test_r_plus_one_numbers_are_stored_and_reload_with_the_same_bits(tmp_path, i
         lb.load(model(draw(9, 6, 8)), tmp_path)
 
 
+@pytest.mark.parametrize("init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", True, 2)])
+def test_a_state_dict_carries_over_to_a_model_that_was_adapted_on_another_base(init, keep_start, r):
+    one, other = (adapted(draw(seed, 6, 8), r=r, init=init, keep_start=keep_start, seed=3)[0] for seed in (0, 9))
+    move(lb.adapters(one)["0"])
+    x = draw(1, 4, 8)
+    assert not torch.allclose(other(x), one(x))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(x), one(x)) and torch.equal(lb.delta(other)["0"], lb.delta(one)["0"])
+
+
 def test_the_factors_are_the_change():
     W = draw(0, 7, 5)
     adapter = LoLDU(W, r=3, init="normal", alpha=2.0)
@@ -377,7 +387,18 @@ def test_the_tangent_is_the_derivative_along_it(drawn, seed):
     _, want = torch.func.jvp(lambda z, sigma: torch.func.functional_call(Delta(adapter), {"a.z": z, "a.sigma": sigma}, (W,)),
                              (adapter.z.detach(), adapter.sigma.detach()), (M["z"], M["sigma"]))
     assert torch.allclose(adapter.tangent(M), want, atol=1e-10 * float(1 + want.abs().max()))
+    (A, B, s), = adapter.direction(M, W)
+    assert torch.allclose(s * B @ A, adapter.tangent(M), atol=1e-10 * float(1 + want.abs().max()))
     assert torch.allclose(adapter.tangent({"z": M["z"]}) + adapter.tangent({"sigma": M["sigma"]}), adapter.tangent(M), atol=1e-10 * float(1 + want.abs().max()))
+
+
+@pytest.mark.parametrize("r", [3, 6])
+def test_a_moved_weight_moves_a_whole_block_too(r):
+    W, x = draw(0, 6, 6), draw(1, 4, 6)
+    net, adapter = adapted(W, r=r)
+    plain, M = net(x).detach(), {"z": draw(2, r), "sigma": draw(3)}
+    adapter.nudge = Nudge(M, 0.25)
+    assert torch.allclose(net(x) - plain, 0.25 * x @ adapter.tangent(M).T, atol=1e-12)
 
 
 class Delta(nn.Module):

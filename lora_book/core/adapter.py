@@ -47,6 +47,9 @@ class Adapter(nn.Module):
         "The frozen weight that the base product uses, (n, m); W0 itself unless the method starts elsewhere."
         return W0
 
+    def rebase(self, W0: Tensor) -> None:
+        "Called when other numbers were loaded into W0: compute anew what comes from W0 and isn't saved. Most methods have nothing such."
+
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
         "x ΔWᵀ for x of shape (..., m): (..., n)."
         return F.linear(x, self.delta(W0).to(x.dtype))

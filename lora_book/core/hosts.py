@@ -95,7 +95,11 @@ class Site:
         if self.kept is not None:
             errors.append(f"{prefix.rstrip('.')!r} is merged; unmerge the model before loading numbers into it")
         else:
+            before = self.weight.detach().clone()
             super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+            if not torch.equal(before, self.weight):
+                for block in self.blocks():
+                    block.adapter.rebase(block.W0.detach())
 
 # %% ../../nbs/core/hosts.ipynb #c10
 def make_resting(site: Site) -> Tensor | None:

@@ -87,12 +87,11 @@ class Triangles(Adapter):
 
 # %% ../../nbs/present/loldu.ipynb #c15
 class Diagonal(Triangles):
-    "Between the triangles: z and σ, and where the residual takes them to start, z0 and σ0."
+    "Between the triangles: z and σ, and where the residual takes them to start, z0 (a subclass sets it) and σ0."
 
-    def begin(self, z: Tensor, z0: Tensor, sigma: Tensor, train_scale: bool) -> None:
-        "Register z and σ as parameters (σ as a constant unless `train_scale`), z0 and σ0 as constants; constants aren't saved."
+    def begin(self, z: Tensor, sigma: Tensor, train_scale: bool) -> None:
+        "Register z and σ as parameters; σ as a constant that isn't saved unless `train_scale`."
         self.z, self.sigma0 = nn.Parameter(z), sigma.item()
-        self.register_buffer("z0", z0, persistent=False)
         if train_scale:
             self.sigma = nn.Parameter(sigma)
         else:
@@ -114,10 +113,17 @@ class Diagonal(Triangles):
         "ΔW as one product [(A, B, 1)], A = U_r and B = P L_r diag(σ z − σ0 z0)."
         return [(self.right, self.ordered(self.left) * self.change(), 1.0)]
 
+    def along(self, M: dict) -> Tensor:
+        "σ M_z + M_σ z, the derivative of the diagonal along M, (r,), with a missing M_z or M_σ standing for 0."
+        return widened(self.sigma * M.get("z", torch.zeros_like(self.z)) + M.get("sigma", torch.zeros_like(self.sigma)) * self.z)
+
     def tangent(self, M: dict) -> Tensor:
-        "P L_r diag(σ M_z + M_σ z) U_r, with a missing M_z or M_σ standing for 0."
-        moved = self.sigma * M.get("z", torch.zeros_like(self.z)) + M.get("sigma", torch.zeros_like(self.sigma)) * self.z
-        return self.between(widened(moved))
+        "P L_r diag(σ M_z + M_σ z) U_r, (n, m)."
+        return self.between(self.along(M))
+
+    def direction(self, M: dict, W0: Tensor) -> list:
+        "The tangent as one product [(A, B, 1)] of rank r."
+        return [(self.right, self.ordered(self.left) * self.along(M).detach(), 1.0)]
 
 # %% ../../nbs/present/loldu.ipynb #c17
 class LoLDU(Diagonal):
@@ -132,15 +138,26 @@ class LoLDU(Diagonal):
         for name, value in (("keep_start", keep_start), ("train_scale", train_scale), ("project", project)):
             check_flag(name, value)
         check_number("scale_lr_ratio", scale_lr_ratio, above=0)
-        self.r, self.scale_lr_ratio, scale = int(r), float(scale_lr_ratio), (r if alpha is None else alpha) / r
+        scale = (r if alpha is None else alpha) / r
         check_constraints(project, eps, scale)
-        place = {"device": W0.device, "dtype": wide(W0.dtype) if dtype is None else dtype}
-        pivots = self.freeze(W0.detach(), self.r, wide(place["dtype"]))
-        z = INITS[init](pivots, generator(seed))
-        self.register_buffer("pivots", pivots.to(**place), persistent=False)
-        self.begin(z.to(**place, copy=True), (z if keep_start else pivots).to(**place, copy=True), torch.tensor(scale, **place), train_scale)
-        largest = max(pivots.norm().item(), z.norm().item())
+        self.r, self.seed, self.init, self.keep_start, self.scale_lr_ratio = int(r), seed, init, keep_start, float(scale_lr_ratio)
+        dtype = wide(W0.dtype) if dtype is None else dtype
+        z = self.anchor(W0.detach(), dtype)
+        self.begin(z.clone(), torch.tensor(scale, dtype=dtype, device=W0.device), train_scale)
+        largest = max(self.pivots.norm().item(), z.norm().item())
         self.eps = (largest if eps is None else float(eps)) if project else None
+
+    def anchor(self, W0: Tensor, dtype: torch.dtype) -> Tensor:
+        "Register what comes from W0 and isn't saved: the triangles, the pivots and z0. Returns the start of z, (r,)."
+        pivots = self.freeze(W0, self.r, wide(dtype))
+        z = INITS[self.init](pivots, generator(self.seed)).to(W0.device, dtype)
+        self.register_buffer("pivots", pivots.to(W0.device, dtype), persistent=False)
+        self.register_buffer("z0", (z if self.keep_start else self.pivots).clone(), persistent=False)
+        return z
+
+    def rebase(self, W0: Tensor) -> None:
+        "Take the triangles from other numbers in W0; z and σ stay."
+        self.anchor(W0, self.z.dtype)
 
     def rank_bound(self, n: int, m: int) -> int:
         "r."
