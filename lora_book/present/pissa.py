@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['pissa', 'principal', 'PiSSA']
 
-# %% ../../nbs/present/pissa.ipynb #c02
+# %% ../../nbs/present/pissa.ipynb #c11
 import math
 
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 from ..core.adapter import LowRank
 from ..core.adapting import Method
 
-# %% ../../nbs/present/pissa.ipynb #c03
+# %% ../../nbs/present/pissa.ipynb #c12
 def principal(W0: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    "√Σ_r V_rᵀ (r, m) and U_r √Σ_r (n, r) of W0 = U Σ Vᵀ: their product is W0's best approximation of rank r."
+    "√Σ_r V_rᵀ (r, m) and U_r √Σ_r (n, r) of W0 = U Σ Vᵀ: their product in the other order is W0's best approximation of rank r."
     U, sigma, Vt = torch.linalg.svd(W0, full_matrices=False)
     root = sigma[:r].sqrt()
     return root[:, None] * Vt[:r], U[:, :r] * root
 
-
+# %% ../../nbs/present/pissa.ipynb #c13
 class PiSSA(LowRank):
-    "ΔW = s·B A − s·B0 A0 (@eq-pissa-delta), with s·B0 A0 the best rank-r part of W0 (@eq-pissa-start). Meng et al. 2024."
+    "ΔW = s·B A − s·B0 A0 (@eq-pissa-delta), s·B0 A0 the best rank-r part of W0 (@eq-pissa-start). Meng et al. 2024."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None):
