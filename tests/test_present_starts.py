@@ -2,6 +2,7 @@
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,7 +14,7 @@ from lora_book.core.hosts import sites
 from lora_book.core.laws import BrokenLaw, Case, check, conv1d
 from lora_book.core.models import load_model
 from lora_book.core.products import saved_bytes
-from lora_book.present.dora import DoRA, scaled_linear
+from lora_book.present.dora import DoRA, row_lengths, scaled_linear
 from lora_book.present.pissa import PiSSA, principal
 
 WIDE = torch.float64
@@ -127,7 +128,26 @@ def test_dora_keeps_at_most_seven_tenths_of_what_peft_keeps():
     x = draw(2, 1024, 64, dtype=torch.float32).requires_grad_()
     ours = lambda: DoRA.product(x, base.weight.detach(), None, [Block(None, adapter, base.weight.detach())])  # noqa: E731
     kept = saved_bytes(ours, exclude=[x, base.weight, *adapter.parameters()]), saved_bytes(lambda: theirs(x), exclude=[x, *theirs.parameters()])
-    assert kept[0] == 4 * 1024 * (64 + 4) + 2 * 4 * 64 + 64 and kept[0] + x.nbytes <= 0.7 * (kept[1] + x.nbytes)
+    assert kept[0] == 4 * 1024 * (64 + 4) + 3 * 4 * 64 + 64 and kept[0] + x.nbytes <= 0.7 * (kept[1] + x.nbytes)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_autocast_and_checkpointing_leave_lengths_and_gradients_alone(tokens):
+    model = lb.adapt(nn.Sequential(nn.Linear(16, 12)), "dora", ["0"], r=2)
+    adapter, x = model[0].adapters["all"], draw(0, tokens, 16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapter.ratio(model[0].weight.detach()).eq(1).all() and model(x).dtype is torch.bfloat16
+        with lb.disabled(model):
+            base = model(x)
+        assert close(model(x).float(), base.float(), 1e-2)
+    with torch.no_grad():
+        adapter.B.add_(0.3), adapter.magnitude.mul_(1.2)
+    grads = []
+    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in adapter.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,6 +169,26 @@ def test_zero_rows_stay_zero_without_nan(tokens):
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters()) and not y[:, [1, 3]].any()
     (adapter.delta(W0).sum() + 0 * sum(p.sum() for p in adapter.parameters())).backward()
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.sampled_from([2, 9]), rows=st.integers(1, 80))
+def test_the_whole_gradient_is_that_of_the_written_out_definition(seed, tokens, rows):
+    W0 = draw(seed, rows, 6)
+    adapter, g, found = moved(DoRA, W0, seed, r=1, alpha=1.3, detach_norm=False), draw(seed + 3, tokens, rows), []
+    for written_out in (False, True):
+        x = draw(seed + 2, tokens, 6).requires_grad_()
+        V = W0 + adapter.scaling * adapter.B @ adapter.A
+        y = x @ ((adapter.magnitude / V.norm(dim=1))[:, None] * V).T if written_out else DoRA.product(x, W0, None, [Block(None, adapter, W0)])
+        found.append((y, *torch.autograd.grad(y, [x, *adapter.parameters()], g)))
+    scale = 1 / min(1.0, V.norm(dim=1).min().item())
+    assert all(close(got, want, 1e-11 * scale**2) for got, want in zip(*found, strict=True))
+
+
+def test_lengths_differentiate_twice():
+    W0, A, B = draw(0, 5, 4), draw(1, 2, 4).requires_grad_(), draw(2, 5, 2).requires_grad_()
+    lengths = lambda A, B: row_lengths(W0, A, B, 0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(lengths, (A, B)) and torch.autograd.gradgradcheck(lengths, (A, B))
 
 
 def test_the_whole_gradient_is_the_detached_one_less_its_part_along_the_rows():

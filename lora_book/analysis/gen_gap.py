@@ -4,7 +4,7 @@
 __all__ = ['row_losses', 'example_losses', 'Estimate', 'sample', 'half_width', 'resampled_means', 'mean_interval', 'gen_gap',
            'compare', 'Agreement', 'rank_agreement']
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c02
+# %% ../../nbs/analysis/gen_gap.ipynb #c03
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from ..core.errors import BadType, BadValue, check_choice, check_count, check_nu
 from ..core.models import logits
 from ..core.training import to_device
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c03
+# %% ../../nbs/analysis/gen_gap.ipynb #c06
 def row_losses(scores: Tensor, labels: Tensor) -> Tensor:
     "Each row's loss (T,): cross-entropy in nats for integer labels, squared error for real ones."
     if labels.is_floating_point():
@@ -43,7 +43,7 @@ def example_losses(model: nn.Module, split: Split, batch_size: int = 256, loss: 
         found.append(loss(logits(model, batch), batch["labels"]).double().cpu())
     return torch.cat(found)
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c04
+# %% ../../nbs/analysis/gen_gap.ipynb #c09
 @dataclass(frozen=True)
 class Estimate:
     "A mean with its confidence interval, in the units of what was averaged; `level` is the interval's coverage, `count` the sample size."
@@ -62,7 +62,7 @@ class Estimate:
         "Of a difference: 'larger' or 'smaller' where the interval leaves 0 out, else 'no difference'."
         return "larger" if self.low > 0 else "smaller" if self.high < 0 else "no difference"
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c05
+# %% ../../nbs/analysis/gen_gap.ipynb #c10
 def sample(kind: str, values: Tensor | Sequence, least: int = 2) -> Tensor:
     "`values` as a float64 vector on the CPU; raises BadType, or BadValue for fewer than `least` entries or one that isn't finite."
     if not isinstance(values, (Tensor, Sequence)) or isinstance(values, str):
@@ -79,7 +79,7 @@ def half_width(vector: Tensor, level: float) -> float:
     "Half of Student's interval for the mean of `vector` (k,): t·s/sqrt(k)."
     return float(stats.t.ppf((1 + level) / 2, len(vector) - 1) * vector.std() / len(vector)**0.5)
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c06
+# %% ../../nbs/analysis/gen_gap.ipynb #c11
 def resampled_means(vector: Tensor, draws: int, seed: int, name: str) -> Tensor:
     "The means of `draws` samples of len(vector) entries drawn with replacement: (draws,)."
     gen, k = generator(seed, "bootstrap", name), len(vector)
@@ -101,7 +101,7 @@ def mean_interval(values: Tensor | Sequence, level: float = 0.95, kind: str = "s
     low, high = resampled_means(vector, draws, seed, "mean").quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Estimate(mean, low, high, level, len(vector))
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c07
+# %% ../../nbs/analysis/gen_gap.ipynb #c14
 def gen_gap(train: Tensor | Sequence, test: Tensor | Sequence, level: float = 0.95, kind: str = "normal", draws: int = 2000, seed: int = 0) -> Estimate:
     """Mean test loss minus mean train loss (@eq-gen_gap-estimate) with an interval; `train` (N,) and `test` (T,) are losses of examples.
 
@@ -129,7 +129,7 @@ def compare(first: Sequence, second: Sequence, level: float = 0.95) -> Estimate:
         raise BadValue(f"paired runs must have one length, not {len(a)} and {len(b)}")
     return mean_interval(a - b, level)
 
-# %% ../../nbs/analysis/gen_gap.ipynb #c08
+# %% ../../nbs/analysis/gen_gap.ipynb #c18
 @dataclass(frozen=True)
 class Agreement:
     "Kendall's tau_b of two rankings, the probability of so large a |tau| if they were unrelated, and the number of pairs of entries."

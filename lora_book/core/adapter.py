@@ -44,11 +44,13 @@ class Adapter(nn.Module):
         return min(n, m)
 
     def rest(self, W0: Tensor) -> Tensor:
-        "The frozen weight that the base product uses, (n, m); W0 itself unless the method starts elsewhere."
+        """The frozen weight that the base product uses, (n, m); W0 itself unless the method
+        starts elsewhere."""
         return W0
 
     def rebase(self, W0: Tensor) -> None:
-        "Called when other numbers were loaded into W0: compute anew what comes from W0 and isn't saved. Most methods have nothing such."
+        """Called when other numbers were loaded into W0: compute anew what comes from W0 and
+        isn't saved. Most methods have nothing such."""
 
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
         "x ΔWᵀ for x of shape (..., m): (..., n)."
@@ -56,7 +58,8 @@ class Adapter(nn.Module):
 
     @classmethod
     def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        "The adapted layer's output (..., n'): x Wᵀ + bias, plus each block's `forward` on its rows."
+        """The adapted layer's output (..., n'): x Wᵀ + bias, plus each block's `forward` on its
+        rows."""
         return default_product(x, W, bias, blocks)
 
     def tangent(self, M: dict) -> Tensor:
@@ -64,7 +67,8 @@ class Adapter(nn.Module):
         raise BadType(f"{type(self).__name__} doesn't say how its weight moves with its parameters")
 
     def direction(self, M: dict, W0: Tensor) -> list:
-        "tangent(M) as detached products: a list of (A_j, B_j, s_j) with tangent(M) = Σ_j s_j·B_j A_j; A_j None is the identity."
+        """tangent(M) as detached products: a list of (A_j, B_j, s_j) with tangent(M) = Σ_j
+        s_j·B_j A_j; A_j None is the identity."""
         return [(None, self.tangent(M).detach(), 1.0)]
 
     @classmethod
@@ -73,11 +77,13 @@ class Adapter(nn.Module):
         return nudged_product(cls.product(x, W, bias, blocks), x, blocks)
 
     def factors(self) -> list:
-        "ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j. Raises BadType where ΔW has no such form."
+        """ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j. Raises BadType
+        where ΔW has no such form."""
         raise BadType(f"the change of {type(self).__name__} isn't a product of small factors")
 
     def peft(self) -> object | None:
-        "A form of Hugging Face PEFT's own that says more than `factors` (`core.peft` has them); None where the factors say all."
+        """A form of Hugging Face PEFT's own that says more than `factors` (`core.peft` has
+        them); None where the factors say all."""
         return None
 
     def check_advance(self) -> None:
@@ -97,19 +103,22 @@ class Adapter(nn.Module):
 
 # %% ../../nbs/core/adapter.ipynb #c09
 def keep_wide(moved: Tensor, old: Tensor) -> Tensor:
-    "What a conversion may do to an adapter's numbers: move them, widen them, but not narrow them below 32 bits."
+    """What a conversion may do to an adapter's numbers: move them, widen them, but not narrow
+    them below 32 bits."""
     narrow = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
     return old.to(moved.device) if narrow else moved
 
 # %% ../../nbs/core/adapter.ipynb #c11
 class Block:
-    "One adapter's place in a layer: the rows of the layer's weight it changes (a slice, or None for all), its W0 and b0."
+    """One adapter's place in a layer: the rows of the layer's weight it changes (a slice, or
+    None for all), its W0 and b0."""
 
     def __init__(self, rows: slice | None, adapter: Adapter, W0: Tensor, b0: Tensor | None = None):
         self.rows, self.adapter, self.W0, self.b0 = rows, adapter, W0, b0
 
     def change(self, x: Tensor) -> Tensor:
-        "What the block adds to the base's output for x (..., m), in float64: x ΔWᵀ plus the bias's change."
+        """What the block adds to the base's output for x (..., m), in float64: x ΔWᵀ plus the
+        bias's change."""
         product = x.double() @ self.adapter.delta(self.W0).double().T
         shift = self.adapter.bias_delta(self.b0)
         return product if shift is None else product + shift.double()
@@ -125,7 +134,9 @@ def default_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> 
 
 def add_to_rows(y: Tensor, rows: slice | None, change: Tensor) -> Tensor:
     "y (..., n) with `change` added to the outputs that belong to the weight's `rows`."
-    return y + change if rows is None else torch.cat([y[..., :rows.start], y[..., rows] + change, y[..., rows.stop:]], -1)
+    return (
+        y + change if rows is None
+        else torch.cat([y[..., : rows.start], y[..., rows] + change, y[..., rows.stop :]], -1))
 
 # %% ../../nbs/core/adapter.ipynb #c13
 def effective_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
@@ -141,13 +152,15 @@ def effective_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -
 # %% ../../nbs/core/adapter.ipynb #c15
 @dataclass
 class Nudge:
-    "ε (n, m), by which a step moves one weight while it takes a gradient: size·tangent(M) for M a dict, size·M for M a tensor (n, m)."
+    """ε (n, m), by which a step moves one weight while it takes a gradient: size·tangent(M) for
+    M a dict, size·M for M a tensor (n, m)."""
 
     M: dict | Tensor
     size: Tensor
 
     def pieces(self, block: Block) -> list:
-        "The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j; A_j None is the identity."
+        """The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j; A_j None is the
+        identity."""
         if isinstance(self.M, Tensor):
             return [(None, self.size * self.M)]
         return [(A, self.size * s * B) for A, B, s in block.adapter.direction(self.M, block.W0)]
@@ -163,7 +176,8 @@ def nudged_product(y: Tensor, x: Tensor, blocks: list) -> Tensor:
 
 # %% ../../nbs/core/adapter.ipynb #c17
 def site_seed(seed: int, *parts: object) -> int:
-    "A 63-bit seed made of the caller's `seed` and the names or numbers in `parts`; the same on every machine."
+    """A 63-bit seed made of the caller's `seed` and the names or numbers in `parts`; the same on
+    every machine."""
     text = "|".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -188,8 +202,9 @@ class LowRank(Adapter):
 
     trainable = "AB"
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None,
+        seed: int = 0, dtype: torch.dtype | None = None):
         super().__init__()
         check_low_rank(W0, r, alpha)
         self.r, self.alpha, self.seed = int(r), float(r if alpha is None else alpha), seed
@@ -237,38 +252,50 @@ class LowRank(Adapter):
 
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
         "x ΔWᵀ through the factors: T·r·(n + m) multiplications instead of T·n·m."
-        return sum(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale for A, B, scale in self.factors())
+        return sum(
+            F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
+            for A, B, scale in self.factors())
 
     @classmethod
     def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        "The base product on the resting weight with each s·B A added in place (@eq-products-forward)."
-        return low_rank_linear(x, W, bias, [(b.rows, *term) for b in blocks for term in b.adapter.moving()])
+        """The base product on the resting weight with each s·B A added in place
+        (@eq-products-forward)."""
+        return low_rank_linear(
+            x, W, bias, [(b.rows, *term) for b in blocks for term in b.adapter.moving()])
 
     @classmethod
     def nudged(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        """The same with s·(E_B A + B E_A) beside each s·B A (@eq-products-nudged); where one factor trains, its parameter is moved instead.
+        """The same with s·(E_B A + B E_A) beside each s·B A (@eq-products-nudged); where one factor
+        trains, its parameter is moved instead.
 
-        A class with a product or a tangent of its own, and a nudge that is a whole matrix, take the general way.
+        A class with a product or a tangent of its own, and a nudge that is a whole matrix, take the
+        general way.
         """
         own = cls.product.__func__ is LowRank.product.__func__ and cls.tangent is LowRank.tangent
-        if not own or any(b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor) for b in blocks):
+        if not own or any(
+            b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor) for b in blocks):
             return super().nudged(x, W, bias, blocks)
-        terms = [(b.rows, *term, *b.adapter.shifts()) for b in blocks for term in b.adapter.moving()]
+        terms = [
+            (b.rows, *term, *b.adapter.shifts()) for b in blocks for term in b.adapter.moving()]
         if all(len(b.adapter.trainable) == 1 for b in blocks):
-            return low_rank_linear(x, W, bias, [(rows, A + EA, B + EB, s) for rows, A, B, s, EA, EB in terms])
+            return low_rank_linear(
+                x, W, bias, [(rows, A + EA, B + EB, s) for rows, A, B, s, EA, EB in terms])
         return nudged_linear(x, W, bias, terms)
 
     def shifts(self) -> tuple[Tensor, Tensor]:
         "E_A and E_B of @eq-products-nudged: the nudge's moves, 0 for a factor that has none."
         size, M = (0, {}) if self.nudge is None else (self.nudge.size, self.nudge.M)
-        return tuple(size * M[name] if name in M else torch.zeros_like(getattr(self, name)) for name in "AB")
+        return tuple(
+            size * M[name] if name in M else torch.zeros_like(getattr(self, name)) for name in "AB")
 
     def direction(self, M: dict, W0: Tensor) -> list:
         "(A, M_B, s) and (M_A, B, s), those of them that M has."
         if type(self).tangent is not LowRank.tangent:
             return super().direction(M, W0)
         pairs = [(self.A, M.get("B")), (M.get("A"), self.B)]
-        return [(A.detach(), B.detach(), self.scaling) for A, B in pairs if A is not None and B is not None]
+        return [
+            (A.detach(), B.detach(), self.scaling) for A, B in pairs
+            if A is not None and B is not None]
 
     def moving(self) -> list:
         "The products that the forward pass adds to the resting weight: (A, B, s)."
@@ -276,4 +303,6 @@ class LowRank(Adapter):
 
     def tangent(self, M: dict) -> Tensor:
         "s (M_B A + B M_A), with a missing M_A or M_B standing for 0."
-        return self.scaling * (M.get("B", torch.zeros_like(self.B)) @ self.A + self.B @ M.get("A", torch.zeros_like(self.A)))
+        return self.scaling * (
+            M.get("B", torch.zeros_like(self.B)) @ self.A
+            + self.B @ M.get("A", torch.zeros_like(self.A)))

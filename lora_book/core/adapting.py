@@ -291,7 +291,8 @@ def check_something(model: nn.Module, method_id: str, chosen: list, in_place: li
 
 
 def as_written(target_modules, per_site: dict | None) -> dict:
-    "What a saved description says of the targets: a list, an expression or None; ranks of their own."
+    """What a saved description says of the targets: a list, an expression or None; ranks of
+    their own."""
     plain = target_modules is None or isinstance(target_modules, str)
     listed = {"target_modules": target_modules if plain else list(target_modules)}
     return listed | ({"per_site": per_site} if per_site else {})
@@ -348,7 +349,7 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
         if b is not None and key not in m._non_persistent_buffers_set)
     return {name: b for name, b in found if not name.startswith(inside)} if inside else dict(found)
 
-# %% ../../nbs/core/adapting.ipynb #c29
+# %% ../../nbs/core/adapting.ipynb #c32
 def delta(model: nn.Module) -> dict[str, Tensor]:
     "{name: ΔW} for each adapted weight: (n, m), detached, float32 or wider. The same while merged."
     record_of(model)
@@ -361,7 +362,7 @@ def delta(model: nn.Module) -> dict[str, Tensor]:
                 found[f"{name}[{view.label}]" if view.label else name] = change.clone()
         return found
 
-# %% ../../nbs/core/adapting.ipynb #c30
+# %% ../../nbs/core/adapting.ipynb #c33
 def n_trainable(model: nn.Module, heads: bool = False) -> int:
     "How many numbers are trained; those of `head=` are counted only with heads=True."
     record = record_of(model)
@@ -372,7 +373,7 @@ def n_trainable(model: nn.Module, heads: bool = False) -> int:
         base.numel() for name, base in record.base.items() if heads or name not in record.head)
     return own + in_place
 
-# %% ../../nbs/core/adapting.ipynb #c31
+# %% ../../nbs/core/adapting.ipynb #c34
 def base_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     "(parameter, its base numbers in its type and place) for what trains in place."
     record, root = record_of(model), root_of(model)
@@ -419,7 +420,7 @@ def base_buffers(root: nn.Module, buffers: dict) -> Iterator[None]:
         for (held, key, _), old in zip(places, before, strict=True):
             held[key] = old
 
-# %% ../../nbs/core/adapting.ipynb #c33
+# %% ../../nbs/core/adapting.ipynb #c37
 def param_groups(model: nn.Module, lr: float) -> list[dict]:
     """Parameter groups for any torch optimizer: every trained parameter once, grouped by its
     learning rate (LoRA+: B at lr·lr_ratio)."""
@@ -438,7 +439,7 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
             f"{record.method_id!r} trains nothing in this model: name head= when adapting")
     return [{"params": params, "lr": lr * rate} for rate, params in groups.items() if params]
 
-# %% ../../nbs/core/adapting.ipynb #c35
+# %% ../../nbs/core/adapting.ipynb #c39
 def strip(model: nn.Module) -> None:
     """Take every adapter off: sites become plain modules again, with the flags they had; heads
     keep what they learnt."""

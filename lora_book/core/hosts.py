@@ -21,7 +21,8 @@ from .errors import BadType, BadValue
 # %% ../../nbs/core/hosts.ipynb #c04
 @dataclass(frozen=True)
 class View:
-    "Where a logical weight lives in a stored tensor: which rows of (n, m), and whether (m, n) is stored."
+    """Where a logical weight lives in a stored tensor: which rows of (n, m), and whether (m, n)
+    is stored."""
 
     rows: tuple[int, int] | None = None
     transposed: bool = False
@@ -48,7 +49,9 @@ class Site:
     def blocks(self) -> list[Block]:
         "The site's adapters with their rows and their W0."
         W, b = self.base_weight(), self.base_bias()
-        return [Block(view.slice, self.adapters[key], view.of(W), view.of_bias(b)) for key, view in self.views.items()]
+        return [
+            Block(view.slice, self.adapters[key], view.of(W), view.of_bias(b))
+            for key, view in self.views.items()]
 
     def base_weight(self) -> Tensor:
         "The stored base weight, also while merged."
@@ -63,7 +66,8 @@ class Site:
         return stored.t() if self.transposed else stored
 
     def resting_weight(self) -> Tensor:
-        "The stored weight with each block's rows replaced by its `rest`; the base weight itself where none moves."
+        """The stored weight with each block's rows replaced by its `rest`; the base weight
+        itself where none moves."""
         if self.rested is None:
             with torch.inference_mode(False), torch.no_grad():
                 self.rested = (make_resting(self),)
@@ -74,14 +78,16 @@ class Site:
         self.rested = None
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        "The adapted output, or the base class's own when the adapters are off or merged. One input, by place or by name."
+        """The adapted output, or the base class's own when the adapters are off or merged. One
+        input, by place or by name."""
         if self.kept is not None or not self.switched_on:
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
         x, W, bias = in_autocast(x, self.resting_weight(), self.bias)
         blocks = self.blocks()
         kind = type(blocks[0].adapter)
-        product = kind.product if all(block.adapter.nudge is None for block in blocks) else kind.nudged
+        product = (
+            kind.product if all(block.adapter.nudge is None for block in blocks) else kind.nudged)
         return product(x, self.logical(W), bias, blocks)
 
     def _apply(self, fn, recurse=True):
@@ -93,10 +99,13 @@ class Site:
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         self.forgets()
         if self.kept is not None:
-            errors.append(f"{prefix.rstrip('.')!r} is merged; unmerge the model before loading numbers into it")
+            errors.append(
+                f"{prefix.rstrip('.')!r} is merged; unmerge the model before loading numbers into "
+                "it")
         else:
             before = self.weight.detach().clone()
-            super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+            super()._load_from_state_dict(
+                state, prefix, metadata, strict, missing, unexpected, errors)
             if not torch.equal(before, self.weight):
                 for block in self.blocks():
                     block.adapter.rebase(block.W0.detach())
@@ -116,7 +125,8 @@ def make_resting(site: Site) -> Tensor | None:
 
 
 def in_autocast(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple:
-    "x, W and bias in autocast's type where autocast is on for x's device; as they are otherwise, and always for float64."
+    """x, W and bias in autocast's type where autocast is on for x's device; as they are
+    otherwise, and always for float64."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
         return x, W, bias
@@ -127,7 +137,8 @@ def in_autocast(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple:
 @functools.cache
 def site_class(base: type) -> type:
     "The subclass of `base` whose instances are sites."
-    return type(f"Adapted{base.__name__}", (Site, base), {"__doc__": f"A `{base.__name__}` with adapters."})
+    return type(
+        f"Adapted{base.__name__}", (Site, base), {"__doc__": f"A `{base.__name__}` with adapters."})
 
 
 def is_lazy(weight: Tensor) -> bool:
@@ -142,13 +153,16 @@ def conv1d_class() -> type | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b with a floating-point parameter W and nothing else: Linear or Conv1D.
+    """Whether a module computes x Wᵀ + b with a floating-point parameter W and nothing else:
+    Linear or Conv1D.
 
-    Not so: a subclass or an object with its own `forward`, a weight that is computed anew at each call (weight norm, pruning,
-    parametrizations), a lazy layer that has no numbers yet.
+    Not so: a subclass or an object with its own `forward`, a weight that is computed anew at
+    each call (weight norm, pruning, parametrizations), a lazy layer that has no numbers yet.
     """
     base = conv1d_class() if conv1d_class() and isinstance(module, conv1d_class()) else nn.Linear
-    plain = isinstance(module, base) and type(module).forward is base.forward and "forward" not in vars(module)
+    plain = (
+        isinstance(module, base) and type(module).forward is base.forward
+        and "forward" not in vars(module))
     weight = module._parameters.get("weight")
     return plain and weight is not None and not is_lazy(weight) and weight.is_floating_point()
 
@@ -164,7 +178,8 @@ def out_features(module: nn.Module) -> int:
 
 # %% ../../nbs/core/hosts.ipynb #c13
 def install(module: nn.Module, views: dict, adapters: dict) -> None:
-    "Make `module` a site, in place: `views` and `adapters` by key. The module keeps its identity, its parameters and its hooks."
+    """Make `module` a site, in place: `views` and `adapters` by key. The module keeps its
+    identity, its parameters and its hooks."""
     module.views, module.transposed = dict(views), is_transposed(module)
     module.kept, module.rested, module.switched_on = None, None, True
     module.adapters = nn.ModuleDict(adapters)
@@ -180,7 +195,8 @@ def uninstall(module: Site) -> None:
 
 # %% ../../nbs/core/hosts.ipynb #c16
 def stay_called(module: nn.Module, inputs: tuple) -> None:
-    "A forward pre-hook that does nothing; while it is there, torch's encoders call their linear maps."
+    """A forward pre-hook that does nothing; while it is there, torch's encoders call their
+    linear maps."""
 
 
 def hold(module: nn.Module) -> None:
@@ -201,7 +217,9 @@ def release(module: nn.Module) -> None:
 # %% ../../nbs/core/hosts.ipynb #c17
 def fusing(model: nn.Module) -> list[nn.Module]:
     "Torch's encoders and encoder layers that hold a site."
-    found = [m for m in model.modules() if isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer))]
+    found = [
+        m for m in model.modules()
+        if isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer))]
     return [m for m in found if any(isinstance(inner, Site) for inner in m.modules())]
 
 
@@ -216,19 +234,25 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def site_name(name: str, key: str, view: View) -> str:
-    "The public name of one adapter: the module's name, and the view's label in brackets where it isn't the whole weight."
+    """The public name of one adapter: the module's name, and the view's label in brackets where
+    it isn't the whole weight."""
     return f"{name}[{view.label}]" if view.label else name
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     "{name: adapter} for each adapted weight, e.g. `blocks.0.attn.qkv[q]`; empty for a plain model."
-    return {site_name(name, key, view): site.adapters[key] for name, site in sites(model) for key, view in site.views.items()}
+    return {
+        site_name(name, key, view): site.adapters[key] for name, site in sites(model)
+        for key, view in site.views.items()}
 
 # %% ../../nbs/core/hosts.ipynb #c21
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    "Within the context every site computes with its base weight, also while merged; afterwards all is as before."
-    touched = [(site, site.switched_on, site.weight.data, None if site.bias is None else site.bias.data) for _, site in sites(model)]
+    """Within the context every site computes with its base weight, also while merged; afterwards
+    all is as before."""
+    touched = [
+        (site, site.switched_on, site.weight.data, None if site.bias is None else site.bias.data)
+        for _, site in sites(model)]
     holding = held(model)
     try:
         for site, *_ in touched:
@@ -258,4 +282,6 @@ def check_site_is_plain(module: nn.Module, name: str) -> None:
     if isinstance(module, Site):
         raise BadValue(f"{name!r} is adapted already")
     if not is_linear(module):
-        raise BadType(f"{name!r} is a {type(module).__name__}, not a linear map (torch.nn.Linear or transformers' Conv1D with floating-point weights)")
+        raise BadType(
+            f"{name!r} is a {type(module).__name__}, not a linear map (torch.nn.Linear or "
+            "transformers' Conv1D with floating-point weights)")

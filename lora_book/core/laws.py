@@ -47,7 +47,8 @@ HOSTS: dict[str, tuple[Callable, int, list[str]]] = {
 # %% ../../nbs/core/laws.ipynb #c05
 @dataclass(frozen=True)
 class Case:
-    "One method on one weight: its host, shape, rank, number format, seed and options; and the tools under test."
+    """One method on one weight: its host, shape, rank, number format, seed and options; and the
+    tools under test."""
 
     method: Method
     host: str = "linear"
@@ -74,15 +75,18 @@ class Case:
 
     def adapt(self, model: Host) -> Host:
         "The adapted model; as `lora_book.adapt` does it, with the method given as it is."
-        made = plan(model, "case", self.method, HOSTS[self.host][2], r=self.r, alpha=2.0 * self.r, seed=self.seed, step=PlainStep(),
-                    step_options={}, **self.options)
+        made = plan(
+            model, "case", self.method, HOSTS[self.host][2], r=self.r, alpha=2.0 * self.r,
+            seed=self.seed, step=PlainStep(), step_options={}, **self.options)
         return commit(model, made)
 
     def load(self, model: Host, path) -> Host:
         "The plain model with a saved adapter in it."
         def again(model, description):
-            return plan(model, "case", self.method, targets=(exactly(model, description["sites"]), []), r=self.r, alpha=2.0 * self.r,
-                        seed=self.seed, step=PlainStep(), step_options={}, **description["config"]["options"])
+            return plan(
+                model, "case", self.method, targets=(exactly(model, description["sites"]), []),
+                r=self.r, alpha=2.0 * self.r, seed=self.seed, step=PlainStep(), step_options={},
+                **description["config"]["options"])
         return saving.load(model, path, again, commit)
 
     def inputs(self) -> Tensor:
@@ -121,9 +125,13 @@ def hold(condition: bool, law: int, message: str) -> None:
 
 
 def close(case: Case, law: int, got: Tensor, want: Tensor, what: str) -> None:
-    "Raise BrokenLaw unless two tensors agree to the case's tolerance, relative to the larger of 1 and what is expected."
-    error = (got.double() - want.double()).abs().max().item() / max(1.0, want.double().abs().max().item())
-    hold(error <= TOLERANCE[case.dtype], law, f"{what} off by {error:.1e} in {case.dtype} on {case.host}")
+    """Raise BrokenLaw unless two tensors agree to the case's tolerance, relative to the larger
+    of 1 and what is expected."""
+    error = (got.double() - want.double()).abs().max().item() / max(
+        1.0, want.double().abs().max().item())
+    hold(
+        error <= TOLERANCE[case.dtype], law,
+        f"{what} off by {error:.1e} in {case.dtype} on {case.host}")
 
 # %% ../../nbs/core/laws.ipynb #c11
 def zero_at_start(case: Case) -> None:
@@ -141,11 +149,14 @@ def blocks_of(model: nn.Module) -> list:
 
 # %% ../../nbs/core/laws.ipynb #c12
 def forward_is_delta(case: Case) -> None:
-    "Law 2: `forward` equals x ΔWᵀ, and the layer's output is the base's plus it in the block's columns."
+    """Law 2: `forward` equals x ΔWᵀ, and the layer's output is the base's plus it in the block's
+    columns."""
     model, x, base = moved(case), case.inputs(), case.base()
     want = base(x).double()
     for block in blocks_of(model):
-        close(case, 2, block.adapter(x, block.W0), x.double() @ block.adapter.delta(block.W0).double().T, "forward")
+        close(
+            case, 2, block.adapter(x, block.W0),
+            x.double() @ block.adapter.delta(block.W0).double().T, "forward")
         want[..., block.rows or slice(None)] += block.change(x)
     close(case, 2, model(x), want, "the layer's output")
 
@@ -155,10 +166,13 @@ def rank_is_bounded(case: Case) -> None:
     for block in blocks_of(moved(case)):
         change = block.adapter.delta(block.W0).detach().double()
         bound = block.adapter.rank_bound(*change.shape)
-        tolerance = max(change.shape) * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * 8
+        tolerance = (
+            max(change.shape) * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * 8)
         rank = int(torch.linalg.matrix_rank(change, rtol=tolerance)) if bound or change.any() else 0
         hold(rank <= bound, 3, f"rank {rank} above the bound {bound}")
-        hold(case.dtype is not torch.float64 or rank == bound, 3, f"random parameters reach rank {rank}, the bound is {bound}")
+        hold(
+            case.dtype is not torch.float64 or rank == bound, 3,
+            f"random parameters reach rank {rank}, the bound is {bound}")
 
 # %% ../../nbs/core/laws.ipynb #c14
 def count_is(case: Case, count: Callable) -> None:
@@ -170,15 +184,22 @@ def count_is(case: Case, count: Callable) -> None:
 
 
 def only_adapters_learn(case: Case) -> None:
-    "Law 5: after a backward pass the adapters' trained parameters have finite gradients, and nothing else has any."
+    """Law 5: after a backward pass the adapters' trained parameters have finite gradients, and
+    nothing else has any."""
     model = moved(case)
-    own = {id(p) for adapter in adapters(model).values() for p in adapter.parameters() if p.requires_grad}
+    own = {
+        id(p) for adapter in adapters(model).values() for p in adapter.parameters()
+        if p.requires_grad}
     out = model(case.inputs())
     if own:
         out.float().pow(2).sum().backward()
     for name, p in model.named_parameters():
-        hold((p.grad is not None) == (id(p) in own) == p.requires_grad, 5, f"{name}: gradient {p.grad is not None}, trained {id(p) in own}")
-        hold(p.grad is None or bool(torch.isfinite(p.grad).all()), 5, f"{name}: the gradient isn't finite")
+        hold(
+            (p.grad is not None) == (id(p) in own) == p.requires_grad, 5,
+            f"{name}: gradient {p.grad is not None}, trained {id(p) in own}")
+        hold(
+            p.grad is None or bool(torch.isfinite(p.grad).all()), 5,
+            f"{name}: the gradient isn't finite")
 
 # %% ../../nbs/core/laws.ipynb #c15
 def other_rows_rest(case: Case) -> None:
@@ -202,7 +223,8 @@ def merge_keeps_outputs(case: Case) -> None:
     close(case, 7, model(x), want, "the merged output")
     for block in blocks_of(model):
         stored = model.layer.logical(model.layer.weight.detach())[block.rows or slice(None)]
-        close(case, 7, stored, block.W0 + block.adapter.delta(block.W0).detach(), "the merged weight")
+        close(
+            case, 7, stored, block.W0 + block.adapter.delta(block.W0).detach(), "the merged weight")
 
 
 def advance_keeps_outputs(case: Case) -> None:
@@ -222,7 +244,8 @@ def advance_keeps_outputs(case: Case) -> None:
 
 # %% ../../nbs/core/laws.ipynb #c17
 def saving_keeps_outputs(case: Case) -> None:
-    "Law 9: a fresh base model with the saved adapter computes what the adapted one does; a chain keeps its links."
+    """Law 9: a fresh base model with the saved adapter computes what the adapted one does; a
+    chain keeps its links."""
     model, x = moved(case), case.inputs()
     if all(adapter.has_next() for adapter in adapters(model).values()):
         randomise(advance(model), case.seed)
@@ -238,16 +261,21 @@ def unmerge_restores(case: Case) -> None:
     before, out = {k: v.clone() for k, v in model.state_dict().items()}, model(x).detach()
     case.unmerge(case.merge(model) and model)
     after = model.state_dict()
-    hold(before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), 10, "a stored tensor changed")
+    hold(
+        before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), 10,
+        "a stored tensor changed")
     hold(torch.equal(model(x), out), 10, "the output changed")
 
 # %% ../../nbs/core/laws.ipynb #c18
-LAWS: dict[int, Callable] = {1: zero_at_start, 2: forward_is_delta, 3: rank_is_bounded, 5: only_adapters_learn, 6: other_rows_rest,
-                             7: merge_keeps_outputs, 8: advance_keeps_outputs, 9: saving_keeps_outputs, 10: unmerge_restores}
+LAWS: dict[int, Callable] = {
+    1: zero_at_start, 2: forward_is_delta, 3: rank_is_bounded, 5: only_adapters_learn,
+    6: other_rows_rest, 7: merge_keeps_outputs, 8: advance_keeps_outputs, 9: saving_keeps_outputs,
+    10: unmerge_restores}
 
 
 def check(case: Case, count: Callable | None = None, starts_at_zero: bool = True) -> int:
-    "Check every law on a case and return how many were checked; raises BrokenLaw. `count(n, m, r)` is law 4's closed form."
+    """Check every law on a case and return how many were checked; raises BrokenLaw. `count(n, m,
+    r)` is law 4's closed form."""
     chosen = [law for number, law in LAWS.items() if number != 1 or starts_at_zero]
     for law in chosen:
         law(case)

@@ -13,9 +13,10 @@ from .errors import BadValue
 from .hosts import Site, site_name, sites
 from .targets import owners
 
-# %% ../../nbs/core/merging.ipynb #c03
+# %% ../../nbs/core/merging.ipynb #c04
 def merged_weight(site: Site) -> tuple[Tensor, dict]:
-    "The stored weight with W0 + ΔW in each view's rows, other rows untouched; and each view key's largest rounding error."
+    """The stored weight with W0 + ΔW in each view's rows, other rows untouched; and each view
+    key's largest rounding error."""
     stored, errors = site.weight.detach().clone(), {}
     for block, (key, view) in zip(site.blocks(), site.views.items(), strict=True):
         change, target = block.adapter.delta(block.W0), view.of(stored)
@@ -36,9 +37,10 @@ def merged_bias(site: Site) -> Tensor | None:
             changed = True
     return stored if changed else None
 
-# %% ../../nbs/core/merging.ipynb #c04
+# %% ../../nbs/core/merging.ipynb #c05
 def check_untied(model: nn.Module) -> None:
-    "Raise BadValue if an adapted weight is shared with another module, which merging would change as well."
+    """Raise BadValue if an adapted weight is shared with another module, which merging would
+    change as well."""
     held = owners(model)
     for name, site in sites(model):
         others = [other for other in held[id(site.weight)] if other != f"{name}.weight".lstrip(".")]
@@ -47,18 +49,21 @@ def check_untied(model: nn.Module) -> None:
 
 
 def check_merged(name: str, weight: Tensor) -> None:
-    "Raise BadValue if a merged weight holds NaN or infinity: the change isn't finite, or the weight's type can't hold the sum."
+    """Raise BadValue if a merged weight holds NaN or infinity: the change isn't finite, or the
+    weight's type can't hold the sum."""
     if not torch.isfinite(weight).all():
-        raise BadValue(f"the merged weight of {name!r} isn't finite in {weight.dtype}; nothing was merged")
+        raise BadValue(
+            f"the merged weight of {name!r} isn't finite in {weight.dtype}; nothing was merged")
 
-# %% ../../nbs/core/merging.ipynb #c05
+# %% ../../nbs/core/merging.ipynb #c07
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
     """Fold every ΔW into its weight; the outputs stay the same up to rounding.
 
-    Returns {site name: largest |stored - (W0 + ΔW)|}, in the weight's units. With unload=True the adapters are taken off for good and plain modules
-    with the base's state-dict keys remain. Raises BadValue if the model is plain, merged already, or ties an adapted weight to another module.
+    Returns {site name: largest |stored - (W0 + ΔW)|}, in the weight's units. With unload=True the
+    adapters are taken off for good and plain modules with the base's state-dict keys remain. Raises
+    BadValue if the model is plain, merged already, or ties an adapted weight to another module.
     """
     record = enabled_record(model)
     if record.merged:
@@ -69,7 +74,8 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
         check_merged(name, weight)
     report = {}
     for name, site, weight, errors, bias in made:
-        site.kept = {"weight": site.weight.data} | ({} if bias is None else {"bias": site.bias.data})
+        site.kept = {"weight": site.weight.data} | (
+            {} if bias is None else {"bias": site.bias.data})
         site.weight.data = weight
         if bias is not None:
             site.bias.data = bias
@@ -80,9 +86,10 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
         strip(model)
     return report
 
-# %% ../../nbs/core/merging.ipynb #c06
+# %% ../../nbs/core/merging.ipynb #c08
 def unmerge(model: nn.Module) -> nn.Module:
-    "Bring the adapters back: every stored tensor has the bits it had before `merge`. Raises BadValue if the model isn't merged."
+    """Bring the adapters back: every stored tensor has the bits it had before `merge`. Raises
+    BadValue if the model isn't merged."""
     record = enabled_record(model)
     if not record.merged:
         raise BadValue("the model isn't merged")

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['TENSORS', 'DESCRIPTION', 'FORMAT', 'KEYS', 'CONFIG_KEYS', 'hash_numbers', 'base_tensors', 'is_adapted', 'is_adapters',
            'fingerprint', 'canonical', 'parse_description', 'folder_of', 'write_pair', 'read_file', 'trained_tensors',
-           'describe', 'save', 'check_keys', 'read', 'check_base', 'fill', 'load', 'put']
+           'describe', 'save', 'check_keys', 'read', 'check_base', 'fill_one', 'check_all_finite', 'fill', 'load',
+           'put']
 
 # %% ../../nbs/core/saving.ipynb #c02
 import hashlib
@@ -37,7 +38,8 @@ def hash_numbers(digest, W: Tensor) -> None:
 
 # %% ../../nbs/core/saving.ipynb #c05
 def base_tensors(model: nn.Module, head: list[str]) -> dict[str, Tensor]:
-    "The base's own parameters and stored buffers by name, without the adapters' and those of the modules in `head`; as they were before training."
+    """The base's own parameters and stored buffers by name, without the adapters' and those of
+    the modules in `head`; as they were before training."""
     record = record_of(model) if is_adapted(model) else None
     base = {name: p for name, p in model.named_parameters() if not is_adapters(name, model)}
     for name, site in sites(model):
@@ -50,7 +52,8 @@ def base_tensors(model: nn.Module, head: list[str]) -> dict[str, Tensor]:
 def is_adapted(model: nn.Module) -> bool:
     "Whether `adapt` was called on the model, on a module inside it or on one that it is a part of."
     check_module(model)
-    return any("_lora_book" in vars(module) or isinstance(module, Site) for module in model.modules())
+    return any(
+        "_lora_book" in vars(module) or isinstance(module, Site) for module in model.modules())
 
 
 def is_adapters(name: str, model: nn.Module) -> bool:
@@ -77,11 +80,13 @@ def canonical(description: dict) -> bytes:
 
 
 def parse_description(data: bytes, path: Path) -> dict:
-    "The description in a file's bytes; raises BadValue unless `canonical` would write exactly these bytes."
+    """The description in a file's bytes; raises BadValue unless `canonical` would write exactly
+    these bytes."""
     try:
         description = json.loads(data.decode().rsplit("\n", 2)[0])
     except ValueError as error:
-        raise BadValue(f"{path} isn't a description of an adapter, or is damaged: {error}") from error
+        raise BadValue(
+            f"{path} isn't a description of an adapter, or is damaged: {error}") from error
     if not isinstance(description, dict) or canonical(description) != data:
         raise BadValue(f"{path} was altered after it was written: its checksum doesn't fit")
     return description
@@ -112,124 +117,185 @@ def write_pair(folder: Path, files: dict[str, bytes]) -> Path:
 def read_file(path: Path) -> bytes:
     "The file's bytes; raises MissingFile if it isn't there."
     if not path.is_file():
-        raise MissingFile(f"no file {path.name!r} in {str(path.parent)!r}: a saved adapter is a folder with {TENSORS!r} and {DESCRIPTION!r}")
+        raise MissingFile(
+            f"no file {path.name!r} in {str(path.parent)!r}: a saved adapter is a folder with "
+            f"{TENSORS!r} and {DESCRIPTION!r}")
     return path.read_bytes()
 
 # %% ../../nbs/core/saving.ipynb #c12
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    "All numbers that make the adaptation: each adapter's state by `site name/tensor`, what trained in place by `parameter:`, moved buffers by `buffer:`."
+    """All numbers that make the adaptation: each adapter's state by `site name/tensor`, what
+    trained in place by `parameter:`, moved buffers by `buffer:`."""
     root, record = root_of(model), record_of(model)
-    found = {f"{site}/{key}": t for site, adapter in adapters(root).items() for key, t in adapter.state_dict().items()}
+    found = {
+        f"{site}/{key}": t for site, adapter in adapters(root).items()
+        for key, t in adapter.state_dict().items()}
     named, buffers = dict(root.named_parameters()), stored_buffers(root)
-    moved = {name: buffers[name] for name, base in record.buffers.items() if not torch.equal(base.to(buffers[name]), buffers[name])}
-    return found | {f"parameter:{name}": named[name] for name in record.base} | {f"buffer:{name}": b for name, b in moved.items()}
+    moved = {
+        name: buffers[name] for name, base in record.buffers.items()
+        if not torch.equal(base.to(buffers[name]), buffers[name])}
+    return (
+        found | {f"parameter:{name}": named[name] for name in record.base}
+        | {f"buffer:{name}": b for name, b in moved.items()})
 
 # %% ../../nbs/core/saving.ipynb #c13
 def describe(model: nn.Module, data: bytes) -> dict:
-    "What `adapter.json` says: method, settings, sites, fingerprints of the base and checksum of the numbers."
+    """What `adapter.json` says: method, settings, sites, fingerprints of the base and checksum
+    of the numbers."""
     record = record_of(model)
-    config = record.config | {"dtype": None if record.config["dtype"] is None else str(record.config["dtype"]).removeprefix("torch.")}
+    config = record.config | {
+        "dtype": None if record.config["dtype"] is None
+        else str(record.config["dtype"]).removeprefix("torch.")}
     shapes, numbers = fingerprint(base_tensors(root_of(model), record.config["head"]))
-    return {"format": FORMAT, "method": record.method_id, "config": config, "sites": list(adapters(root_of(model))), "head": record.head,
-            "in_place": [name for name in record.base if name not in record.head], "architecture": shapes, "base": numbers,
-            "steps": record.steps, "sha256": hashlib.sha256(data).hexdigest()}
+    return {
+        "format": FORMAT, "method": record.method_id, "config": config,
+        "sites": list(adapters(root_of(model))), "head": record.head,
+        "in_place": [name for name in record.base if name not in record.head],
+        "architecture": shapes, "base": numbers, "steps": record.steps,
+        "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def save(model: nn.Module, path) -> Path:
-    """Write the adaptation to the folder `path`: `adapter.safetensors` and `adapter.json`; returns the folder.
+    """Write the adaptation to the folder `path`: `adapter.safetensors` and `adapter.json`;
+    returns the folder.
 
-    Right also while merged. Raises BadValue for a plain or disabled model or for numbers that aren't finite.
+    Right also while merged. Raises BadValue for a plain or disabled model or for numbers that
+    aren't finite.
     """
     enabled_record(model)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in trained_tensors(model).items()}
-    for name, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise BadValue(f"{name!r} holds NaN or infinite numbers; it isn't saved")
+    tensors = {
+        name: t.detach().cpu().contiguous().clone() for name, t in trained_tensors(model).items()}
+    check_all_finite(tensors)
     data = write_tensors(tensors)
-    return write_pair(folder_of(path), {TENSORS: data, DESCRIPTION: canonical(describe(model, data))})
+    return write_pair(
+        folder_of(path), {TENSORS: data, DESCRIPTION: canonical(describe(model, data))})
 
 # %% ../../nbs/core/saving.ipynb #c15
-KEYS = {"format": int, "method": str, "config": dict, "sites": list, "head": list, "in_place": list, "architecture": str, "base": str, "steps": int,
-        "sha256": str}
-CONFIG_KEYS = ("r", "alpha", "seed", "dtype", "lr_ratio", "step", "head", "target_modules", "options", "step_options")
+KEYS = {
+    "format": int, "method": str, "config": dict, "sites": list, "head": list, "in_place": list,
+    "architecture": str, "base": str, "steps": int, "sha256": str}
+CONFIG_KEYS = (
+    "r", "alpha", "seed", "dtype", "lr_ratio", "step", "head", "target_modules", "options",
+    "step_options")
 
 
 def check_keys(description: dict, path: Path) -> None:
     "Raise BadValue unless a description has every entry, each of its type."
     wrong = [key for key, kind in KEYS.items() if not isinstance(description.get(key), kind)]
-    wrong += [f"config.{key}" for key in CONFIG_KEYS if not wrong and key not in description["config"]]
-    wrong += [f"config.{key}" for key in ("options", "step_options") if not wrong and not isinstance(description["config"][key], dict)]
+    wrong += [
+        f"config.{key}" for key in CONFIG_KEYS if not wrong and key not in description["config"]]
+    wrong += [
+        f"config.{key}" for key in ("options", "step_options")
+        if not wrong and not isinstance(description["config"][key], dict)]
     wrong += ["steps"] if not wrong and description["steps"] < 0 else []
-    wrong += [key for key in ("sites", "head", "in_place") if not wrong and not all(isinstance(name, str) for name in description[key])]
+    wrong += [
+        key for key in ("sites", "head", "in_place")
+        if not wrong and not all(isinstance(name, str) for name in description[key])]
     if wrong:
-        raise BadValue(f"{path} has no {wrong[0]!r}, or one of the wrong type: it isn't a description of an adapter")
+        raise BadValue(
+            f"{path} has no {wrong[0]!r}, or one of the wrong type: it isn't a description of an "
+            "adapter")
 
 # %% ../../nbs/core/saving.ipynb #c17
 def read(path) -> tuple[dict, dict[str, Tensor]]:
-    "The description and the tensors of a saved adapter, both verified; raises MissingFile or BadValue."
+    """The description and the tensors of a saved adapter, both verified; raises MissingFile or
+    BadValue."""
     folder = folder_of(path)
     description = parse_description(read_file(folder / DESCRIPTION), folder / DESCRIPTION)
     check_keys(description, folder / DESCRIPTION)
     data = read_file(folder / TENSORS)
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
-        raise BadValue(f"{folder / TENSORS} is truncated or was altered: its checksum isn't the one in {DESCRIPTION}")
+        raise BadValue(
+            f"{folder / TENSORS} is truncated or was altered: its checksum isn't the one in "
+            f"{DESCRIPTION}")
     if description["format"] != FORMAT:
-        raise BadValue(f"{folder} has format {description['format']}, this version reads format {FORMAT}")
+        raise BadValue(
+            f"{folder} has format {description['format']}, this version reads format {FORMAT}")
     return description, read_tensors(data)
 
 # %% ../../nbs/core/saving.ipynb #c18
 def check_base(model: nn.Module, description: dict) -> None:
-    "Raise BadValue unless the model has the architecture and the base weights that the adapter was trained on."
+    """Raise BadValue unless the model has the architecture and the base weights that the adapter
+    was trained on."""
     tensors = base_tensors(model, description["config"]["head"])
     missing = [name for name in description["head"] if name not in dict(model.named_parameters())]
     if missing:
-        raise BadValue(f"another architecture: the model has no {missing[0]!r}, which the adapter trained as its head")
+        raise BadValue(
+            f"another architecture: the model has no {missing[0]!r}, which the adapter trained as "
+            "its head")
     shapes, numbers = fingerprint(tensors)
     if shapes != description["architecture"]:
-        raise BadValue("another architecture: names or shapes of the model's parameters differ from those the adapter was trained on")
+        raise BadValue(
+            "another architecture: names or shapes of the model's parameters differ from those "
+            "the adapter was trained on")
     if numbers != description["base"]:
-        raise BadValue("another base model: its weights differ from those the adapter was trained on")
+        raise BadValue(
+            "another base model: its weights differ from those the adapter was trained on")
 
 # %% ../../nbs/core/saving.ipynb #c19
-def fill(built: dict[str, nn.Module], in_place: dict[str, nn.Parameter], tensors: dict[str, Tensor], buffers: dict | None = None) -> None:
-    """Put the saved numbers into built adapters (by site name); raises BadValue if a name or shape doesn't fit or a number isn't finite.
+def fill_one(site: str, adapter: nn.Module, tensors: dict[str, Tensor]) -> None:
+    "Put the saved numbers of one adapter into it; raises BadValue if a name or shape doesn't fit."
+    try:
+        adapter.load_state_dict({name.split("/", 1)[1]: t for name, t in tensors.items()})
+    except RuntimeError as error:
+        raise BadValue(f"the saved numbers of {site!r} don't fit: {error}") from error
 
-    in_place and buffers: the model's own parameters and buffers that may have saved numbers too, by name; they are only compared.
-    """
-    left = dict(tensors)
-    for site, adapter in built.items():
-        own = {name.split("/", 1)[1]: left.pop(name) for name in list(left) if name.startswith(f"{site}/")}
-        try:
-            adapter.load_state_dict(own)
-        except RuntimeError as error:
-            raise BadValue(f"the saved numbers of {site!r} don't fit: {error}") from error
-    for name, p in in_place.items():
-        saved = left.pop(f"parameter:{name}", None)
-        if saved is None or saved.shape != p.shape:
-            raise BadValue(f"the saved numbers of {name!r} don't fit: {None if saved is None else tuple(saved.shape)} for {tuple(p.shape)}")
-    for name, b in (buffers or {}).items():
-        saved = left.pop(f"buffer:{name}", b)
-        if saved.shape != b.shape:
-            raise BadValue(f"the saved numbers of {name!r} don't fit: {tuple(saved.shape)} for {tuple(b.shape)}")
-    if left:
-        raise BadValue(f"the file holds numbers for {next(iter(left))!r}, which this model doesn't train")
+
+def check_all_finite(tensors: dict[str, Tensor]) -> None:
+    "Raise BadValue if a tensor holds NaN or infinity."
     for name, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise BadValue(f"{name!r} holds NaN or infinite numbers")
 
 # %% ../../nbs/core/saving.ipynb #c20
-def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Module:
-    """Adapt the plain base `model` as the adapter in folder `path` was, and fill its numbers in; returns the model.
+def fill(
+    built: dict[str, nn.Module], in_place: dict[str, nn.Parameter], tensors: dict[str, Tensor],
+    buffers: dict | None = None) -> None:
+    """Put the saved numbers into built adapters (by site name); raises BadValue if a name or shape
+    doesn't fit or a number isn't finite.
 
-    make_plan(model, description) builds the adapters without changing the model; commit(model, plan) installs them.
-    Raises BadValue or MissingFile, with the model unchanged, for altered or missing files, another base or a model that is adapted already.
+    in_place and buffers: the model's own parameters and buffers that may have saved numbers too, by
+    name; they are only compared.
+    """
+    left = dict(tensors)
+    for site, adapter in built.items():
+        fill_one(
+            site, adapter,
+            {name: left.pop(name) for name in list(left) if name.startswith(f"{site}/")})
+    for name, p in in_place.items():
+        saved = left.pop(f"parameter:{name}", None)
+        if saved is None or saved.shape != p.shape:
+            raise BadValue(
+                f"the saved numbers of {name!r} don't fit: "
+                f"{None if saved is None else tuple(saved.shape)} for {tuple(p.shape)}")
+    for name, b in (buffers or {}).items():
+        saved = left.pop(f"buffer:{name}", b)
+        if saved.shape != b.shape:
+            raise BadValue(
+                f"the saved numbers of {name!r} don't fit: {tuple(saved.shape)} for "
+                f"{tuple(b.shape)}")
+    if left:
+        raise BadValue(
+            f"the file holds numbers for {next(iter(left))!r}, which this model doesn't train")
+    check_all_finite(tensors)
+
+# %% ../../nbs/core/saving.ipynb #c21
+def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Module:
+    """Adapt the plain base `model` as the adapter in folder `path` was, and fill its numbers in;
+    returns the model.
+
+    make_plan(model, description) builds the adapters without changing the model; commit(model,
+    plan) installs them. Raises BadValue or MissingFile, with the model unchanged, for altered or
+    missing files, another base or a model that is adapted already.
     """
     if is_adapted(model):
         raise BadValue("the model is adapted already; load takes the plain base model")
     description, tensors = read(path)
     check_base(model, description)
     made = make_plan(model, description)
-    built = {name: adapter for target in made.targets for name, adapter in zip(target.sites(), made.built[target.name].values(), strict=True)}
+    built = {
+        name: adapter for target in made.targets
+        for name, adapter in zip(target.sites(), made.built[target.name].values(), strict=True)}
     named = dict(model.named_parameters())
     in_place = {name: named[name] for name in [*made.head, *made.in_place]}
     buffers = stored_buffers(model)
@@ -241,7 +307,9 @@ def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Mo
 
 
 @torch.no_grad()
-def put(in_place: dict[str, nn.Parameter], buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def put(
+    in_place: dict[str, nn.Parameter], buffers: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> None:
     "Copy what `trained_tensors` gave for parameters and buffers into a model's own."
     for name, p in in_place.items():
         p.copy_(tensors[f"parameter:{name}"])

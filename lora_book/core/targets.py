@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import BadType, BadValue, UnknownName, nearest, unknown
-from .hosts import View, check_site_is_plain, is_linear, is_transposed, out_features, site_name
+from .hosts import (
+    View, check_site_is_plain, is_linear, is_transposed, out_features, site_name)
 
 # %% ../../nbs/core/targets.ipynb #c04
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Target:
 # %% ../../nbs/core/targets.ipynb #c06
 FUSED = "qkv"
 ENTRY = re.compile(r"^(?P<ending>[^\[\]]*?)(?:\[(?P<rows>[^\[\]]+)\])?$")
-QUERY_VALUE = (["query", "value"], ["q_proj", "v_proj"], ["query_proj", "value_proj"], ["q_lin", "v_lin"],
-               ["SelfAttention.q", "SelfAttention.v"], ["attn.c_attn[q,v]"], ["attn.qkv[q,v]"])
-HEADS = ("classifier", "score", "lm_head", "head", "head_dist", "qa_outputs", "cls", "fc", "pre_classifier", "classification_head", "embed_out",
-         "proj_out")
+QUERY_VALUE = (
+    ["query", "value"], ["q_proj", "v_proj"], ["query_proj", "value_proj"], ["q_lin", "v_lin"],
+    ["SelfAttention.q", "SelfAttention.v"], ["attn.c_attn[q,v]"], ["attn.qkv[q,v]"])
+HEADS = (
+    "classifier", "score", "lm_head", "head", "head_dist", "qa_outputs", "cls", "fc",
+    "pre_classifier", "classification_head", "embed_out", "proj_out")
 
 
 def ends_with(name: str, ending: str) -> bool:
@@ -43,7 +46,8 @@ def ends_with(name: str, ending: str) -> bool:
 
 # %% ../../nbs/core/targets.ipynb #c07
 def parse_rows(text: str, n: int, transposed: bool, entry: str) -> list[View]:
-    "The views that the part in brackets stands for: `q,v` blocks of a fused projection, `a:b` rows; n rows in all."
+    """The views that the part in brackets stands for: `q,v` blocks of a fused projection, `a:b`
+    rows; n rows in all."""
     return [parse_view(part.strip(), n, transposed, entry) for part in text.split(",")]
 
 
@@ -64,17 +68,22 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
 
 # %% ../../nbs/core/targets.ipynb #c08
 def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
-    "Views by key of one module: the whole weight under the key `all`, or one view a part in brackets."
+    """Views by key of one module: the whole weight under the key `all`, or one view a part in
+    brackets."""
     if rows is None:
         return {"all": View(None, is_transposed(module), "")}
-    return {view.label: view for view in parse_rows(rows, out_features(module), is_transposed(module), entry)}
+    return {
+        view.label: view
+        for view in parse_rows(rows, out_features(module), is_transposed(module), entry)}
 
 
 def check_disjoint(name: str, views: dict) -> None:
     "Raise BadValue if two views of one module share a row."
     spans = sorted((view.rows or (0, float("inf"))) for view in views.values())
     if any(first[1] > second[0] for first, second in zip(spans, spans[1:], strict=False)):
-        raise BadValue(f"{name!r}: the targets {', '.join(repr(v.label or 'the whole weight') for v in views.values())} share rows")
+        raise BadValue(
+            f"{name!r}: the targets "
+            f"{', '.join(repr(v.label or 'the whole weight') for v in views.values())} share rows")
 
 # %% ../../nbs/core/targets.ipynb #c10
 def linear_names(model: nn.Module) -> list[str]:
@@ -82,14 +91,21 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_linear(module)]
 
 
-def modules_matching(model: nn.Module, entry: str, matches, hint: str = "") -> list[tuple[str, nn.Module]]:
-    "The (name, module) pairs that `matches`, a module with two names once; raises UnknownName, with the nearest endings, if there are none."
+def modules_matching(
+    model: nn.Module, entry: str, matches, hint: str = "") -> list[tuple[str, nn.Module]]:
+    """The (name, module) pairs that `matches`, a module with two names once; raises UnknownName,
+    with the nearest endings, if there are none."""
     canonical = {id(module): name for name, module in model.named_modules()}
     every = model.named_modules(remove_duplicate=False)
-    found = list({id(module): (canonical[id(module)], module) for name, module in every if matches(name)}.values())
+    found = list(
+        {
+            id(module): (canonical[id(module)], module) for name, module in every if matches(name)
+        }.values())
     if not found:
         parts = {".".join(name.split(".")[-k:]) for name in linear_names(model) for k in (1, 2)}
-        raise UnknownName(f"no module matches {entry!r}; nearest: {nearest(entry.split('[')[0], sorted(parts))}{hint}")
+        raise UnknownName(
+            f"no module matches {entry!r}; nearest: "
+            f"{nearest(entry.split('[')[0], sorted(parts))}{hint}")
     return found
 
 # %% ../../nbs/core/targets.ipynb #c11
@@ -108,13 +124,20 @@ def check_runs(model: nn.Module, name: str) -> None:
     "Raise BadType if the module's parent uses its weight without calling it."
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
-        raise BadType(f"{name!r} belongs to a torch.nn.MultiheadAttention, which multiplies with its weight without calling it")
+        raise BadType(
+            f"{name!r} belongs to a torch.nn.MultiheadAttention, which multiplies with its weight "
+            "without calling it")
 
 # %% ../../nbs/core/targets.ipynb #c14
 def head_names(model: nn.Module) -> list[str]:
-    "The names of the model's own head: modules called as heads usually are, also where the model is the only child of a wrapper."
-    children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    if len(children) == 1 and not isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and children[0][0] not in HEADS:
+    """The names of the model's own head: modules called as heads usually are, also where the
+    model is the only child of a wrapper."""
+    children = [
+        (name, child) for name, child in model.named_children()
+        if next(child.parameters(), None) is not None]
+    if (
+        len(children) == 1 and not isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        and children[0][0] not in HEADS):
         name, only = children[0]
         return [f"{name}.{inner}" for inner in head_names(only)]
     return [name for name, _ in children if name in HEADS]
@@ -126,20 +149,24 @@ def in_modules(name: str, modules: list[str]) -> bool:
 
 # %% ../../nbs/core/targets.ipynb #c15
 def query_value(model: nn.Module) -> list[str]:
-    "The endings of the usual query and value projections that this model has; raises UnknownName if it has none."
+    """The endings of the usual query and value projections that this model has; raises
+    UnknownName if it has none."""
     names = linear_names(model)
     for endings in QUERY_VALUE:
         if all(any(ends_with(name, ending.split("[")[0]) for name in names) for ending in endings):
             return endings
-    raise UnknownName(f"no query and value projections under a known name; say target_modules=, for example one of {nearest('query', names)}")
+    raise UnknownName(
+        "no query and value projections under a known name; say target_modules=, for example one "
+        f"of {nearest('query', names)}")
 
 # %% ../../nbs/core/targets.ipynb #c16
 def choose(model: nn.Module, target_modules, head: list[str] = ()) -> list[Target]:
     """The targets that `target_modules` stands for, in the model's order.
 
-    target_modules: a list of endings, one regular expression, "all-linear", or None for query and value. `head`: names of
-    modules that train in full and can't be targets. Raises UnknownName if an entry matches nothing, BadType for a module that isn't linear,
-    BadValue for rows that don't exist or overlap.
+    target_modules: a list of endings, one regular expression, "all-linear", or None for query and
+    value. `head`: names of modules that train in full and can't be targets. Raises UnknownName if
+    an entry matches nothing, BadType for a module that isn't linear, BadValue for rows that don't
+    exist or overlap.
     """
     found = [t for entry in entries(model, target_modules, head) for t in entry]
     merged: dict[str, Target] = {}
@@ -150,7 +177,9 @@ def choose(model: nn.Module, target_modules, head: list[str] = ()) -> list[Targe
         check_disjoint(name, target.views)
         check_runs(model, name)
         if in_modules(name, head):
-            raise BadValue(f"{name!r} belongs to head={list(head)}, which trains in full; it can't be a target too")
+            raise BadValue(
+                f"{name!r} belongs to head={list(head)}, which trains in full; it can't be a "
+                "target too")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(merged.values(), key=lambda t: order[t.name])
 
@@ -158,10 +187,13 @@ def choose(model: nn.Module, target_modules, head: list[str] = ()) -> list[Targe
 def entries(model: nn.Module, target_modules, head) -> list[list[Target]]:
     "Lists of targets, one for each entry of `target_modules`."
     if isinstance(target_modules, str):
-        return [all_linear(model, head) if target_modules == "all-linear" else by_expression(model, target_modules)]
+        return [
+            all_linear(model, head) if target_modules == "all-linear"
+            else by_expression(model, target_modules)]
     listed = query_value(model) if target_modules is None else target_modules
     if not isinstance(listed, (list, tuple, set)):
-        raise BadType(f"target_modules is a list of names or one regular expression, not {target_modules!r}")
+        raise BadType(
+            f"target_modules is a list of names or one regular expression, not {target_modules!r}")
     if not listed:
         raise BadValue("target_modules is empty: nothing would train")
     return [choose_entry(model, entry) for entry in listed]
@@ -170,10 +202,14 @@ def entries(model: nn.Module, target_modules, head) -> list[list[Target]]:
 def all_linear(model: nn.Module, head) -> list[Target]:
     "Every linear map of the model but the head."
     heads = [*head, *head_names(model)]
-    names = [name for name in linear_names(model) if not in_modules(name, heads) and runs(model, name)]
+    names = [
+        name for name in linear_names(model) if not in_modules(name, heads) and runs(model, name)]
     if not names:
-        raise UnknownName("'all-linear' matches nothing: the model has no linear map outside its head")
-    return [Target(name, model.get_submodule(name), views_of(model.get_submodule(name), None, name)) for name in names]
+        raise UnknownName(
+            "'all-linear' matches nothing: the model has no linear map outside its head")
+    return [
+        Target(name, model.get_submodule(name), views_of(model.get_submodule(name), None, name))
+        for name in names]
 
 # %% ../../nbs/core/targets.ipynb #c18
 def runs(model: nn.Module, name: str) -> bool:
@@ -186,20 +222,26 @@ def by_expression(model: nn.Module, expression: str) -> list[Target]:
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise BadValue(f"{expression!r} isn't a regular expression: {error}; name endings go in a list") from error
-    found = modules_matching(model, expression, lambda name: pattern.fullmatch(name) is not None, "; name endings go in a list")
+        raise BadValue(
+            f"{expression!r} isn't a regular expression: {error}; name endings go in a list"
+        ) from error
+    found = modules_matching(
+        model, expression, lambda name: pattern.fullmatch(name) is not None,
+        "; name endings go in a list")
     for name, module in found:
         check_site_is_plain(module, name)
     return [Target(name, module, views_of(module, None, expression)) for name, module in found]
 
 # %% ../../nbs/core/targets.ipynb #c19
 def exactly(model: nn.Module, names: list[str]) -> list[Target]:
-    "The targets with just these public names (as `adapters` gives them), for reloading; raises UnknownName for a name that isn't there."
+    """The targets with just these public names (as `adapters` gives them), for reloading; raises
+    UnknownName for a name that isn't there."""
     modules, views = dict(model.named_modules()), {}
     for name in names:
         match = ENTRY.match(name)
         if match is None or match["ending"] not in modules:
-            raise unknown("module is called", name if match is None else match["ending"], linear_names(model))
+            raise unknown(
+                "module is called", name if match is None else match["ending"], linear_names(model))
         module = modules[match["ending"]]
         check_site_is_plain(module, name)
         views.setdefault(match["ending"], {}).update(views_of(module, match["rows"], name))
@@ -207,7 +249,8 @@ def exactly(model: nn.Module, names: list[str]) -> list[Target]:
 
 # %% ../../nbs/core/targets.ipynb #c21
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    "The names of every parameter, by the identity of the parameter: more than one name means a tied weight."
+    """The names of every parameter, by the identity of the parameter: more than one name means a
+    tied weight."""
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(p), []).append(name)
@@ -215,7 +258,8 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
-    "The names of the parameters that different modules hold, by the parameter's identity; a module with two names counts once."
+    """The names of the parameters that different modules hold, by the parameter's identity; a
+    module with two names counts once."""
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
@@ -225,7 +269,10 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def own_linear(model: nn.Module) -> list[Target]:
-    "A target for every linear map that is called when the model runs and shares its weight with no other module."
+    """A target for every linear map that is called when the model runs and shares its weight
+    with no other module."""
     held = owners(model)
-    names = [name for name in linear_names(model) if runs(model, name) and len(held[id(model.get_submodule(name).weight)]) == 1]
+    names = [
+        name for name in linear_names(model)
+        if runs(model, name) and len(held[id(model.get_submodule(name).weight)]) == 1]
     return exactly(model, names)

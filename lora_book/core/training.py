@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['rate_at', 'make_optimizer', 'loss_of', 'score_loss', 'evaluate', 'to_device', 'optimizer_tensors',
            'restore_optimizer', 'restore_model', 'write_checkpoint', 'parse_checkpoint', 'read_checkpoint',
-           'difference', 'fit', 'check_settings', 'identity', 'own_randomness', 'start', 'shown', 'remaining',
+           'difference', 'fit', 'go_on', 'check_settings', 'identity', 'own_randomness', 'start', 'shown', 'remaining',
            'one_step', 'end_epoch']
 
 # %% ../../nbs/core/training.ipynb #c02
@@ -35,13 +35,15 @@ from .steps import advance, train_step
 
 # %% ../../nbs/core/training.ipynb #c04
 def rate_at(step: int, steps: int, warmup: float) -> float:
-    "The factor of the learning rate at `step` (0-based) of `steps`: a linear rise over the first `warmup` share, then a linear fall to 0."
+    """The factor of the learning rate at `step` (0-based) of `steps`: a linear rise over the
+    first `warmup` share, then a linear fall to 0."""
     rise = max(1, round(warmup * steps))
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
 def make_optimizer(name: str, groups: list[dict], weight_decay: float) -> torch.optim.Optimizer:
-    "AdamW, or SGD with momentum 0.9, on parameter groups; each group remembers its full rate as `base_lr`."
+    """AdamW, or SGD with momentum 0.9, on parameter groups; each group remembers its full rate
+    as `base_lr`."""
     check_choice("optimizer", name, ("adamw", "sgd"))
     made = (torch.optim.AdamW(groups, weight_decay=weight_decay) if name == "adamw"
             else torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay))
@@ -63,8 +65,11 @@ def score_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, batch_size: int = 64, loss: Callable = loss_of) -> dict[str, float]:
-    "Mean loss and, for classes, accuracy over a split (in no particular order); the model's mode is put back."
+def evaluate(
+    model: nn.Module, split: Split, batch_size: int = 64, loss: Callable = loss_of
+) -> dict[str, float]:
+    """Mean loss and, for classes, accuracy over a split (in no particular order); the model's
+    mode is put back."""
     training, total, hits = model.training, 0.0, 0
     device = next(model.parameters()).device
     model.eval()
@@ -72,7 +77,9 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 64, loss: Callabl
         batch = to_device(batch, device)
         labels = batch["labels"]
         scores = logits(model, batch) if loss is loss_of else None
-        total += (loss(model, batch) if scores is None else score_loss(scores, labels)).item() * len(labels)
+        total += (
+            loss(model, batch) if scores is None else score_loss(scores, labels)
+        ).item() * len(labels)
         if scores is not None and not labels.is_floating_point() and labels.dim() == 1:
             hits += int((scores.argmax(-1) == labels).sum())
     model.train(training)
@@ -87,7 +94,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimizer's memory, one tensor a name `optimizer/parameter number/name`."
     state = optimizer.state_dict()["state"]
-    return {f"optimizer/{i}/{name}": torch.as_tensor(value) for i, own in state.items() for name, value in own.items() if value is not None}
+    return {
+        f"optimizer/{i}/{name}": torch.as_tensor(value) for i, own in state.items()
+        for name, value in own.items() if value is not None}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -97,11 +106,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
             state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/core/training.ipynb #c09
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    "Put back what `trained_tensors` gave, finished links included; raises BadValue for numbers that don't fit this model."
+    """Put back what `trained_tensors` gave, finished links included; raises BadValue for numbers
+    that don't fit this model."""
     root, named = root_of(model), dict(root_of(model).named_parameters())
     in_place, buffers = {name: named[name] for name in record_of(model).base}, stored_buffers(root)
     fill(adapters(root), in_place, tensors, buffers)
@@ -110,18 +121,24 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     put(in_place, buffers, tensors)
 
 
-def write_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
-    "One file with all tensors and, in its header, the run's position; written under another name and renamed."
+def write_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
+    """One file with all tensors and, in its header, the run's position; written under another
+    name and renamed."""
     record = record_of(model)
-    tensors = {f"model/{k}": t for k, t in trained_tensors(root_of(model)).items()} | optimizer_tensors(optimizer)
-    tensors |= {f"step/{k}": t for k, t in record.step.state(model).items()} | {"random": torch.get_rng_state()}
+    tensors = {
+        f"model/{k}": t for k, t in trained_tensors(root_of(model)).items()
+    } | optimizer_tensors(optimizer)
+    tensors |= {f"step/{k}": t for k, t in record.step.state(model).items()} | {
+        "random": torch.get_rng_state()}
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     body = write_tensors(own, {"run": json.dumps(run | {"steps_done": record.steps})})
     write_atomic(folder / "checkpoint.safetensors", body + hashlib.sha256(body).digest())
 
 # %% ../../nbs/core/training.ipynb #c10
 def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    "The run's position and all tensors of a checkpoint, both verified; raises BadValue for a damaged file."
+    """The run's position and all tensors of a checkpoint, both verified; raises BadValue for a
+    damaged file."""
     data = path.read_bytes()
     try:
         body, checksum = data[:-32], data[-32:]
@@ -134,53 +151,80 @@ def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise BadValue(f"{path} is damaged ({error}); delete it to start again") from error
 
 # %% ../../nbs/core/training.ipynb #c11
-def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> dict | None:
-    "Restore everything from a checkpoint and return the run's position; None if there is none. Raises BadValue if it is damaged or of other settings."
+def read_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+) -> dict | None:
+    """Restore everything from a checkpoint and return the run's position; None if there is none.
+    Raises BadValue if it is damaged or of other settings."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return None
     run, tensors = parse_checkpoint(path)
     if run["settings"] != settings:
-        raise BadValue(f"{path} belongs to a run with other settings: {difference(run['settings'], settings)}")
-    restore_model(model, {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")})
+        raise BadValue(
+            f"{path} belongs to a run with other settings: {difference(run['settings'], settings)}")
+    restore_model(
+        model, {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")})
     restore_optimizer(optimizer, tensors)
     record = record_of(model)
     record.steps = run["steps_done"]
-    record.step.restore(model, {k.removeprefix("step/"): t for k, t in tensors.items() if k.startswith("step/")})
+    record.step.restore(
+        model, {k.removeprefix("step/"): t for k, t in tensors.items() if k.startswith("step/")})
     torch.set_rng_state(tensors["random"])
     return run
 
 
 def difference(old: dict, new: dict) -> str:
     "The settings in which two runs differ, as text."
-    return ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+    return ", ".join(
+        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new})
+        if old.get(k) != new.get(k))
 
 # %% ../../nbs/core/training.ipynb #c13
-def fit(model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32, optimizer: str = "adamw", weight_decay: float = 0.0,
-        warmup: float = 0.06, seed: int = 0, max_grad_norm: float | None = 1.0, advance_every: int | None = None, loss: Callable = loss_of,
-        checkpoint: str | Path | None = None, save_every: int | None = None, progress: bool = False, backward: Callable | None = None) -> list[dict]:
-    """Train an adapted model on data.train and return one record an epoch: losses, accuracies and seconds.
+def fit(
+    model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32,
+    optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, seed: int = 0,
+    max_grad_norm: float | None = 1.0, advance_every: int | None = None, loss: Callable = loss_of,
+    checkpoint: str | Path | None = None, save_every: int | None = None, progress: bool = False,
+    backward: Callable | None = None) -> list[dict]:
+    """Train an adapted model on data.train and return one record an epoch: losses, accuracies and
+    seconds.
 
-    epochs, batch_size: counts. lr: the largest rate. warmup: share of steps in which the rate rises. seed: of the batches' order and of dropout;
-    the global random state is put back. advance_every: epochs after which a chain advances. checkpoint: a folder; if it holds a checkpoint the run
-    goes on from there. save_every: steps between checkpoints (default: an epoch). Raises BadValue for a plain or merged model or a checkpoint of other settings.
+    epochs, batch_size: counts. lr: the largest rate. warmup: share of steps in which the rate
+    rises. seed: of the batches' order and of dropout; the global random state is put back.
+    advance_every: epochs after which a chain advances. checkpoint: a folder; if it holds a
+    checkpoint the run goes on from there. save_every: steps between checkpoints (default: an
+    epoch). Raises BadValue for a plain or merged model or a checkpoint of other settings.
     """
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer, "weight_decay": weight_decay,
-                "warmup": warmup, "seed": seed, "max_grad_norm": max_grad_norm, "advance_every": advance_every}
+    settings = {
+        "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer,
+        "weight_decay": weight_decay, "warmup": warmup, "seed": seed,
+        "max_grad_norm": max_grad_norm, "advance_every": advance_every}
     check_settings(settings, save_every)
     made = make_optimizer(optimizer, param_groups(model, lr), weight_decay)
     settings |= identity(model, data)
-    folder, per_epoch = None if checkpoint is None else folder_of(checkpoint), math.ceil(len(data.train) / batch_size)
+    folder = None if checkpoint is None else folder_of(checkpoint)
     with own_randomness(model, seed):
         run = start(folder, model, made, settings)
-        for batch in shown(remaining(data.train, run["at"], epochs, batch_size, seed), run, epochs * per_epoch, progress):
-            one_step(model, made, batch, run, epochs * per_epoch, warmup, loss, max_grad_norm, backward)
-            if run["at"] % per_epoch == 0:
-                end_epoch(model, made, data, run, per_epoch, loss, advance_every)
-            if folder and run["at"] % (save_every or per_epoch) == 0:
-                write_checkpoint(folder, model, made, run)
+        go_on(model, made, data, run, loss, backward, folder, save_every, progress)
     model.eval()
     return run["history"]
+
+
+def go_on(
+    model, optimizer, data: Data, run: dict, loss: Callable, backward, folder: Path | None,
+    save_every: int | None, progress: bool) -> None:
+    "Train from the run's position to its end."
+    own = run["settings"]
+    per_epoch = math.ceil(len(data.train) / own["batch_size"])
+    total = own["epochs"] * per_epoch
+    left = remaining(data.train, run["at"], own["epochs"], own["batch_size"], own["seed"])
+    for batch in shown(left, run, total, progress):
+        one_step(model, optimizer, batch, run, total, loss, backward)
+        if run["at"] % per_epoch == 0:
+            end_epoch(model, optimizer, data, run, per_epoch, loss)
+        if folder and run["at"] % (save_every or per_epoch) == 0:
+            write_checkpoint(folder, model, optimizer, run)
 
 # %% ../../nbs/core/training.ipynb #c15
 def check_settings(settings: dict, save_every: int | None) -> None:
@@ -195,10 +239,15 @@ def check_settings(settings: dict, save_every: int | None) -> None:
 
 
 def identity(model: nn.Module, data: Data) -> dict:
-    "What makes a run another run beside its settings: the method, its options and places, and the data."
+    """What makes a run another run beside its settings: the method, its options and places, and
+    the data."""
     record = record_of(model)
-    config = {key: value if isinstance(value, (int, float, str, dict, list)) else str(value) for key, value in record.config.items()}
-    return {"method": record.method_id, "config": json.loads(json.dumps(config, default=str)), "data": data.hash}
+    config = {
+        key: value if isinstance(value, (int, float, str, dict, list)) else str(value)
+        for key, value in record.config.items()}
+    return {
+        "method": record.method_id, "config": json.loads(json.dumps(config, default=str)),
+        "data": data.hash}
 
 # %% ../../nbs/core/training.ipynb #c16
 @contextmanager
@@ -210,7 +259,9 @@ def own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def start(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> dict:
+def start(
+    folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+) -> dict:
     "The run's position: the checkpoint's, or the beginning. The model is in training mode then."
     run = None if folder is None else read_checkpoint(folder, model, optimizer, settings)
     model.train()
@@ -219,7 +270,9 @@ def start(folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimize
 
 def shown(steps: Iterator, run: dict, total: int, progress: bool) -> Iterator:
     "The same batches, with a progress bar that names the last validation loss."
-    with tqdm(total=total, initial=run["at"], disable=not progress, desc=run["settings"]["method"]) as bar:
+    with tqdm(
+        total=total, initial=run["at"], disable=not progress, desc=run["settings"]["method"]
+    ) as bar:
         for batch in steps:
             yield batch
             bar.update()
@@ -235,13 +288,16 @@ def remaining(split: Split, at: int, epochs: int, batch_size: int, seed: int):
                 yield batch
 
 
-def one_step(model, optimizer, batch, run, steps, warmup, loss, max_grad_norm, backward) -> None:
+def one_step(
+    model, optimizer, batch: dict, run: dict, steps: int, loss: Callable, backward) -> None:
     "Set the rate, take one step, note its loss and time."
     start, device = time.perf_counter(), next(model.parameters()).device
     batch = to_device(batch, device)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * rate_at(run["at"], steps, warmup)
-    value = train_step(model, optimizer, lambda: loss(model, batch), max_grad_norm=max_grad_norm, backward=backward).item()
+        group["lr"] = group["base_lr"] * rate_at(run["at"], steps, run["settings"]["warmup"])
+    value = train_step(
+        model, optimizer, lambda: loss(model, batch),
+        max_grad_norm=run["settings"]["max_grad_norm"], backward=backward).item()
     if not math.isfinite(value):
         raise BadValue(f"the loss is {value} at step {run['at']}; try a smaller lr")
     run["sum"] += value
@@ -249,11 +305,15 @@ def one_step(model, optimizer, batch, run, steps, warmup, loss, max_grad_norm, b
     run["spent"] += time.perf_counter() - start
 
 # %% ../../nbs/core/training.ipynb #c18
-def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, loss: Callable, advance_every: int | None) -> None:
+def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, loss: Callable) -> None:
     "Measure the epoch, and advance a chain whose turn it is."
-    epoch = run["at"] // per_epoch
-    measured = {"epoch": epoch, "train_loss": run["sum"] / per_epoch, "validation": evaluate(model, data.validation, loss=loss), "seconds": run["spent"]}
+    epoch, advance_every = run["at"] // per_epoch, run["settings"]["advance_every"]
+    measured = {
+        "epoch": epoch, "train_loss": run["sum"] / per_epoch,
+        "validation": evaluate(model, data.validation, loss=loss), "seconds": run["spent"]}
     run["history"].append(measured)
     run["sum"], run["spent"] = 0.0, 0.0
-    if advance_every and epoch % advance_every == 0 and all(a.has_next() for a in adapters(model).values()):
+    if (
+        advance_every and epoch % advance_every == 0
+        and all(a.has_next() for a in adapters(model).values())):
         advance(model, optimizer)
