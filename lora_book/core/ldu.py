@@ -10,10 +10,11 @@ from .errors import BadType, BadValue, check_count
 
 # %% ../../nbs/core/ldu.ipynb #c04
 def eliminate(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian elimination of one (n, m) matrix with partial pivoting; where the pivot counts as zero, the row that loses least is given up.
+    """Gaussian elimination of one (n, m) matrix with partial pivoting.
 
-    Returns the order p (n,) of the rows and the factors packed in one (n, m) matrix: L below the diagonal, diag(z) U on and above it.
-    A pivot counts as zero up to `eps` (default: machine epsilon) times the largest entry of its row. Source: P4, Algorithm 1 line 2, amended by E3.
+    Where the pivot counts as zero, the row that loses least is given up: up to `eps` (default: machine epsilon) times the
+    largest entry of its row. Returns the order p (n,) of the rows and the factors packed in one (n, m) matrix: L below the
+    diagonal, diag(z) U on and above it. Source: P4, Algorithm 1 line 2, amended by E3.
     """
     S, p, eps = W.clone(), torch.arange(len(W), device=W.device), torch.finfo(W.dtype).eps if eps is None else eps
     for j in range(min(W.shape)):
@@ -39,9 +40,10 @@ def _replay(swaps: list[int], n: int) -> list[int]:
 
 
 def permutation(pivots: torch.Tensor, n: int) -> torch.Tensor:
-    """The order p of n rows from LAPACK's 1-based exchanges: (..., k) integers -> (..., n) int64, so that W[p] = L diag(z) U.
+    """The order p of n rows from LAPACK's 1-based exchanges, (..., k) integers -> (..., n) int64: W[p] = L diag(z) U.
 
-    A dense permutation matrix would take n * n numbers and 2 n * n operations a token; this takes n and none (P4, equation 1).
+    A dense permutation matrix would take n * n numbers and 2 n * n operations a token; this takes n and none
+    (P4, equation 1).
     """
     orders = [_replay(swaps, n) for swaps in pivots.reshape(-1, pivots.shape[-1]).tolist()]
     return torch.tensor(orders, device=pivots.device).reshape(*pivots.shape[:-1], n)
@@ -53,14 +55,15 @@ def unpermute(p: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruct(p: torch.Tensor, L: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-    "P L diag(z) U, (..., n, m), from p (..., n), L (..., n, r), z (..., r), U (..., r, m), without a dense permutation (P4, equation 6)."
+    "P L diag(z) U, (..., n, m), from p (..., n), L (..., n, r), z (..., r), U (..., r, m), without a dense P (P4, equation 6)."
     return unpermute(p, (L * z.unsqueeze(-2)) @ U)
 
 # %% ../../nbs/core/ldu.ipynb #c13
 def _weight(W: torch.Tensor) -> torch.Tensor:
     "W detached, in float32 or float64, once it is known to be a finite (..., n, m) matrix. Raises BadType, BadValue."
     if not isinstance(W, torch.Tensor) or not W.is_floating_point():
-        raise BadType(f"W must be a tensor of real floating-point numbers, not {W.dtype if isinstance(W, torch.Tensor) else type(W).__name__}")
+        kind = W.dtype if isinstance(W, torch.Tensor) else type(W).__name__
+        raise BadType(f"W must be a tensor of real floating-point numbers, not {kind}")
     W = W.detach() if W.dtype == torch.float64 else W.detach().float()
     if W.dim() < 2 or W.numel() == 0:
         raise BadValue(f"W must have the shape (..., n, m) with n, m >= 1, not {tuple(W.shape)}")
@@ -70,14 +73,14 @@ def _weight(W: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/core/ldu.ipynb #c14
 def lossy(packed: torch.Tensor, eps: float) -> torch.Tensor:
-    "Which matrices of a batch (..., n, m) have a pivot that counts as zero in a row that isn't zero, or overflowed: (...) bool."
+    "Which matrices of a batch (..., n, m) overflowed or have a pivot that counts as zero in a row that isn't zero: (...) bool."
     top = packed[..., :min(packed.shape[-2:]), :].triu().abs().amax(-1)
     zero = packed.diagonal(dim1=-2, dim2=-1).abs() <= eps * top
     return (zero & (top > 0)).any(-1) | ~packed.isfinite().flatten(-2).all(-1)
 
 
 def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "L (..., n, k), z (..., k), U (..., k, m) from the packed factors (..., n, m); the zero row of a zero pivot becomes a unit row of U."
+    "L (..., n, k), z (..., k), U (..., k, m) from the packed factors (..., n, m); a zero pivot's row of U becomes a unit row."
     k, z = min(packed.shape[-2:]), packed.diagonal(dim1=-2, dim2=-1).clone()
     L, U = packed[..., :k].tril(-1), (packed[..., :k, :] / z.masked_fill(z == 0, 1).unsqueeze(-1)).triu()
     for X in (L, U):
@@ -88,9 +91,10 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def ldu(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """W[p] = L diag(z) U with partial pivoting, for one matrix (n, m) or a batch (..., n, m); k = min(n, m).
 
-    Returns p (..., n) int64; L (..., n, k) unit lower, entries at most 1; z (..., k); U (..., k, m) unit upper. Half precision is widened to float32.
-    A pivot up to `eps` (default: machine epsilon) times the largest entry of its row of diag(z) U counts as zero: z = 0 and a unit row of U. A row with z = 0 may miss
-    what the rows above it don't explain; every other row is exact to rounding. Raises BadType, BadValue (also if a pivot overflows). P4, equation 1, E3.
+    Returns p (..., n) int64; L (..., n, k) unit lower, entries at most 1; z (..., k); U (..., k, m) unit upper. Half
+    precision is widened to float32. A pivot up to `eps` (default: machine epsilon) times the largest entry of its row of
+    diag(z) U counts as zero: z = 0 and a unit row of U. A row with z = 0 may miss what the rows above it don't explain;
+    every other row is exact to rounding. Raises BadType, BadValue (also if a pivot overflows). P4, equation 1, E3.
     """
     W = _weight(W)
     eps = torch.finfo(W.dtype).eps if eps is None else eps
@@ -104,7 +108,7 @@ def ldu(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.
 
 # %% ../../nbs/core/ldu.ipynb #c17
 def leading(W: torch.Tensor, r: int, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading block of rank r: P L_r (..., n, r), z_r (..., r), U_r (..., r, m), with the rows of P L_r in the order of W.
+    """The leading block of rank r: P L_r (..., n, r), z_r (..., r), U_r (..., r, m), rows in the order of W.
 
     Raises BadType, BadValue: for W as `ldu` does, and for r outside 1..min(n, m). Source: P4, equations 3 to 5.
     """
