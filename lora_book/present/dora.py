@@ -12,7 +12,7 @@ from ..core.adapter import wide, widened
 from ..core.adapting import Method
 from ..core.errors import BadType
 from ..core.peft import LoraForm
-from ..core.products import add_product, copy_pays, rows_of
+from ..core.products import add_product, applied, copy_pays, rows_of
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/dora.ipynb #c11
@@ -56,7 +56,7 @@ def row_lengths(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     "‖W0 + s·B A‖ of each row, (n,), differentiable in A and B; in the widest type of the three, float32 or wider."
     dtype = torch.promote_types(wide(W0.dtype), A.dtype)
     with torch.autocast(W0.device.type, enabled=False):
-        return RowLengths.apply(W0.detach(), A.to(dtype), B.to(dtype), scale)
+        return applied(RowLengths, W0.detach(), A.to(dtype), B.to(dtype), scale)
 
 # %% ../../nbs/present/dora.ipynb #c15
 def summed(W: Tensor, blocks: list, factors: list) -> Tensor:
@@ -142,7 +142,7 @@ def scaled_linear(x: Tensor, W: Tensor, bias: Tensor | None, d: Tensor, blocks: 
     X = x.reshape(-1, x.shape[-1])
     spans = [(rows, float(scale)) for rows, _, _, scale in blocks]
     factors = [M.to(x.dtype) for _, A, B, _ in blocks for M in (A, B)]
-    Y = ScaledProduct.apply(X, W, bias, d.to(wide(x.dtype)), spans, *factors)[0]
+    Y = applied(ScaledProduct, X, W, bias, d.to(wide(x.dtype)), spans, *factors)[0]
     return Y.view(*x.shape[:-1], W.shape[0])
 
 
@@ -169,8 +169,8 @@ class DoRA(LoRA):
 
     def lengths(self, W0: Tensor) -> Tensor:
         "‖V‖ of each row of V = W0 + s·B A, (n,); a constant with `detach_norm`."
-        found = row_lengths(W0, self.A, self.B, self.scaling)
-        return found.detach() if self.detach_norm else found
+        A, B = (self.A.detach(), self.B.detach()) if self.detach_norm else (self.A, self.B)
+        return row_lengths(W0, A, B, self.scaling)
 
     def ratio(self, W0: Tensor) -> Tensor:
         "d = g / ‖V‖, (n,)."

@@ -43,12 +43,11 @@ def smooth(losses: Tensor, k: int) -> Tensor:
 
 
 def has_three_phases(losses: Tensor, k: int = 8, share: float = 0.1) -> bool:
-    "Whether the running mean falls, rises by more than `share` of its fall so far, and ends below its minimum before that rise."
+    "Whether the running mean falls, rises by more than `share` of its whole fall, and ends below its minimum before that rise."
     check_number("share", share, above=0)
     curve = smooth(losses, k)
     lowest = curve.cummin(0).values
-    risen = (curve - lowest) > share * (curve[0] - lowest).clamp(min=0)
-    risen &= lowest < curve[0]
+    risen = ((curve - lowest) > share * (curve[0] - lowest[-1])) & (lowest < curve[0])
     return bool(risen.any() and curve[-1] < lowest[risen.nonzero()[0, 0]])
 
 

@@ -55,14 +55,15 @@ def check_constraints(project: bool, eps: float | None, scale: float) -> None:
         if not project:
             raise BadValue(f"eps={eps} bounds the diagonal only with project=True")
     if project and scale > 1:
-        raise BadValue(f"project=True keeps sigma in (0, 1], but it starts at alpha/r = {scale:g}: choose alpha at most r")
+        raise BadValue(f"project=True keeps sigma in (0, 1], but it starts at alpha/r = {scale:g}: "
+                       "choose alpha at most r")
 
 # %% ../../nbs/present/loldu.ipynb #c13
 class Triangles(Adapter):
-    "The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from it and never saved; `between` puts a diagonal between them."
+    "The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from it, never saved; `between` puts a diagonal there."
 
     def freeze(self, W0: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-        "Register the triangles in `dtype`: P L_r, or for a whole block L and the order of its rows. Returns the pivots z_r in float64."
+        "Register U_r and P L_r in `dtype`, or for a whole block L and the order of its rows; returns the pivots z_r in float64."
         p, L, z, U = ldu(W0.to("cpu", torch.float64), torch.finfo(wide(W0.dtype)).eps)
         self.whole = W0.dtype if r == min(W0.shape) and is_whole(W0, p, L, z, U) else None
         frozen = {"left": L if self.whole else unpermute(p, L[:, :r]), "right": U[:r]}
@@ -115,7 +116,8 @@ class Diagonal(Triangles):
 
     def along(self, M: dict) -> Tensor:
         "σ M_z + M_σ z, the derivative of the diagonal along M, (r,), with a missing M_z or M_σ standing for 0."
-        return widened(self.sigma * M.get("z", torch.zeros_like(self.z)) + M.get("sigma", torch.zeros_like(self.sigma)) * self.z)
+        z, sigma = (M.get(name, torch.zeros_like(p)) for name, p in (("z", self.z), ("sigma", self.sigma)))
+        return widened(self.sigma * z + sigma * self.z)
 
     def tangent(self, M: dict) -> Tensor:
         "P L_r diag(σ M_z + M_σ z) U_r, (n, m)."
@@ -130,8 +132,8 @@ class LoLDU(Diagonal):
     "ΔW = P L_r diag(σ z − σ0 z0) U_r (@eq-loldu-delta); z and σ train."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, init: str = "regular", keep_start: bool = False, train_scale: bool = True,
-                 project: bool = False, eps: float | None = None, scale_lr_ratio: float = 1.0):
+                 dtype: torch.dtype | None = None, init: str = "regular", keep_start: bool = False,
+                 train_scale: bool = True, project: bool = False, eps: float | None = None, scale_lr_ratio: float = 1.0):
         super().__init__()
         check_low_rank(W0, r, alpha)
         check_choice("init", init, INITS)
@@ -140,7 +142,8 @@ class LoLDU(Diagonal):
         check_number("scale_lr_ratio", scale_lr_ratio, above=0)
         scale = (r if alpha is None else alpha) / r
         check_constraints(project, eps, scale)
-        self.r, self.seed, self.init, self.keep_start, self.scale_lr_ratio = int(r), seed, init, keep_start, float(scale_lr_ratio)
+        self.r, self.seed, self.init, self.keep_start = int(r), seed, init, keep_start
+        self.scale_lr_ratio = float(scale_lr_ratio)
         dtype = wide(W0.dtype) if dtype is None else dtype
         z = self.anchor(W0.detach(), dtype)
         self.begin(z.clone(), torch.tensor(scale, dtype=dtype, device=W0.device), train_scale)
@@ -176,13 +179,14 @@ class LoLDU(Diagonal):
 
     @classmethod
     def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        "The base product plus each block's change (@eq-loldu-product); for a whole block its factors alone (@eq-loldu-whole)."
+        "The base product plus each block's change (@eq-loldu-product); for a whole block its factors (@eq-loldu-whole)."
         return ldu_linear(x, W, bias, [block.adapter.part(block.rows, x.dtype) for block in blocks])
 
     def part(self, rows: slice | None, dtype: torch.dtype) -> tuple:
-        "What `ldu_linear` needs of this block: its frozen factors for inputs of `dtype`, and the diagonal between them."
+        "What `ldu_linear` needs of this block: its frozen factors for inputs of `dtype`, and their diagonal."
         if self.whole == dtype:
-            return Whole(rows, self.left.to(dtype), self.right.to(dtype), self.order, self.inverse), widened(self.pivots) + self.change()
+            factors = Whole(rows, self.left.to(dtype), self.right.to(dtype), self.order, self.inverse)
+            return factors, widened(self.pivots) + self.change()
         return Part(rows, self.ordered(self.left).to(dtype), self.right.to(dtype)), self.change()
 
 # %% ../../nbs/present/loldu.ipynb #c18
@@ -208,7 +212,8 @@ class Part:
         return V
 
     def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None, wanted: bool) -> tuple:
-        "The gradient (r,) of d, and GX (T, m) or 0 plus the gradient of X if `wanted`; from G (T, n) and from gv, what reaches V itself."
+        """The gradient (r,) of d, and GX (T, m) or 0 plus the gradient of X if `wanted`; from G (T, n) and from gv,
+        what reaches V itself."""
         H = G @ self.PL
         if wanted:
             K = H * d if gv is None else gv + H * d
@@ -220,7 +225,8 @@ GROWTH = 1e-5
 
 
 def is_whole(W0: Tensor, p: Tensor, L: Tensor, z: Tensor, U: Tensor) -> bool:
-    "Whether P L diag(z) U, multiplied out in W0's type, gives W0 to about GROWTH: nothing is left over and nothing large cancels."
+    """Whether P L diag(z) U, multiplied out in W0's type, gives W0 to about GROWTH: nothing is left over and nothing
+    large cancels."""
     if W0.dtype != wide(W0.dtype):
         return False
     W, eps = W0.to("cpu", torch.float64), torch.finfo(W0.dtype).eps
@@ -257,7 +263,8 @@ def in_cache(*tensors: Tensor) -> zip:
 
 # %% ../../nbs/present/loldu.ipynb #c25
 class Whole:
-    "A block whose factors make up all of W0 + ΔW = P L diag(d) U: it takes the base product's place. L (n, r) in the factors' order."
+    """A block whose factors make up all of W0 + ΔW = P L diag(d) U: it takes the base product's place. L (n, r) has its
+    rows in the factors' order."""
 
     def __init__(self, rows: slice | None, L: Tensor, U: Tensor, order: Tensor, inverse: Tensor):
         self.rows, self.L, self.U, self.order, self.inverse = rows, L, U, order, inverse
@@ -343,10 +350,10 @@ class LDUProduct(torch.autograd.Function):
 
 # %% ../../nbs/present/loldu.ipynb #c29
 def ldu_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-    """x Wᵀ + bias with P L diag(d) U added to some rows of W (@eq-loldu-product), or put in their place (@eq-loldu-whole).
+    """x Wᵀ + bias with P L diag(d) U added to rows of W (@eq-loldu-product), or put in their place (@eq-loldu-whole).
 
-    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (part, d), a `Part` or `Whole` and its diagonal (r,). Returns (..., n).
-    Keeps T·r numbers a block for the backward pass, never x, and forms no (n, m) matrix.
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (part, d), a `Part` or `Whole` and its diagonal (r,).
+    Returns (..., n). Keeps T·r numbers a block for the backward pass, never x, and forms no (n, m) matrix.
     """
     X = x.reshape(-1, x.shape[-1])
     Y = LDUProduct.apply(X, W, bias, [part for part, _ in blocks], *(d for _, d in blocks))[0]
