@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MINILM_SHA256', 'RECIPE', 'TINY', 'HUB_MODELS', 'MODELS', 'as_dtype', 'seeded', 'fresh_head', 'verified',
            'with_dropout', 'minilm', 'small_vit', 'logits', 'accuracy', 'shifted', 'pretrain', 'cached',
-           'digits_vit_weights', 'digits_vit', 'tiny', 'tiny_vit', 'is_timm', 'hub_model', 'fetched', 'load_model']
+           'digits_vit_weights', 'digits_vit', 'tiny', 'tiny_vit', 'tokens_of', 'is_timm', 'hub_model', 'fetched',
+           'load_model']
 
 # %% ../../nbs/core/models.ipynb #c03
 import hashlib
@@ -203,6 +204,13 @@ HUB_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "Faceb
               "bert-base-uncased": "google-bert/bert-base-uncased", "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge",
               "deberta-v3-base": "microsoft/deberta-v3-base", "gpt2": "openai-community/gpt2", "t5-base": "google-t5/t5-base",
               "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "deepseek-coder": "deepseek-ai/deepseek-coder-1.3b-base"}
+
+
+def tokens_of(name: str) -> str | None:
+    "The tokenizer that a model's texts need, as `load_data` takes it: None for MiniLM's, 'bytes', or a repository of the hub."
+    if name in TINY:
+        return None if TINY[name][0] == "Bert" else "bytes"
+    return None if name in MODELS or is_timm(name) else HUB_MODELS.get(name, name)
 
 
 def is_timm(name: str) -> bool:
