@@ -42,12 +42,13 @@ SCHEDULERS = {
     "constant": lambda left: 1.0}
 
 
-def rate_at(step: int, steps: int, warmup: float, scheduler: str = "linear") -> float:
-    """The factor of the learning rate at `step` (0-based) of `steps`: a linear rise over the
-    first `warmup` share, then the scheduler's fall to 0; "constant" doesn't fall."""
+def rate_at(
+    step: int, steps: int, warmup: float, scheduler: str = "linear", foot: float = 0.0) -> float:
+    """The factor of the learning rate at `step` (0-based) of `steps`: a linear rise from `foot`
+    over the first `warmup` share, then the scheduler's fall to 0; "constant" doesn't fall."""
     rise = max(1, round(warmup * steps))
     left = min(1.0, (steps - step) / max(1, steps - rise))
-    return min((step + 1) / rise, SCHEDULERS[scheduler](left))
+    return min(foot + (1 - foot) * (step + 1) / rise, SCHEDULERS[scheduler](left))
 
 
 def make_optimizer(name: str, groups: list[dict], weight_decay: float) -> torch.optim.Optimizer:
@@ -193,29 +194,31 @@ def difference(old: dict, new: dict) -> str:
 def fit(
     model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32,
     optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, seed: int = 0,
-    scheduler: str = "linear", max_grad_norm: float | None = 1.0, accumulate: int = 1,
-    advance_every: int | None = None, loss: Callable = loss_of, measure: Callable | None = None,
-    checkpoint: str | Path | None = None, save_every: int | None = None, progress: bool = False,
+    scheduler: str = "linear", foot: float = 0.0, max_grad_norm: float | None = 1.0,
+    accumulate: int = 1, advance_every: int | None = None, loss: Callable = loss_of,
+    measure: Callable | None = None, checkpoint: str | Path | None = None,
+    save_every: int | None = None, progress: bool | str = False,
     watch: Callable | None = None, stop: Callable | None = None,
     backward: Callable | None = None, accelerator=None) -> list[dict]:
     """Train an adapted model on data.train and return one record an epoch: losses, accuracies and
     seconds.
 
     epochs, batch_size: counts; batch_size is the step's, over all processes. lr: the largest
-    rate. warmup: share of steps in which the rate rises. seed: of the batches' order and of
-    dropout; the global random state is put back. accumulate: parts in which a process computes its
-    share of a step. advance_every: epochs after which a chain advances. loss(model, batch): a mean
-    over labels; measure(model, split): what a record says of the validation split (default:
-    `evaluate`). checkpoint: a folder; if it holds a checkpoint the run goes on from there.
-    save_every: steps between checkpoints (default: an epoch). watch(run): called after each step.
-    stop(): asked after each step; once it is true a checkpoint is written and Stopped raised.
-    accelerator: Accelerate's, for several devices or mixed precision. Raises BadValue for a plain
+    rate. warmup: share of steps in which the rate rises, from `foot` times itself. seed: of the
+    batches' order and of dropout; the global random state is put back. accumulate: parts in which
+    a process computes its share of a step. advance_every: epochs after which a chain advances.
+    loss(model, batch): a mean over labels; measure(model, split): what a record says of the
+    validation split (default: `evaluate`). checkpoint: a folder; if it holds a checkpoint the run
+    goes on from there. save_every: steps between checkpoints (default: an epoch). progress: a bar,
+    with this title. watch(run): called after each step. stop(): asked after each step; once it is
+    true a checkpoint is written and Stopped raised. accelerator: Accelerate's, for several devices or mixed precision. Raises BadValue for a plain
     or merged model or a checkpoint of other settings.
     """
     settings = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer,
-        "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "seed": seed,
-        "max_grad_norm": max_grad_norm, "accumulate": accumulate, "advance_every": advance_every}
+        "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "foot": foot,
+        "seed": seed, "max_grad_norm": max_grad_norm, "accumulate": accumulate,
+        "advance_every": advance_every}
     crew = accelerator or Alone()
     settings["precision"] = str(crew.mixed_precision)
     check_settings(settings, save_every)
@@ -225,7 +228,7 @@ def fit(
                   watch, stop, None if checkpoint is None else folder_of(checkpoint), save_every)
     with own_randomness(model, seed):
         run = start(hooks.folder, model, made, settings)
-        go_on(model, made, data, run, hooks, progress and crew.is_main_process)
+        go_on(model, made, data, run, hooks, crew.is_main_process and progress)
     model.eval()
     return run["history"]
 
@@ -257,7 +260,8 @@ def check_settings(settings: dict, save_every: int | None) -> None:
     for name, value in (("save_every", save_every), ("advance_every", settings["advance_every"])):
         if value is not None:
             check_count(name, value)
-    check_number("warmup", settings["warmup"], least=0, most=1)
+    for name in ("warmup", "foot"):
+        check_number(name, settings[name], least=0, most=1)
     check_number("weight_decay", settings["weight_decay"], least=0)
 
 
@@ -291,11 +295,12 @@ def start(
     return run or {"settings": settings, "at": 0, "sum": 0.0, "spent": 0.0, "history": []}
 
 
-def shown(steps: Iterator, run: dict, total: int, progress: bool) -> Iterator:
-    "The same batches, with a progress bar that names the last validation loss."
+def shown(steps: Iterator, run: dict, total: int, progress: bool | str) -> Iterator:
+    """The same batches, with a progress bar that names the last validation loss, on a terminal
+    or in a notebook."""
+    title = progress if isinstance(progress, str) else run["settings"]["method"]
     with tqdm(
-        total=total, initial=run["at"], disable=not progress, desc=run["settings"]["method"]
-    ) as bar:
+        total=total, initial=run["at"], disable=None if progress else True, desc=title) as bar:
         for batch in steps:
             yield batch
             bar.update()
@@ -317,7 +322,7 @@ def one_step(model, optimizer, batch: dict, run: dict, steps: int, hooks, transf
     start, own, crew = time.perf_counter(), run["settings"], hooks.crew
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * rate_at(
-            run["at"], steps, own["warmup"], own["scheduler"])
+            run["at"], steps, own["warmup"], own["scheduler"], own["foot"])
     torch.manual_seed(site_seed(own["seed"], "dropout", run["at"], crew.process_index))
     parts = share(batch, crew.process_index, crew.num_processes, own["accumulate"])
     value = train_step(
