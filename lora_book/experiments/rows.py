@@ -7,7 +7,7 @@ __all__ = ['PAPERS', 'WHOLE', 'ORDER', 'Row', 'rows', 'row', 'group', 'is_chain'
 # %% ../../nbs/experiments/rows.ipynb #c03
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 
@@ -48,7 +48,7 @@ class Row:
         return self.metric not in ("perplexity", "loss")
 
 # %% ../../nbs/experiments/rows.ipynb #c07
-PAPERS = ("p2", "mgpo")
+PAPERS = ("p2", "p4", "mgpo")
 
 
 @cache
@@ -67,31 +67,87 @@ def _made(row_id: str, words: dict) -> Row:
     model, data = (_file("names")[part][name] for part, name in zip(("models", "data"), row_id.split("/")[-2:], strict=True))
     paper_row = words["paper_row"].format(model=model["title"], data=data["title"])
     own = {key: words.get(key, data.get(key, model.get(key))) for key in ("kind", "metric", "head", "targets")}
-    return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words.get("methods", words["columns"])),
-               model=model["name"], data=data["name"], stand_in=_stand_in(words.get("stand_in", data.get("stand_in"))),
-               extras=tuple(words.get("extras", ())), needs=words.get("needs", ""),
-               recipe={key: words.get(key, {}) for key in ("printed", "own", "own_of", "both")}, **own)
+    return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words["columns"]), model=model["name"],
+               data=data["name"], stand_in=_stand_in(data["stand_in"]), extras=tuple(words.get("extras", ())), needs=words.get("needs", ""),
+               recipe={"like": paper_row, "both": {}} | {key: words.get(key, {}) for key in ("printed", "own", "own_of")}, **own)
 
 # %% ../../nbs/experiments/rows.ipynb #c08
 @cache
 def _rows() -> dict[str, Row]:
-    "All rows by id, in the order of the files."
-    described = ((row_id, part["common"] | own) for part in map(_file, PAPERS) for row_id, own in part["rows"].items())
-    return {row_id: _made(row_id, words) for row_id, words in described}
+    "The rows of the tables of results by id, in the order of the files."
+    parts = [part for name in PAPERS for part in _file(name)["parts"].values()]
+    return {row_id: _made(row_id, part["common"] | own) for part in parts for row_id, own in part["rows"].items()}
+
+# %% ../../nbs/experiments/rows.ipynb #c10
+def _value(setting: str, label: str, r: int) -> dict:
+    "The settings that a heading of an ablation table stands for: '1e-3.5' is 10 to the -3.5, 'r/4' and '2r' are multiples of the rank."
+    if setting == "alpha":
+        return {"alpha": r / float(label[2:]) if label.startswith("r/") else float(label.rstrip("r") or 1) * r}
+    if setting == "lr":
+        mantissa, power = label.split("e")
+        return {"lr": float(f"{float(mantissa) * 10 ** float(power):.6g}")}
+    return {setting: int(label)}
 
 
-def rows() -> tuple[str, ...]:
-    "The ids of all rows."
-    return tuple(_rows())
+def _base(model: str, data: str) -> Row:
+    "The row of P2 that an ablation of a model and a data set, by their titles, varies; for a pair without one, that of the model and MRPC."
+    every = [chosen for chosen in _rows().values() if chosen.paper == "P2"]
+    names = {entry["title"]: entry for entry in _file("names")["data"].values()}
+    found = next((chosen for chosen in every if chosen.paper_row == f"{model} / {data}"), None)
+    like = found or next(chosen for chosen in every if chosen.paper_row == f"{model} / MRPC")
+    own = {"data": names[data]["name"], "kind": names[data]["kind"], "metric": names[data]["metric"], "stand_in": _stand_in(names[data]["stand_in"])}
+    return found or replace(like, id=f"{like.id.split('/')[0]}/{data.lower()}", **own)
+
+# %% ../../nbs/experiments/rows.ipynb #c11
+def _points(name: str, spec: dict, number: str) -> dict[str, Row]:
+    "The rows of one of P2's ablation tables: a row for each model, data set, rank and heading, with the methods that the table has there."
+    found, ids = {}, {column: method for method, column in row("vit_tiny/cifar10").columns.items()}
+    for line in table("P2", number).names("row"):
+        model, data, column, r = line.split(" / ")
+        base, r = _base(model, data), int(r)
+        for label in table("P2", number).names("column"):
+            row_id = f"ablation/{name}/{base.id}/r{r}/{label.replace('/', '_')}"
+            columns = (found[row_id].columns if row_id in found else {}) | {ids[column]: line}
+            both = {"r": r, "alpha": 2 * r} | _value(spec["setting"], label, r)
+            found[row_id] = replace(base, id=row_id, table=number, paper_row=label, columns=columns, methods=tuple(columns),
+                                    recipe=base.recipe | {"own": base.recipe["own"] | spec["own"], "both": both})
+    return found
+
+
+def _loldu_points(name: str, spec: dict, number: str) -> dict[str, Row]:
+    "The rows of one of P4's ablation tables of LoLDU: a row for each data set and line."
+    found, lines = {}, [line for line in table("P4", number).names("row") if line not in ("FT", "LoRA")]
+    for base in (chosen for chosen in _rows().values() if (chosen.paper, chosen.table) == ("P4", "IV")):
+        for line in lines:
+            init, _, scale = line.partition(" / ")
+            both = {"options": {"init": init, "train_scale": scale == "with"}} if spec["setting"] == "init" else _value(spec["setting"], line, 768)
+            both |= {"alpha": both["r"]} if "r" in both else {}
+            row_id = f"ablation/{name}/{base.id}/{line.replace(' / ', '_')}"
+            found[row_id] = replace(base, id=row_id, table=number, columns={"loldu": line}, methods=("loldu",), recipe=base.recipe | {"both": both})
+    return found
+
+# %% ../../nbs/experiments/rows.ipynb #c12
+@cache
+def _ablations() -> dict[str, Row]:
+    "Every point of every ablation table by id."
+    points = {"P2": _points, "P4": _loldu_points}
+    specs = [(name, spec, number) for name, spec in _file("ablations").items() for number in spec["tables"]]
+    return {row_id: chosen for name, spec, number in specs for row_id, chosen in points[spec["paper"]](name, spec, number).items()}
+
+
+def rows(ablations: bool = False) -> tuple[str, ...]:
+    "The ids of all rows of results, or of all points of the ablations."
+    return tuple(_ablations() if ablations else _rows())
 
 
 def row(row_id: str) -> Row:
-    "The row with this id. Raises UnknownName with the nearest ids."
-    if row_id not in _rows():
-        raise unknown("row", row_id, _rows())
-    return _rows()[row_id]
+    "The row or the ablation's point with this id. Raises UnknownName with the nearest ids."
+    found = _rows().get(row_id) or _ablations().get(row_id)
+    if found is None:
+        raise unknown("row", row_id, [*_rows(), *_ablations()])
+    return found
 
-# %% ../../nbs/experiments/rows.ipynb #c11
+# %% ../../nbs/experiments/rows.ipynb #c15
 def group(method: str) -> str:
     "Whose learning rate a method takes: 'FFT', 'LoRA', 'Asym', or a group outside P2."
     return _file("groups").get(method, "LoRA")
@@ -102,7 +158,7 @@ def is_chain(method: str) -> bool:
     make = registered(method).make
     return isinstance(make, type) and issubclass(make, Chain)
 
-# %% ../../nbs/experiments/rows.ipynb #c13
+# %% ../../nbs/experiments/rows.ipynb #c17
 def printed(chosen: Row, method: str) -> Cell:
     "The paper's own cell for a method of a row; its value is None, with the reason, where there is none."
     if not chosen.table or method not in chosen.columns:
@@ -115,10 +171,10 @@ def printed(chosen: Row, method: str) -> Cell:
 def addresses(chosen: Row, method: str) -> dict[str, tuple[str, str, str, str]]:
     "Setting -> (paper, table, row, column) of the cell that prints it."
     rate = group(method) if group(method) in ("FFT", "Asym") else "LoRA"
-    words = {"row": chosen.recipe["own"].get("like", chosen.paper_row), "group": rate, "decay": "FFT" if method == "full" else "LoRA"}
+    words = {"row": chosen.recipe["like"], "group": rate, "decay": "FFT" if method == "full" else "LoRA"}
     return {key: tuple(part.format(**words) for part in address) for key, address in chosen.recipe["printed"].items()}
 
-# %% ../../nbs/experiments/rows.ipynb #c14
+# %% ../../nbs/experiments/rows.ipynb #c18
 WHOLE = ("epochs", "batch_size", "max_length", "reset_every_epochs", "r", "alpha", "warmup_steps")
 
 
@@ -134,7 +190,7 @@ def printed_settings(chosen: Row, method: str) -> dict:
     cells = {key: table(*address[:2]).cell(*address[2:]) for key, address in addresses(chosen, method).items()}
     return {key: _typed(key, cell.value) for key, cell in cells.items() if cell.value is not None}
 
-# %% ../../nbs/experiments/rows.ipynb #c16
+# %% ../../nbs/experiments/rows.ipynb #c20
 def place(chosen: Row, profile: str) -> dict:
     "What a profile adapts: model, data, kind, metric, head and targets, the stand-in's own outside 'gpu'. Empty without a stand-in."
     own = {key: getattr(chosen, key) for key in ("model", "data", "kind", "metric", "head", "targets")}
@@ -152,12 +208,13 @@ def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
     "The stand-in's settings; no more examples than the profile allows, 0 of which means all."
     name, sizes = chosen.stand_in["name"], _file("sizes")
     own = sizes["stand_in"] | sizes["profiles"].get(run.profile, sizes["profiles"]["laptop"])[name]
+    own |= sizes["methods"].get(name, {}).get(method, {})
     rates = _file("rates")[name]
     limits = [count for count in (own["examples"], run.examples) if count]
     options = chosen.recipe["own_of"].get(method, {}).get("options", {})
     return own | {"lr": rates.get(group(method), rates["LoRA"])["lr"], "examples": min(limits, default=0), "options": options}
 
-# %% ../../nbs/experiments/rows.ipynb #c17
+# %% ../../nbs/experiments/rows.ipynb #c21
 ORDER = ("model", "data", "kind", "metric", "head", "targets", "r", "alpha", "lr", "epochs", "batch_size", "examples", "judged", "max_length",
          "scheduler", "warmup", "warmup_lr", "warmup_steps", "weight_decay", "reset_every_epochs", "dtype", "seeds", "options")
 
