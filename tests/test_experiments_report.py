@@ -1,0 +1,195 @@
+"The report: a paper's column holds the paper's numbers alone, missing shows as missing, spread and verdicts follow their rule."
+import json
+import math
+import re
+import statistics
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lora_book.core.errors import BadValue, UnknownName
+from lora_book.experiments import report
+from lora_book.experiments.report import (
+    Measured,
+    address,
+    margin,
+    measured,
+    oriented,
+    pooled,
+    row_lines,
+    rows_of,
+    shown,
+    summed,
+    table_lines,
+    tau,
+    verdict,
+)
+from lora_book.experiments.rows import printed, row, rows
+from lora_book.theory.tables import Cell
+
+ROW = "vit_tiny/cifar10"
+SENTINEL = 0.123456
+
+
+def result(method="lora", seed=0, value=0.5, row_id=ROW, profile="laptop", metric=None, **more):
+    metric = metric or row(row_id).metric
+    return {"row": row_id, "method": method, "seed": seed, "profile": profile, "metric": metric, "settings": {"judged": 250},
+            "data_hash": "h", "test": {"loss": 1.0, metric: value}, "stand_ins": {"vit_tiny_patch16_224": "digits_vit", "cifar10": "digits"}} | more
+
+
+def group(values, method="lora", metric="accuracy", judged=250):
+    return Measured(ROW, method, "laptop", metric, tuple(values), judged, {})
+
+
+def paper_column(lines):
+    "{(row's id, paper's name): text of the paper's column} of a printed table, cut at the column's place."
+    found, at = {}, None
+    for line in lines:
+        if match := re.match(r"\S.*\) (\S+)$", line):
+            row_id = match[1]
+        elif line.startswith("  method"):
+            at = line.index("in the paper"), line.index("paper", line.index("in the paper") + 8), line.index("paper", line.index("in the paper") + 8) + 16
+        elif line.startswith("  ") and at:
+            found[row_id, line[at[0]:at[1]].strip()] = line[at[1]:at[2]].strip()
+    return found
+
+
+@pytest.mark.parametrize("number", ["2", "P4:I", "IV", "III", "VI"])
+def test_the_papers_column_is_the_same_whatever_was_measured(number):
+    ids = [one.id for one in rows_of(address(number))]
+    every = [result(m, s, SENTINEL, i, p) for i in ids for m in row(i).methods for s in range(3) for p in ("laptop", "gpu")]
+    before, after = paper_column(table_lines(number, found=[])), paper_column(table_lines(number, found=every))
+    assert before == after and before
+    for row_id in ids:
+        for method in row(row_id).methods:
+            cell = printed(row(row_id), method)
+            text = before[row_id, row(row_id).columns[method]]
+            assert text.startswith("missing") if cell.value is None else text.startswith((cell.printed or f"{cell.value:g}")[:15])
+
+
+def test_a_measured_number_in_the_papers_column_would_be_seen(monkeypatch):
+    clean = paper_column(table_lines("2", found=[]))
+    monkeypatch.setattr(report, "printed", lambda one, method: Cell("", "", SENTINEL, "", "", ""))
+    assert paper_column(table_lines("2", found=[])) != clean
+
+
+def test_nothing_measured_shows_as_missing_and_a_run_in_its_own_column():
+    assert all("missing" in line for line in table_lines("2", found=[]) if re.match(r"  [a-z]\w+ ", line) and "method  " not in line)
+    lines = table_lines("2", found=[result("c3la", s, v) for s, v in ((0, 0.5), (1, 0.6), (2, 0.7))])
+    own = [line for line in lines if "60.00 ± 10.00 (3 seeds)" in line]
+    assert len(own) == 1 and own[0].split()[0] == "c3la" and "95.23" in own[0]
+    assert any("laptop, digits_vit on digits" in line for line in lines)
+
+
+def test_a_single_run_has_no_spread_and_says_so():
+    lines = table_lines("2", found=[result("c3la", 0, 0.5)])
+    assert any("50.00 no spread (1 seed)" in line for line in lines)
+
+
+def test_profiles_have_columns_of_their_own():
+    found = [result("lora", s, v, profile=p) for p, v in (("laptop", 0.5), ("smoke", 0.25)) for s in range(2)]
+    line = next(x for x in table_lines("2", found=found) if "50.00" in x)
+    assert line.index("50.00") < line.index("25.00")
+    assert not any("25.00" in x for x in table_lines("2", "laptop", found=found))
+
+
+def test_marks_of_the_ledger_are_shown():
+    lines = table_lines("2", found=[])
+    assert any(re.search(r"c3LA +80\.22 \[D2\]", line) for line in lines)
+    assert shown(Cell("r", "c", None, "87.", "", "last digit lost")) == "missing" and shown(Cell("r", "c", 18400.0, "0.0184M", "E21", "")) == "0.0184M [E21]"
+
+
+def test_ablations_show_measured_points_and_count_the_others():
+    point = next(i for i in rows(ablations=True) if i.startswith("ablation/lr/vit_tiny/cifar10/r8/"))
+    lines = table_lines("7", found=[result("lora", s, 0.5, point) for s in range(2)])
+    assert f"1 of {len(rows_of(address('7')))} points measured" in lines and any("50.00 ± 0.00" in line for line in lines)
+
+
+def test_perplexity_is_no_share():
+    lines = table_lines("2", found=[result("lora", s, v, "gpt2_small/e2e") for s, v in ((0, 3.0), (1, 4.0))])
+    assert any("3.50 ± 0.71 (2 seeds)" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", ["2", "IV", "P4:IV", "p4:iv", "P2:6"])
+def test_addresses_name_a_table(number):
+    assert address(number).number in ("2", "IV", "6")
+
+
+def test_tables_without_rows_and_unknown_tables_are_refused():
+    with pytest.raises(BadValue, match=r"no row runs table 12 of P2; .*P2:2"):
+        table_lines("12")
+    with pytest.raises(UnknownName, match="no table 'P4 XIV'"):
+        table_lines("XIV")
+
+
+def test_runs_of_other_settings_or_data_are_never_averaged():
+    for other in ({"settings": {"judged": 100}}, {"data_hash": "other"}):
+        with pytest.raises(BadValue, match="can't be averaged"):
+            summed([result(seed=0), result(seed=1) | other])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.randoms())
+def test_a_sum_doesnt_depend_on_the_order_of_the_runs(values, rng):
+    runs = [result(seed=s, value=v) for s, v in enumerate(values)]
+    one = summed(runs)
+    rng.shuffle(runs)
+    assert summed(runs) == one and one.values == tuple(100 * v for v in values)
+    assert one.spread is None if len(values) == 1 else math.isclose(one.spread, statistics.stdev(one.values))
+
+
+shares = st.lists(st.integers(0, 1000).map(lambda n: n / 10), min_size=2, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shares, shares)
+def test_the_rule_is_students_test_above_one_row_of_the_test_set(a, b):
+    one, other = group(a), group(b)
+    away = abs(one.mean - other.mean)
+    assume(pooled(one, other) > 1e-9)
+    p = stats.ttest_ind(a, b).pvalue
+    assume(abs(p - 0.05) > 1e-6)
+    assert (verdict(one, other) != "none") == (p < 0.05 and away > 100 / 250)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shares, shares)
+def test_a_verdict_turns_round_with_its_sides(a, b):
+    turned = {"better": "worse", "worse": "better", "none": "none"}
+    assert verdict(group(a), group(b)) == turned[verdict(group(b), group(a))]
+    assert verdict(group(a), group(a)) == "none"
+
+
+def test_lower_is_better_for_a_perplexity():
+    good, bad = group((2.0, 2.01, 2.02), metric="perplexity"), group((3.0, 3.01, 3.02), metric="perplexity")
+    assert verdict(good, bad) == "better" and verdict(group((20, 21, 22)), group((60, 61, 62))) == "worse"
+
+
+def test_equal_runs_need_more_than_one_test_row():
+    assert verdict(group((50.0, 50.0)), group((50.4, 50.4))) == "none" and verdict(group((50.0, 50.0)), group((50.9, 50.9))) == "worse"
+
+
+def test_a_single_seed_tells_no_difference():
+    with pytest.raises(BadValue, match="single seed"):
+        margin(group((1.0,)), group((2.0, 3.0)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 10 ** 6), min_size=3, max_size=10, unique=True), st.randoms())
+def test_tau_is_one_with_itself_minus_one_reversed_and_blind_to_order(values, rng):
+    one = dict(zip("abcdefghij", values))
+    other = dict(rng.sample(sorted(one.items()), len(one)))
+    assert tau(one, other)[0] == pytest.approx(1) and tau(one, oriented(other, False))[0] == pytest.approx(-1)
+    assert tau(one, other)[2] == len(one) and tau(dict(list(one.items())[:2]), one) is None
+
+
+def test_the_books_own_results_are_told_by_their_profile():
+    for (row_id, method, profile), one in measured().items():
+        assert profile in ("smoke", "laptop", "gpu") and row(row_id) and method and (profile == "gpu") == (not one.stand_ins)
+
+
+def test_lines_of_a_row_are_plain_text():
+    lines = row_lines(address("2"), row(ROW), measured([result()]), ["laptop"])
+    assert all(line == line.rstrip() and json.dumps(line) for line in lines)

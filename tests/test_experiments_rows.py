@@ -1,0 +1,200 @@
+"The rows of the experiments: every address is printed somewhere, every setting is the paper's own, every name exists."
+import csv
+import json
+import re
+from importlib.resources import files
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_book.core import data as book_data
+from lora_book.core import models as book_models
+from lora_book.core.errors import BadValue, UnknownName
+from lora_book.experiments import rows as module
+from lora_book.experiments.rows import Row, addresses, group, is_chain, place, printed, printed_settings, row, rows
+from lora_book.experiments.rows import settings as settings_of
+from lora_book.registry import METHODS, methods
+from lora_book.theory.tables import table
+
+DATA = files("lora_book") / "data"
+RESULTS, POINTS = rows(), rows(ablations=True)
+TEN = ("full", "lora", "lora_plus", "asymmetric", "cola", "rac", "cla", "random_cla", "c3la", "random_c3la")
+any_row = st.sampled_from(RESULTS + POINTS)
+
+
+def cells_of(name: str) -> dict:
+    "The text of a table's file, read without the book's own reader."
+    lines = csv.DictReader((DATA / name).read_text(encoding="utf-8").splitlines())
+    return {(line["row"], line["column"]): line["value"] for line in lines}
+
+
+def test_every_row_of_the_papers_tables_of_results_is_there():
+    printed_rows = set(table("P2", 2).names("row"))
+    assert {row(i).paper_row for i in RESULTS if row(i).table == "2"} == printed_rows
+    assert all(row(i).methods == TEN for i in RESULTS if row(i).table == "2")
+    for number in ("I", "III", "IV", "VI"):
+        wanted = set(table("P4", number).names("column")) - {"parameters", "average", "model"}
+        assert {row(i).paper_row for i in RESULTS if (row(i).paper, row(i).table) == ("P4", number)} == wanted
+
+
+@pytest.mark.parametrize("number", [6, 7, 8, 9, 10, 11])
+def test_every_cell_of_an_ablation_table_is_a_point_once(number):
+    found = [(column, row(i).paper_row) for i in POINTS if (row(i).paper, row(i).table) == ("P2", str(number)) for column in row(i).columns.values()]
+    t = table("P2", number)
+    assert sorted(found) == sorted((r, c) for r in t.names("row") for c in t.names("column"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_row)
+def test_a_row_stands_in_a_printed_table_and_its_methods_in_the_registry(row_id):
+    chosen = row(row_id)
+    assert chosen.id == row_id and isinstance(chosen, Row) and set(chosen.methods) == set(chosen.columns) and set(chosen.methods) <= set(methods())
+    if chosen.table:
+        t = table(chosen.paper, chosen.table)
+        assert {chosen.paper_row, *chosen.columns.values()} <= {*t.names("row"), *t.names("column")}
+        for method in chosen.methods:
+            cell = printed(chosen, method)
+            assert {cell.row, cell.column} == {chosen.paper_row, chosen.columns[method]} and (cell.value is not None or cell.note)
+    else:
+        assert chosen.paper == "P1" and all(printed(chosen, method).value is None for method in chosen.methods)
+
+
+@settings(max_examples=60, deadline=None)
+@given(row_id=any_row, data=st.data())
+def test_settings_are_complete_and_possible_in_every_profile(row_id, data):
+    chosen, profile = row(row_id), data.draw(st.sampled_from(["smoke", "laptop", "gpu"]))
+    method = data.draw(st.sampled_from(chosen.methods))
+    if profile != "gpu" and not chosen.stand_in:
+        with pytest.raises(BadValue, match="diffusers"):
+            settings_of(row_id, method, profile)
+        return
+    own = settings_of(row_id, method, profile)
+    assert tuple(own) == module.ORDER
+    assert own["lr"] > 0 and own["r"] >= 1 and own["alpha"] > 0 and own["epochs"] >= 1 and own["batch_size"] >= 1 and 0 <= own["warmup"] <= 1
+    assert own["scheduler"] in ("linear", "constant", "cosine") and own["seeds"] and len(set(own["seeds"])) == len(own["seeds"])
+    assert (own["reset_every_epochs"] is not None) == is_chain(method)
+    assert json.loads(json.dumps(own))["lr"] == own["lr"]
+
+
+def test_the_settings_of_table_2_are_those_of_table_5():
+    cells, column = cells_of("p2_table_05.csv"), {"full": "FFT", "lora": "LoRA", "lora_plus": "LoRA", "cola": "LoRA"}
+    for row_id in (i for i in RESULTS if row(i).table == "2"):
+        for method in TEN:
+            own, at = settings_of(row_id, method, "gpu"), row(row_id).paper_row
+            assert own["lr"] == float(cells[at, f"lr {column.get(method, 'Asym')}"])
+            assert own["weight_decay"] == float(cells[at, "weight decay " + ("FFT" if method == "full" else "LoRA")])
+            assert (own["epochs"], own["batch_size"], own["max_length"]) == tuple(
+                int(cells[at, name]) for name in ("epochs", "batch size", "max length or image size"))
+            assert own["seeds"] == tuple(map(int, cells[at, "seeds"].split())) and own["scheduler"] == cells[at, "scheduler"].lower()
+            assert own["warmup"] == float(cells.get((at, "warmup ratio")) or 0) and own["warmup_lr"] == float(cells.get((at, "warmup lr")) or 0)
+            if method in ("cola", "rac", "c3la", "random_c3la"):
+                assert own["reset_every_epochs"] == int(cells[at, "chain reset every epochs"])
+            assert (own["r"], own["alpha"]) == (16, 32)
+
+
+def test_the_settings_of_p4_are_those_of_its_appendix():
+    glue, images = cells_of("p4_table_07.csv"), cells_of("p4_table_09.csv")
+    for row_id in (i for i in RESULTS if row(i).paper == "P4"):
+        own, at = settings_of(row_id, "loldu", "gpu"), row(row_id).paper_row
+        if row(row_id).table == "I":
+            assert (own["lr"], own["epochs"], own["max_length"]) == (float(glue[at, "lr"]), int(glue[at, "epochs"]), int(glue[at, "max length"]))
+        if row(row_id).table == "IV":
+            assert (own["lr"], own["r"], own["alpha"]) == tuple(float(images[name, "value"]) for name in ("learning rate", "rank", "alpha"))
+            assert own["seeds"] == (int(images["seed", "value"]),) and own["warmup_steps"] == int(images["warmup steps", "value"])
+
+
+def test_no_number_that_a_table_prints_is_typed_again():
+    for row_id in (i for i in RESULTS if row(i).table):
+        recipe = row(row_id).recipe
+        assert not set(recipe["printed"]) & set(recipe["own"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(row_id=st.sampled_from(POINTS), data=st.data())
+def test_a_point_of_an_ablation_varies_what_its_heading_says(row_id, data):
+    chosen, method = row(row_id), data.draw(st.sampled_from(row(row_id).methods))
+    for profile in ("laptop", "gpu"):
+        own, base = settings_of(row_id, method, profile), chosen.recipe["both"]
+        assert all(own[key] == value for key, value in base.items())
+    if chosen.paper == "P2":
+        r = int(chosen.columns[method].split(" / ")[-1])
+        assert own["r"] == r and own["epochs"] == 30
+        assert own["alpha"] == (2 * r if chosen.table not in ("8", "9") else own["alpha"])
+
+
+@pytest.mark.parametrize(("setting", "label", "r", "wanted"), [
+    ("lr", "1e-3.5", 16, {"lr": 0.000316228}), ("lr", "5e-2", 768, {"lr": 0.05}), ("alpha", "r/4", 16, {"alpha": 4}), ("alpha", "2r", 8, {"alpha": 16}),
+    ("alpha", "r", 8, {"alpha": 8}), ("reset_every_epochs", "15", 4, {"reset_every_epochs": 15}), ("r", "512", 768, {"r": 512})])
+def test_headings_are_read_as_the_papers_mean_them(setting, label, r, wanted):
+    assert module._value(setting, label, r) == wanted
+
+
+def test_lost_cells_of_the_settings_are_left_out():
+    chosen = row("tinyllama/clutrr")
+    cells = {key: table(*a[:2]).cell(*a[2:]) for key, a in addresses(chosen, "lora").items()}
+    lost = {key for key, cell in cells.items() if cell.value is None}
+    assert lost == {"warmup_lr", "warmup"} and not lost & set(printed_settings(chosen, "lora"))
+
+
+@pytest.mark.parametrize("name", sorted({row(i).stand_in["name"] for i in RESULTS if row(i).stand_in}))
+def test_a_stand_in_is_offline_and_has_sizes_and_rates(name):
+    files_ = {part: json.loads((DATA / "experiments" / f"{part}.json").read_text()) for part in ("names", "sizes", "rates")}
+    stand_in = files_["names"]["stand_ins"][name]
+    assert stand_in["data"] in book_data.OFFLINE and stand_in["model"] in book_models.MODELS
+    assert all(name in files_["sizes"]["profiles"][profile] for profile in ("smoke", "laptop"))
+    assert {"FFT", "LoRA", "Asym"} <= set(files_["rates"][name])
+
+
+def test_a_chosen_rate_is_the_candidate_with_the_smallest_loss():
+    rates = json.loads((DATA / "experiments" / "rates.json").read_text())
+    chosen = [entry for groups in rates.values() for entry in groups.values() if "losses" in entry]
+    assert chosen
+    for entry in chosen:
+        assert len(entry["losses"]) > 1 and entry["seed"] == 100 and entry["lr"] == float(min(entry["losses"], key=entry["losses"].get))
+
+
+def test_methods_of_a_row_share_their_rate_by_group():
+    assert {group(m) for m in TEN} == {"FFT", "LoRA", "Asym"} and {m for m in TEN if group(m) == "Asym"} == set(TEN) - {"full", "lora", "lora_plus", "cola"}
+    assert {m for m in METHODS if is_chain(m)} == {"cola", "rac", "c3la", "random_c3la"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(any_row)
+def test_a_place_is_the_papers_on_gpu_and_the_stand_ins_elsewhere(row_id):
+    chosen = row(row_id)
+    assert place(chosen, "gpu")["model"] == chosen.model and place(chosen, "gpu")["data"] == chosen.data
+    for profile in ("smoke", "laptop"):
+        assert place(chosen, profile).get("model") == chosen.stand_in.get("model")
+
+
+@pytest.mark.parametrize("wrong", ["vit_tiny/cifar100", "vit-tiny/cifar10", "", "p4/vit_base/cifar10"])
+def test_an_unknown_row_names_the_nearest(wrong):
+    with pytest.raises(UnknownName, match=r"no row .*nearest"):
+        row(wrong)
+
+
+def test_an_unknown_method_or_profile_is_refused():
+    with pytest.raises(UnknownName, match="method"):
+        settings_of("vit_tiny/cifar10", "c4la", "laptop")
+    with pytest.raises(UnknownName, match="profile"):
+        settings_of("vit_tiny/cifar10", "c3la", "laptob")
+
+
+def test_rows_without_a_stand_in_say_what_they_need():
+    for row_id in RESULTS:
+        chosen = row(row_id)
+        assert chosen.stand_in or (chosen.needs and chosen.extras)
+    assert {row(i).extras for i in RESULTS if row(i).kind == "diffusion"} == {("diffusers",)}
+
+
+def test_a_profile_caps_the_examples(monkeypatch):
+    monkeypatch.setenv("LORA_BOOK_EXAMPLES", "7")
+    assert settings_of("vit_tiny/cifar10", "lora", "laptop")["examples"] == 7
+    monkeypatch.setenv("LORA_BOOK_EXAMPLES", "0")
+    assert settings_of("vit_tiny/cifar10", "lora", "laptop")["examples"] > 7
+
+
+def test_data_files_hold_no_path_and_no_host():
+    for path in (DATA / "experiments").iterdir():
+        assert not re.search(r"(/home|/root|/work|/tmp|https?://)", path.read_text(encoding="utf-8"))
