@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +48,15 @@ def test_what_is_saved_comes_back(method, dtype, tmp_path):
     lb.merge(model)
     lb.save(model, other)
     assert all((tmp_path / name).read_bytes() == (other / name).read_bytes() for name in os.listdir(other))
+
+
+@every_method
+def test_numpy_s_numbers_are_numbers(method, tmp_path):
+    model = moved(method, r=np.int64(2), alpha=np.float32(3.0), seed=np.int32(4))
+    lb.save(model, tmp_path / "numpy")
+    lb.save(moved(method, r=2, alpha=3.0, seed=4), tmp_path / "python")
+    assert torch.equal(lb.load(net(), tmp_path / "numpy")(inputs()), model(inputs()))
+    assert all((tmp_path / "numpy" / name).read_bytes() == (tmp_path / "python" / name).read_bytes() for name in os.listdir(tmp_path / "numpy"))
 
 
 @pytest.mark.parametrize("method", CHAINS)

@@ -425,6 +425,37 @@ def test_a_state_dict_carries_a_chain_s_links(method):
 
 
 @every_method
+def test_an_adapter_s_own_calls_reach_its_layer(method):
+    model, other, x = moved(method), move(adapted(method), 9), inputs()
+    model(x), other(x)
+    if method in CHAINS:
+        want = model(x).detach()
+        for adapter in lb.adapters(model).values():
+            adapter.advance()
+        assert largest(model(x), want) < 1e-5
+        lb.advance(other)
+        other(x)
+    for name, adapter in lb.adapters(other).items():
+        adapter.load_state_dict(lb.adapters(model)[name].state_dict())
+    other.head.load_state_dict(model.head.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+@every_method
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_take_on_their_layer_s_mode(method, training, tmp_path):
+    base = net().train(training)
+    base.norm.train(not training)
+    before = [module.training for module in base.modules()]
+    model = move(lb.adapt(copy.deepcopy(base), method, TARGETS, r=2, head="head"))
+    lb.save(model, tmp_path)
+    for one in (model, lb.load(copy.deepcopy(base), tmp_path)):
+        assert {a.training for a in lb.adapters(one).values()} == {training}
+        lb.merge(one, unload=True)
+        assert [module.training for module in one.modules()] == before
+
+
+@every_method
 def test_moving_between_types_keeps_the_function(method):
     model, x = moved(method), inputs()
     want = model(x).detach()

@@ -30,6 +30,7 @@ class Adapter(nn.Module):
     "A trainable change of one frozen weight W0 of shape (n, m)."
 
     nudge = None
+    resting_memo = None
 
     def delta(self, W0: Tensor) -> Tensor:
         "ΔW of shape (n, m), float32 or wider; differentiable in the adapter's parameters."
@@ -51,6 +52,12 @@ class Adapter(nn.Module):
     def rebase(self, W0: Tensor) -> None:
         """Called when other numbers were loaded into W0: compute anew what comes from W0 and
         isn't saved. Most methods have nothing such."""
+
+    def rest_changed(self) -> None:
+        """To be called when something that `rest` is made of was changed: the site then forms
+        its resting weight anew."""
+        if self.resting_memo is not None:
+            self.resting_memo.clear()
 
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
         "x ΔWᵀ for x of shape (..., m): (..., n)."
@@ -100,6 +107,10 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse=True):
         return super()._apply(lambda t: keep_wide(fn(t), t), recurse)
+
+    def _load_from_state_dict(self, *args):
+        self.rest_changed()
+        super()._load_from_state_dict(*args)
 
 # %% ../../nbs/core/adapter.ipynb #c09
 def keep_wide(moved: Tensor, old: Tensor) -> Tensor:

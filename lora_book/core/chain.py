@@ -70,6 +70,7 @@ class Chain(Links):
             links, part = getattr(self, f"links_{name}"), getattr(self, name).detach()
             setattr(self, f"links_{name}", torch.cat([links, part[None]]))
         self.done += 1
+        self.rest_changed()
         shape = torch.empty(self.B.shape[0], self.A.shape[1], device="meta")
         self.renew(*self.init(shape, self.r, generator(self.seed, "link", self.done)))
 

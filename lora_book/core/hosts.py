@@ -68,14 +68,14 @@ class Site:
     def resting_weight(self) -> Tensor:
         """The stored weight with each block's rows replaced by its `rest`; the base weight
         itself where none moves."""
-        if self.rested is None:
+        if not self.rested:
             with torch.inference_mode(False), torch.no_grad():
-                self.rested = (make_resting(self),)
+                self.rested.append(make_resting(self))
         return self.weight if self.rested[0] is None else self.rested[0]
 
     def forgets(self) -> None:
         "Drop the resting weight; the next forward pass makes it anew."
-        self.rested = None
+        self.rested.clear()
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """The adapted output, or the base class's own when the adapters are off or merged. One
@@ -179,10 +179,12 @@ def out_features(module: nn.Module) -> int:
 # %% ../../nbs/core/hosts.ipynb #c13
 def install(module: nn.Module, views: dict, adapters: dict) -> None:
     """Make `module` a site, in place: `views` and `adapters` by key. The module keeps its
-    identity, its parameters and its hooks."""
+    identity, its parameters, its hooks and its mode, which the adapters take on."""
     module.views, module.transposed = dict(views), is_transposed(module)
-    module.kept, module.rested, module.switched_on = None, None, True
-    module.adapters = nn.ModuleDict(adapters)
+    module.kept, module.rested, module.switched_on = None, [], True
+    module.adapters = nn.ModuleDict(adapters).train(module.training)
+    for adapter in adapters.values():
+        adapter.resting_memo = module.rested
     module.__class__ = site_class(type(module))
 
 

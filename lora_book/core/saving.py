@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'DESCRIPTION', 'FORMAT', 'KEYS', 'CONFIG_KEYS', 'hash_numbers', 'base_tensors', 'is_adapted', 'is_adapters',
-           'fingerprint', 'canonical', 'parse_description', 'folder_of', 'write_pair', 'read_file', 'trained_tensors',
-           'describe', 'save', 'check_keys', 'read', 'check_base', 'fill_one', 'check_all_finite', 'fill', 'load',
-           'put']
+           'fingerprint', 'plain_number', 'canonical', 'parse_description', 'folder_of', 'write_pair', 'read_file',
+           'trained_tensors', 'describe', 'save', 'check_keys', 'read', 'check_base', 'fill_one', 'check_all_finite',
+           'fill', 'load', 'put']
 
 # %% ../../nbs/core/saving.ipynb #c02
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -73,9 +74,16 @@ def fingerprint(tensors: dict[str, Tensor]) -> tuple[str, str]:
 TENSORS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
 
 
+def plain_number(value: object) -> int | float:
+    "numpy's numbers, which `adapt` takes too, as Python's; raises TypeError for anything else."
+    if not isinstance(value, Real):
+        raise TypeError(f"{value!r} can't be written as JSON")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def canonical(description: dict) -> bytes:
     "The one way to write a description: sorted keys, its checksum last."
-    body = json.dumps(description, sort_keys=True, indent=1)
+    body = json.dumps(description, sort_keys=True, indent=1, default=plain_number)
     return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n".encode()
 
 
