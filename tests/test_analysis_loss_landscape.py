@@ -1,5 +1,9 @@
 """Landscapes: closed forms, invariances, promised norms, untouched models, resuming, marked points, bad input."""
+import copy
 import math
+import subprocess
+import sys
+import weakref
 from functools import partial
 
 import numpy as np
@@ -7,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_book as lb
 from lora_book.analysis import loss_landscape as ll
@@ -192,6 +198,102 @@ def test_sharpness_of_a_bowl_is_its_curvature(p, q):
     assert found["bad_points"] == 0 and 0 < found["mean_rise"] < found["largest_rise"]
 
 
+class Alive(TorchDispatchMode):
+    "Counts the bytes of the tensors that operators made and that are alive."
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for t in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.seen | self.given:
+                at, size = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+                self.seen[at] = weakref.finalize(t.untyped_storage(), self.died, at, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return made
+
+    def died(self, at, size):
+        self.now -= size
+        self.seen.pop(at, None)
+
+
+def peak_of(run, *held):
+    "The largest sum of bytes alive during run(), tensors in `held` left out."
+    mode = Alive()
+    mode.given = {t.untyped_storage().data_ptr(): None for t in held}
+    with mode:
+        run()
+    return mode.peak
+
+
+@pytest.mark.parametrize("use, copies", [
+    (lambda model: ll.loss_surface(model, small_loss, ll.random_directions(ll.moved_weights(model, copy=False)), GRID, GRID), 1.5),
+    (lambda model: ll.random_sharpness(model, small_loss, 0.1, 3), 1.5),
+    (lambda model: ll.loss_surface(model, small_loss, ll.random_directions(ll.moved_weights(model), hold=True), GRID, GRID), None)])
+def test_a_random_plane_needs_less_than_two_copies_of_the_model(use, copies):
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)]).eval()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = peak_of(lambda: use(model), *model.parameters())
+    assert size <= peak < copies * size if copies else peak > 3 * size
+
+
+def small_loss(model):
+    return model(torch.ones(1, 64)).square().mean()
+
+
+def test_a_direction_that_is_not_kept_has_the_bits_of_one_that_is():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        weights = ll.moved_weights(net(dtype=dtype))
+        kept, drawn = (ll.random_directions(weights, 4, hold=hold) for hold in (True, False))
+        assert all(torch.equal(kept.first[k], drawn.first[k]) and torch.equal(kept.second[k], drawn.second[k]) for k in weights)
+        assert not torch.equal(kept.first["0.weight"], kept.second["0.weight"]) and kept.first["0.weight"].dtype is dtype
+
+
+def test_a_path_of_files_is_the_path_of_their_tensors(tmp_path):
+    points = [{k: w.contiguous() for k, w in ll.moved_weights(net(t)).items()} for t in range(4)]
+    before = [{k: w.clone() for k, w in point.items()} for point in points]
+    for t, point in enumerate(points):
+        save_file(point, tmp_path / f"{t}.safetensors")
+    one, other = ll.pca_directions(points), ll.pca_directions([tmp_path / f"{t}.safetensors" for t in range(4)])
+    assert all(torch.allclose(one.first[k], other.first[k]) for k in points[0]) and np.allclose(one.path, other.path)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(points, before, strict=True) for k in a)
+    with pytest.raises(FileNotFoundError, match="9.safetensors"):
+        ll.pca_directions([tmp_path / f"{t}.safetensors" for t in (0, 1, 9)])
+
+
+def test_a_model_of_peft_is_drawn_when_it_is_merged_and_refused_before():
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    for call in (ll.moved_weights, lambda m: ll.random_sharpness(m, loss, 0.1)):
+        with pytest.raises(lb.LoraBookError, match="merge_and_unload"):
+            call(model)
+    outputs, merged = model(X).detach(), copy.deepcopy(model).merge_and_unload()
+    surface = ll.loss_surface(merged, loss, ll.random_directions(ll.moved_weights(merged)), [-0.5, 0.0, 0.5], [0.0])
+    assert math.isclose(surface.losses[1, 0], (outputs - Y).square().mean(), rel_tol=1e-6)
+
+
+WORKER = """
+import numpy as np, torch, sys
+from torch import nn
+from lora_book.analysis.loss_landscape import loss_surface, moved_weights, random_directions
+torch.manual_seed(0)
+model = nn.Linear(4, 3).eval()
+x = torch.ones(2, 4)
+loss_surface(model, lambda m: m(x).square().mean(), random_directions(moved_weights(model)), np.linspace(-1, 1, 5), np.linspace(-1, 1, 5),
+             path=sys.argv[1], part=(int(sys.argv[2]), 2))
+"""
+
+
+def test_two_processes_make_one_surface(tmp_path):
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / str(i)), str(i)]) for i in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    whole = ll.joined([ll.Surface.load(tmp_path / str(i)) for i in range(2)])
+    assert whole.done.all() and np.isfinite(whole.losses).all()
+
+
 def test_random_sharpness_grows_with_the_radius_and_is_reproducible():
     model = net()
     small, large = (ll.random_sharpness(model, loss, rho, 20)["mean_rise"] for rho in (0.01, 0.5))
@@ -213,6 +315,13 @@ def test_pictures_share_levels_and_show_what_they_are_given():
         figure = draw({"one": surface, "two": surface})
         assert [ax.get_title() for ax in figure.axes[:2]] == ["one", "two"]
         ll.plt.close(figure)
+    blank = ll.Surface(GRID, GRID, np.full((4, 4), np.nan), np.ones((4, 4), bool))
+    for draw in (ll.plot_contours, ll.plot_surface, ll.interactive):
+        with pytest.raises(lb.LoraBookError, match="finite"):
+            draw({"one": blank})
+    along = ll.plot_contours({"path": ll.Surface(GRID, GRID, surface.losses, surface.done, np.array([[0.5, 0.1], [0.0, 0.0]]), {"explained": [0.9, 0.05]})})
+    assert "90%" in along.axes[0].get_xlabel() and "5%" in along.axes[0].get_ylabel()
+    ll.plt.close(along)
     page = ll.interactive({"a<b": surface})
     assert "a&lt;b" in page and "a<b" not in page and "http" not in page and "<canvas" in page and "aria-label" in page
 

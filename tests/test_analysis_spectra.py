@@ -75,7 +75,7 @@ def test_alignment_is_a_cosine_with_the_sign_of_descent(case):
 
 def small():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
 
 
 def test_pairs_of_an_adapted_model_a_merged_one_and_two_state_dicts_agree(tmp_path):
@@ -103,8 +103,43 @@ def test_pairs_of_a_model_merged_by_peft():
     assert torch.allclose(found["0.weight"][1] - found["0.weight"][0], D.double()) and sp.stable_rank(D) > 1
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 5}])
+def test_a_model_of_peft_gives_what_it_computes_under_plain_names(options):
+    from peft import LoraConfig, get_peft_model
+    base = small()
+    tuned = get_peft_model(small(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False, **options)).eval()
+    with torch.no_grad():
+        tuned.base_model.model[2].modules_to_save["default"].weight.add_(1)
+    found, bits = sp.weights_of(tuned), {k: v.clone() for k, v in tuned.state_dict().items()}
+    x = torch.randn(4, 5, generator=generator(0), dtype=torch.float64)
+    hidden = torch.tanh(x @ found["0.weight"].T + base[0].bias)
+    assert set(found) == {"0.weight", "2.weight"} and torch.allclose(tuned(x), hidden @ found["2.weight"].T + base[2].bias, atol=1e-6)
+    assert all(torch.equal(bits[k], v) for k, v in tuned.state_dict().items())
+    (W0, W1), = sp.weight_pairs(tuned).values()
+    assert torch.equal(W0, base[0].weight) and torch.equal(W1, found["0.weight"]) and not torch.equal(W0, W1)
+    assert torch.equal(sp.weight_pairs(base, tuned)["2.weight"][1], base[2].weight + 1)
+    with tuned.disable_adapter():
+        assert torch.equal(sp.weights_of(tuned)["0.weight"], base[0].weight)
+    tuned.merge_adapter()
+    assert torch.allclose(sp.weight_pairs(tuned)["0"][0], W0) and torch.equal(sp.weights_of(tuned)["0.weight"], W1)
+
+
+def test_a_gradient_in_training_mode_is_refused():
+    with pytest.raises(lb.LoraBookError, match="training mode"):
+        sp.weight_gradients(small().train(), lambda m: m(torch.ones(1, 5, dtype=torch.float64)).sum())
+
+
+def test_a_file_is_read_tensor_by_tensor_and_refused_when_damaged(tmp_path):
+    save_file({"a": torch.eye(2), "b": torch.ones(3)}, tmp_path / "x.safetensors")
+    stored = sp.Stored(tmp_path / "x.safetensors")
+    assert set(stored) == {"a", "b"} and len(stored) == 2 and torch.equal(stored["a"], torch.eye(2)) and "c" not in stored
+    (tmp_path / "y.safetensors").write_bytes(b"nothing")
+    with pytest.raises(lb.LoraBookError, match="y.safetensors"):
+        sp.weights_of(tmp_path / "y.safetensors")
+
+
 def test_a_transposed_module_gives_out_by_in():
-    model = nn.Sequential(Conv1D(6, 4))
+    model = nn.Sequential(Conv1D(6, 4)).eval()
     assert sp.weights_of(model)["0.weight"].shape == (6, 4) and sp.weights_of(model.state_dict())["0.weight"].shape == (4, 6)
     x = torch.randn(3, 4, generator=generator(0))
     G = sp.weight_gradients(model, lambda m: m(x).square().sum())["0.weight"]

@@ -40,9 +40,9 @@ def low_rank_flops(T: int, n: int, m: int, r: int) -> int:
 
 
 def frozen_factor_flops(T: int, n: int, m: int, r: int) -> int:
-    "2Tr(2m+3n) beyond the floor: s·B A with A frozen."
+    "2Tr(m+n) + 4rmn beyond the floor: s·B A with A frozen and added to the weight, which is done for T >= m; 2Tr(2m+3n) where it isn't."
     check_sizes(T, n, m, r)
-    return 2 * T * r * (2 * m + 3 * n)
+    return 2 * T * r * (m + n) + 4 * r * m * n if T >= m else 2 * T * r * (2 * m + 3 * n)
 
 # %% ../../nbs/analysis/flops.ipynb #c07
 def column_flops(T: int, n: int, m: int, r: int) -> int:
