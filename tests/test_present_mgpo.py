@@ -4,15 +4,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import lora_book as lb
+from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import record_of
 from lora_book.core.hosts import adapters, sites
 from lora_book.core.laws import randomise
 from lora_book.core.products import count_flops, low_rank_linear, nudged_linear
+from lora_book.present import mgpo as chapter
+from lora_book.present import sharpness
 from lora_book.present.mgpo import Ggpo, Mgpo, adapted_blocks, gradients, momenta, row_norms, square
 from lora_book.present.sharpness import Sam
 from lora_book.registry import STEPS
@@ -365,18 +370,24 @@ def test_loss_is_called_once_a_gradient_and_the_first_loss_returned():
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_new_link_starts_without_momentum_and_without_memory():
-    model = adapted("cola", step="mgpo", rho=0.3)
+@pytest.mark.parametrize("method", ["cola", "rac", "c3la", "random_c3la"])
+def test_a_new_link_starts_without_momentum_and_without_memory(method):
+    model = adapted(method, step="mgpo", rho=0.3)
     optimizer, loss = adam(model), problem(model)
     for _ in range(3):
         lb.train_step(model, optimizer, loss)
     lb.advance(model, optimizer)
+    found = {name: dense(b, {key: p.new_zeros(p.shape) for key, p in b.adapter.named_parameters()}).shape for name, b in adapted_blocks(model).items()}
+    before = copy.deepcopy(model)
     caught = seen(model, optimizer, loss)
-    assert all(caught[name] is None for name in adapters(model))
-    level = {name: t.item() for name, t in record_of(model).step.memory.items()}
-    for name, a in adapters(model).items():
-        assert level[name] > 0 and a.done == 1
-    assert all(seen(model, optimizer, loss)[name] is not None for name in adapters(model))
+    assert all(caught[name] is None for name in found)
+    for p, g in zip([p for p in before.parameters() if p.requires_grad], caught["grads"], strict=True):
+        p.grad = g
+    for name, b in adapted_blocks(before).items():
+        first = dense(b, gradients(b.adapter)).norm().item()
+        assert record_of(model).step.memory[name].item() == pytest.approx(first, rel=1e-9), "the average starts anew"
+        assert b.adapter.done == 1
+    assert all(seen(model, optimizer, loss)[name] is not None for name in found)
 
 
 def test_gradients_collected_over_several_calls_keep_one_perturbation():
@@ -490,6 +501,220 @@ def test_flops_of_a_moved_step_and_of_sam():
         spent[step] = flops_of_a_step(step, x, n, r)
     R, s = 2 * r, 2 * (2 * r) ** 2 * (n + m)
     assert spent["sam"] == 2 * spent["plain"] and spent["mgpo"] == spent["plain"] + 4 * T * r * (m + n) + 2 * s and R == 8
+
+
+# Optimizers
+
+class Lion(torch.optim.Optimizer):
+    "The sign of an interpolated momentum, as Chen et al. 2023 have it; `counted` writes so that torch counts the writes, else to .data."
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), counted=True, key="exp_avg"):
+        super().__init__(params, {"lr": lr, "betas": betas})
+        self.counted, self.key = counted, key
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault(self.key, torch.zeros_like(p))
+                move = group["lr"] * m.lerp(p.grad, 1 - group["betas"][0]).sign()
+                (p if self.counted else p.data).sub_(move)
+                m.lerp_(p.grad, 1 - group["betas"][1])
+
+
+O = torch.optim
+WITH_MOMENTUM = {"adamw": O.AdamW, "amsgrad": lambda ps: O.AdamW(ps, amsgrad=True), "adam": O.Adam, "nadam": O.NAdam, "radam": O.RAdam,
+                 "adamax": O.Adamax, "sgd": lambda ps: O.SGD(ps, 0.01, momentum=0.9), "nesterov": lambda ps: O.SGD(ps, 0.01, momentum=0.9, nesterov=True),
+                 "rmsprop": lambda ps: O.RMSprop(ps, momentum=0.9), "lion": Lion, "lion writing to .data": lambda ps: Lion(ps, counted=False)}
+
+
+@pytest.mark.parametrize("make", WITH_MOMENTUM.values(), ids=WITH_MOMENTUM.keys())
+@pytest.mark.parametrize("method", ["lora", "asymmetric", "cla", "dora", "loldu", "full"])
+def test_every_optimizer_with_a_first_moment_will_do(method, make):
+    model = adapted(method, step="mgpo", rho=0.2, sign=1)
+    optimizer, loss, base = make(lb.param_groups(model, 1e-3)), problem(model), stored(model)
+    first = seen(model, optimizer, loss)
+    assert all(first[name] is None for name in adapted_blocks(model)), "the first step is plain"
+    for _ in range(2):
+        want, caught = moved_by_hand(model, optimizer, 0.2, 1), seen(model, optimizer, loss)
+        for name in adapted_blocks(model):
+            assert want[name] is not None and torch.allclose(caught[name], want[name], rtol=1e-9, atol=1e-14)
+            assert 0 < caught[name].norm() <= 2 * (1 + 1e-9), "the length is rho / level, at most 10 rho"
+    assert same(base, stored(model))
+
+
+def test_a_momentum_under_an_unknown_name_is_refused_and_not_skipped():
+    model = adapted(step="mgpo")
+    optimizer, loss = Lion(lb.param_groups(model, 1e-3), key="m"), problem(model)
+    lb.train_step(model, optimizer, loss)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(lb.LoraBookError, match="Lion keeps"):
+        lb.train_step(model, optimizer, loss)
+    assert same(before, model.state_dict())
+
+
+def test_one_group_without_momentum_is_refused_only_where_adapters_are():
+    model = adapted(step="mgpo", head="4")
+    ps, heads = list(adapters(model)["0"].parameters()), list(model[4].parameters())
+    rest = [p for p in adapters(model)["2"].parameters()]
+    fine = torch.optim.SGD([{"params": [*ps, *rest], "momentum": 0.9}, {"params": heads}], lr=0.01)
+    for _ in range(2):
+        lb.train_step(model, fine, problem(model))
+    with pytest.raises(lb.LoraBookError, match="momentum"):
+        lb.train_step(model, torch.optim.SGD([{"params": [*ps, *heads], "momentum": 0.9}, {"params": rest}], lr=0.01), problem(model))
+
+
+# Accelerate, mixed precision, clipping
+
+@pytest.fixture
+def accelerate():
+    "A way to make accelerators whose process-wide state is forgotten afterwards."
+    def make(**settings):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, **settings)
+    yield make
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def rows_of_problem(model, rows):
+    g = torch.Generator().manual_seed(7)
+    x, y = torch.randn(8, 5, generator=g, dtype=torch.float64), torch.randn(8, 3, generator=g, dtype=torch.float64)
+    first = next(p for p in model.parameters() if p.dim() == 2)
+    return lambda: F.mse_loss(model(x[rows].to(first.dtype)).double(), y[rows])
+
+
+@pytest.mark.parametrize("bound", [None, 1e-3])
+@pytest.mark.parametrize("step", ["mgpo", "ggpo"])
+def test_two_half_batches_of_accelerate_are_one_step(step, bound, accelerate):
+    """Clipping comes with the last half, when the gradient is whole."""
+    accelerator = accelerate(gradient_accumulation_steps=2)
+    one, two = adapted(step=step, rho=0.2), adapted(step=step, rho=0.2)
+    alone = adam(one)
+    prepared, theirs = accelerator.prepare(two, adam(two))
+    for _ in range(4):
+        record_of(two).steps = record_of(one).steps
+        lb.train_step(one, alone, rows_of_problem(one, slice(0, 8)), max_grad_norm=bound)
+        for rows in (slice(0, 4), slice(4, 8)):
+            record_of(two).steps = record_of(one).steps - 1
+            with accelerator.accumulate(prepared):
+                lb.train_step(prepared, theirs, rows_of_problem(prepared, rows), backward=accelerator.backward,
+                              max_grad_norm=bound if accelerator.sync_gradients else None)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+    a, b = record_of(one).step.state(one), record_of(two).step.state(two)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-9) for k in a)
+
+
+@pytest.mark.parametrize("method", ["lora", "asymmetric", "cla", "dora"])
+@pytest.mark.parametrize("step", STEP_IDS)
+def test_bf16_by_accelerate_keeps_the_base_and_the_length(step, method, accelerate):
+    accelerator, model = accelerate(mixed_precision="bf16"), adapted(method, dtype=torch.float32, step=step, rho=0.05)
+    prepared, optimizer = accelerator.prepare(model, adam(model))
+    base, losses, loss = stored(model), [], rows_of_problem(prepared, slice(0, 8))
+    for _ in range(6):
+        losses.append(lb.train_step(prepared, optimizer, loss, backward=accelerator.backward, max_grad_norm=1.0).item())
+        assert same(base, stored(model)) and all(torch.isfinite(torch.tensor(losses)))
+    if step == "mgpo":
+        level = record_of(model).step.memory
+        for name, nudge in record_of(model).step.nudges(model, optimizer).items():
+            block = adapted_blocks(model)[name]
+            length = sum(B if A is None else B @ A for A, B in nudge.pieces(block)).norm().item()
+            assert length == pytest.approx(0.05 * min(1 / level[name].item(), 10), rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+# Each law fails on a mutant
+
+def in_place(self, model, optimizer, run):
+    "The released program: ε is added to the stored weight, and subtracted afterwards."
+    blocks = adapted_blocks(model)
+    with torch.no_grad():
+        moves = {name: sum(B if A is None else B @ A for A, B in nudge.pieces(blocks[name])).to(blocks[name].W0)
+                 for name, nudge in self.nudges(model, optimizer).items()}
+        for name, e in moves.items():
+            blocks[name].W0.add_(e)
+    loss = run()
+    with torch.no_grad():
+        for name, e in moves.items():
+            blocks[name].W0.sub_(e)
+        self.fresh = self.learn(model)
+    return loss
+
+
+class Careless:
+    "A context that takes no nudge off when its body raises."
+
+    def __init__(self, found, nudges):
+        self.found = found
+        for name, nudge in nudges.items():
+            found[name].nudge = nudge
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *rest):
+        for adapter in self.found.values():
+            vars(adapter).pop("nudge", None) if kind is None else None
+
+
+def bare(test):
+    "The test's own function, without Hypothesis around it."
+    return test.hypothesis.inner_test
+
+
+def norm_law():
+    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(seed=1, rho=0.3, ema=0.5, sign=1, scale=1e-3)
+    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(seed=1, rho=0.3, ema=0.5, sign=-1, scale=30.0)
+
+
+def raising_law(step, call):
+    bare(test_a_step_that_raises_leaves_everything_as_it_was)(step=step, call=call, in_backward=True, seed=3)
+
+
+def unscaled(self, M, W0):
+    return [(self.A.detach(), M["B"].detach(), 1.0), (M["A"].detach(), self.B.detach(), 1.0)]
+
+
+real_size, real_climb = Mgpo.size, sharpness.climb
+MUTANTS = {
+    "no cap": (chapter, "CAP", 1e9, norm_law),
+    "the other sign": (Mgpo, "size", lambda self, norm, level: -real_size(self, norm, level), norm_law),
+    "not divided by the gradient's norm": (Mgpo, "size", lambda self, norm, level: self.sign * self.rho / norm, norm_law),
+    "no average": (Mgpo, "smoothed", lambda self, key, norm: norm, lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
+    "an average from zero": (Mgpo, "smoothed", lambda self, key, norm: self.ema * self.memory.get(key, 0.0) + (1 - self.ema) * norm,
+                             lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
+    "the norm without the scale": (LowRank, "direction", unscaled, lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
+    "in place": (Mgpo, "gradient", in_place, lambda: test_base_weights_keep_their_bits("mgpo", torch.float32)),
+    "left on after an error": (chapter, "moved_by", Careless, lambda: raising_law("mgpo", 1)),
+    "SAM that doesn't return": (sharpness, "put_back", lambda ps, kept: None, lambda: raising_law("sam", 2)),
+    "SAM downhill": (sharpness, "climb", lambda ps, grads, rho: real_climb(ps, grads, -rho), lambda: bare(test_sam_is_the_gradient_at_the_end_of_the_ascent)(seed=1, rho=0.2)),
+    "MGPO downhill is not SAM": (Mgpo, "size", lambda self, norm, level: -real_size(self, norm, level),
+                                 lambda: bare(test_momentum_along_the_gradient_with_sign_plus_is_sam)(seed=1, rho=0.2)),
+    "memory of the old link": (Mgpo, "smoothed", lambda self, key, norm: kept_forever(self, key, norm), lambda: test_a_new_link_starts_without_momentum_and_without_memory("cola")),
+    "every call counts as a step": (chapter, "changed", lambda before, after: True, lambda: test_gradients_collected_over_several_calls_keep_one_perturbation()),
+    "only counted writes": (chapter, "marks", lambda model, optimizer: [(p, p._version) for a in adapters(model).values() for p in a.parameters()],
+                            lambda: test_every_optimizer_with_a_first_moment_will_do("lora", WITH_MOMENTUM["lion writing to .data"])),
+    "a direction that isn't the derivative": (LowRank, "direction", lambda self, M, W0: [(self.A.detach(), M["B"].detach(), self.scaling)],
+                                              lambda: test_every_method_gets_the_dense_definitions_gradient("lora")),
+}
+
+
+def kept_forever(self, key, norm):
+    "What `smoothed` would give if the memory of a finished link were kept."
+    self.hoard = getattr(self, "hoard", {})
+    old = self.hoard.get(key, norm)
+    self.hoard[key] = self.ema * old + (1 - self.ema) * norm
+    return self.hoard[key]
+
+
+@pytest.mark.parametrize("place, name, wrong, law", MUTANTS.values(), ids=MUTANTS.keys())
+def test_each_law_holds_and_fails_on_a_mutant(place, name, wrong, law, monkeypatch):
+    law()
+    monkeypatch.setattr(place, name, wrong)
+    with pytest.raises((AssertionError, KeyError)):
+        law()
 
 
 # What is refused
