@@ -148,12 +148,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    "Run one command and print its lines; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C."
+    "Run one command and print its lines, in the first of several processes; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C."
     args = parser().parse_args(arguments)
     try:
         for line in COMMANDS[args.command][0](args):
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            if os.environ.get("RANK", "0") == "0":
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
     except LoraBookError as error:
         sys.stderr.write(f"lora-book: {error}\n")
         return 2

@@ -388,9 +388,17 @@ class Hooks:
     save_every: int | None
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
-        "Write a checkpoint: the first process does, the others hold the same numbers."
+        """Write a checkpoint: the first process does, the others hold the same numbers. Raises
+        OSError in all of them if it couldn't."""
+        error = None
         if self.folder and self.crew.is_main_process:
-            write_checkpoint(self.folder, model, optimizer, run)
+            try:
+                write_checkpoint(self.folder, model, optimizer, run)
+            except OSError as caught:
+                error = caught
+        device = next(model.parameters()).device
+        if together(torch.zeros((), device=device), error is not None, self.crew)[1]:
+            raise error or OSError("the first process couldn't write its checkpoint")
 
 # %% ../../nbs/core/training.ipynb #c21
 def share(batch: dict, process: int, processes: int, accumulate: int) -> list[tuple[dict, float]]:

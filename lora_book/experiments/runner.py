@@ -4,8 +4,8 @@
 __all__ = ['ALSO', 'WHOLE_MODEL', 'PARTS', 'BOOK', 'ENGINES', 'Job', 'job', 'installed', 'at_hand', 'missing', 'check_ready',
            'Crew', 'adapted', 'schedule', 'train', 'trial', 'versions', 'machine', 'forget_peak', 'peak', 'book_commit',
            'digest', 'read_result', 'write_result', 'finished', 'results_folder', 'results', 'Busy', 'take', 'owned',
-           'asked_to_stop', 'run', 'make', 'watched', 'logged', 'jobs', 'attempt', 'in_turn', 'through_ray',
-           'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
+           'owned_by_first', 'asked_to_stop', 'run', 'make', 'watched', 'logged', 'jobs', 'attempt', 'in_turn',
+           'through_ray', 'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
 
 # %% ../../nbs/experiments/runner.ipynb #c02
 import fcntl
@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -301,6 +301,21 @@ def owned(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(handle)
 
+
+@contextmanager
+def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
+    "As `owned`, in the first of several processes; if it can't, all of them raise."
+    with ExitStack() as held:
+        error = None
+        if crew.is_main_process:
+            try:
+                held.enter_context(owned(path))
+            except (Busy, OSError) as caught:
+                error = caught
+        if crew.any(error is not None):
+            raise error or Busy(f"the first process couldn't begin {path.stem}")
+        yield
+
 # %% ../../nbs/experiments/runner.ipynb #c18
 @contextmanager
 def asked_to_stop() -> Iterator[Callable]:
@@ -334,15 +349,14 @@ def run(row_id: str, method: str, *, profile: str | None = None, seed: int = 0, 
 
 
 def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
-    "The result of a job: read, or made by the processes together; the first owns the files."
-    path = place / f"{chosen.name}.json"
+    "The result of a job: read, or made by the processes together, of which the first owns the files."
+    path, kept = place / f"{chosen.name}.json", place / "checkpoints" / chosen.name
     if not path.exists():
         check_ready(chosen)
     crew = Crew(chosen.settings["dtype"])
-    with owned(place / f"{chosen.name}.lock") if crew.is_main_process else nullcontext():
+    with owned_by_first(place / f"{chosen.name}.lock", crew):
         if crew.any(crew.is_main_process and path.exists()):
             return finished(path, chosen)
-        kept = place / "checkpoints" / chosen.name
         if not resume and crew.is_main_process:
             shutil.rmtree(kept, ignore_errors=True)
         crew.wait_for_everyone()
@@ -391,8 +405,13 @@ def attempt(chosen: Job, place: Path, **how) -> tuple[dict | None, str | None]:
     "(the result, None), or (None, why there is none)."
     try:
         return make(chosen, place, **how), None
-    except (lb.LoraBookError, OSError) as error:
+    except lb.LoraBookError as error:
         return None, f"{chosen.name}: {error}"
+    except OSError as error:
+        where = f" ({Path(error.filename).name})" if error.filename else ""
+        return None, f"{chosen.name}: {error.strerror or error}{where}; what is finished is kept, and the last checkpoint"
+    except torch.OutOfMemoryError:
+        return None, f"{chosen.name}: the GPU's memory doesn't hold this run; try accumulate=2 or recompute=True"
 
 
 def in_turn(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
