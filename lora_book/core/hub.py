@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['PARQUET', 'GLUE', 'HUB_DATA', 'PICTURES', 'INSTEAD', 'switched_off', 'reachable', 'cannot_fetch', 'hub_access',
-           'columns', 'shuffled', 'three', 'image_bytes', 'to_pixels', 'label_numbers', 'read_rows', 'hub_rows']
+           'columns', 'shuffled', 'three', 'image_bytes', 'to_pixels', 'label_numbers', 'options', 'read_choices',
+           'read_rows', 'hub_rows']
 
 # %% ../../nbs/core/hub.ipynb #c03
 import contextlib
@@ -66,17 +67,23 @@ HUB_DATA = {f"glue/{task}": {"path": "nyu-mll/glue", "name": task} for task in G
     "trec": {"path": "CogComp/trec", "revision": PARQUET, "label": "fine_label"},
     "clutrr": {"path": "CLUTRR/v1", "name": "gen_train23_test2to10", "revision": PARQUET, "label": "target", "inputs": ("query", "story")},
     "django": {"path": "AhmedSSoliman/DJANGO", "inputs": ("nl",), "target": "code"},
+    "openbookqa": {"path": "allenai/openbookqa", "name": "main", "inputs": ("question_stem",), "choices": "choices", "label": "answerKey"},
+    "logiqa": {"path": "lucasmccabe/logiqa", "revision": PARQUET, "inputs": ("context", "query"), "choices": "options",
+               "label": "correct_option"},
+    "folio": {"path": "tasksource/folio", "inputs": ("premises", "conclusion"), "label": "label"},
+    "alpaca": {"path": "tatsu-lab/alpaca", "inputs": ("instruction", "input"), "target": "output"},
     "e2e": {"path": "tuetschek/e2e_nlg", "revision": PARQUET, "inputs": ("meaning_representation",), "target": "human_reference"},
     "cifar10": {"path": "uoft-cs/cifar10"}, "cifar100": {"path": "uoft-cs/cifar100", "label": "fine_label"},
     "eurosat": {"path": "blanchon/EuroSAT_RGB"}, "flowers102": {"path": "nelorth/oxford-flowers"}, "cars": {"path": "tanganke/stanford_cars"},
     "aircraft": {"path": "HuggingFaceM4/FGVC-Aircraft", "revision": PARQUET, "label": "variant"},
     "officehome": {"path": "flwrlabs/office-home"}}
 PICTURES = ("cifar10", "cifar100", "eurosat", "flowers102", "cars", "aircraft", "officehome")
-INSTEAD = {"django": "docstrings/signature", "e2e": "docstrings/signature", "clutrr": "kinship", "trec": "docstrings/source",
+INSTEAD = {"django": "kinship/facts", "e2e": "docstrings/signature", "alpaca": "docstrings/signature", "clutrr": "kinship", "folio": "kinship",
+           "openbookqa": "docstrings/choice", "logiqa": "docstrings/choice", "glue/stsb": "docstrings/similarity", "trec": "docstrings/source",
            "glue/cola": "docstrings/source", "glue/sst2": "docstrings/source", **dict.fromkeys(PICTURES, "digits")}
 
 # %% ../../nbs/core/hub.ipynb #c11
-def columns(features: dict, inputs: tuple = (), label: str | None = None, target: str | None = None) -> tuple:
+def columns(features: dict, inputs: tuple = (), label: str | None = None, target: str | None = None, choices: str | None = None) -> tuple:
     "(kind, input columns, label column) of a table, from the names given or from its columns' types; BadValue if they don't say."
     types = {name: type(feature).__name__ for name, feature in features.items()}
     text = [name for name, kind in types.items() if kind == "Value" and features[name].dtype in ("string", "large_string")]
@@ -85,8 +92,8 @@ def columns(features: dict, inputs: tuple = (), label: str | None = None, target
     chosen = (image,) if image else tuple(inputs) or tuple(name for name in text if name != label)[:2]
     if label not in types or not chosen:
         raise BadValue(f"no label or no input among the columns {', '.join(types)}")
-    if target:
-        return "generation", chosen[:1], target
+    if target or choices:
+        return ("generation", chosen, target) if target else ("choice", (*chosen, choices), label)
     number = types[label] == "Value" and features[label].dtype.startswith("float")
     return "regression" if number else "image" if image else ("text", "pair")[len(chosen) - 1], chosen, label
 
@@ -136,13 +143,31 @@ def label_numbers(tables: dict, label: str) -> tuple:
     return tuple(map(str, values)), {value: number for number, value in enumerate(values)}
 
 
+def options(cell: dict | list) -> tuple:
+    "(answers, their names) of a cell of choices: a dictionary of texts and labels, or a list counted from 0."
+    names = cell["label"] if isinstance(cell, dict) else range(len(cell))
+    return tuple(cell["text"] if isinstance(cell, dict) else cell), list(map(str, names))
+
+
+def read_choices(table, inputs: tuple, label: str) -> tuple:
+    "(questions with their answers, positions of the right ones) of a table whose last input column holds the answers."
+    *asked, choices = (table[name] for name in inputs)
+    cells = [options(cell) for cell in choices]
+    questions = [("\n".join(parts), answers) for *parts, (answers, _) in zip(*asked, cells)]
+    return questions, [names.index(str(right)) for (_, names), right in zip(cells, table[label])]
+
+
 def read_rows(table, kind: str, inputs: tuple, label: str, numbers: dict) -> tuple:
-    "(inputs, answers) of one table as lists: texts, pairs of texts or image bytes; numbers or texts."
+    "(inputs, answers) of one table as lists: texts, pairs of texts, questions with answers or image bytes; numbers or texts."
+    if kind == "choice":
+        return read_choices(table, inputs, label)
     answers = list(table[label])
     if kind not in ("generation", "regression"):
         answers = [numbers[answer] for answer in answers]
     if kind == "image":
         return [image_bytes(picture) for picture in table[inputs[0]]], answers
+    if kind == "generation":
+        return ["\n".join(filter(None, parts)) for parts in zip(*(table[name] for name in inputs))], answers
     return (list(zip(*(table[name] for name in inputs))) if len(inputs) > 1 else list(table[inputs[0]])), answers
 
 # %% ../../nbs/core/hub.ipynb #c20
@@ -151,11 +176,11 @@ def hub_rows(name: str, limit: int | None = None, seed: int = 0) -> dict:
     import datasets
 
     keys = dict(HUB_DATA.get(name, {"path": name}))
-    said = {key: keys.pop(key) for key in ("inputs", "label", "target") if key in keys}
+    said = {key: keys.pop(key) for key in ("inputs", "label", "target", "choices") if key in keys}
     with hub_access("data set", name, INSTEAD.get(name, "docstrings/match")):
         tables = datasets.load_dataset(**keys)
     kind, inputs, label = columns(tables["train"].features, **said)
-    classes, numbers = ((), {}) if kind in ("generation", "regression") else label_numbers(tables, label)
+    classes, numbers = ((), {}) if kind in ("generation", "regression", "choice") else label_numbers(tables, label)
     rows = {part: read_rows(table.select(positions[:limit or None]), kind, inputs, label, numbers)
             for part, (table, positions) in three(tables, label, seed).items()}
     return {"kind": kind, "classes": classes, "rows": rows, "source": f"hub: {keys['path']}", "license": tables["train"].info.license or "see the hub"}
