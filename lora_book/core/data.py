@@ -7,9 +7,9 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'distinct', 'seal', 'unsealed', 'corpus', 'minilm_folder', 'load_tokenizer', 'to_bytes', 'from_bytes',
            'byte_rows', 'encode', 'text_split', 'docstring_splits', 'docstrings_source', 'named', 'pairs',
            'docstrings_match', 'choice_split', 'choices', 'docstrings_choice', 'blended', 'graded',
-           'docstrings_similarity', 'ended', 'generation_split', 'signatures', 'docstrings_signature', 'joined',
-           'kinship', 'fact_splits', 'kinship_facts', 'lessons', 'image_data', 'digits', 'mnist5000', 'built',
-           'hub_data', 'is_repository', 'load_data', 'alike', 'batches', 'trimmed']
+           'docstrings_similarity', 'near_or_far', 'docstrings_paraphrase', 'ended', 'generation_split', 'signatures',
+           'docstrings_signature', 'joined', 'kinship', 'fact_splits', 'kinship_facts', 'lessons', 'image_data',
+           'digits', 'mnist5000', 'built', 'hub_data', 'is_repository', 'load_data', 'alike', 'batches', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
 import ast
@@ -407,6 +407,20 @@ def docstrings_similarity(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
     return Data("docstrings/similarity", "regression", (), **splits, **DOCSTRINGS)
 
+# %% ../../nbs/core/data.ipynb #c40p
+def near_or_far(records: list, seed: int = 0) -> list:
+    "((summary, its blend), label): four fifths of the words are kept (1) or two fifths (0), in turn and equally often."
+    texts = [records[i][3] for i in ranked([record[3] for record in records], seed)]
+    pairs_of = list(zip(texts, texts[1:] + texts[:1]))[:len(texts) // 2 * 2]
+    return [((text, blended(text, other, round(len(text.split()) * (2 + 2 * (i % 2)) / 5), seed)), i % 2) for i, (text, other) in enumerate(pairs_of)]
+
+
+def docstrings_paraphrase(seed: int = 0, tokenizer: str | None = None) -> Data:
+    "Tell a summary line with a fifth of its words replaced from one with three fifths replaced."
+    rows = {name: near_or_far(part, seed) for name, part in docstring_splits(seed).items()}
+    splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
+    return Data("docstrings/paraphrase", "pair", ("other", "same"), **splits, **DOCSTRINGS)
+
 # %% ../../nbs/core/data.ipynb #c42
 def ended(texts: Sequence, length: int, tokenizer: str) -> dict:
     "Texts in a hub model's tokens, each followed by the end token and no other special one: input_ids and attention_mask."
@@ -522,9 +536,10 @@ def mnist5000(seed: int = 0) -> Data:
 
 # %% ../../nbs/core/data.ipynb #c53
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
+           "kinship": kinship, "kinship/facts": kinship_facts, "lessons": lessons,
            "docstrings/choice": docstrings_choice, "docstrings/similarity": docstrings_similarity,
-           "kinship/facts": kinship_facts, "lessons": lessons,
-           "kinship": kinship, "kinship/2": functools.partial(kinship, hops=(2,), families=200),
+           "docstrings/paraphrase": docstrings_paraphrase,
+           "kinship/2": functools.partial(kinship, hops=(2,), families=200),
            "kinship/3": functools.partial(kinship, hops=(3,), families=200), "kinship/4": functools.partial(kinship, hops=(4,), families=200),
            "digits": digits, "mnist5000": mnist5000}
 IMAGES = ("digits", "mnist5000")
