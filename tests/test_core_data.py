@@ -18,7 +18,7 @@ from lora_book.core import hub, kinship
 from lora_book.core.errors import BadType, BadValue, LoraBookError, MissingFile, UnknownName
 
 TEXTS = ("docstrings/source", "docstrings/match", "kinship", "kinship/2")
-ALL = (*TEXTS, "docstrings/signature", "digits", "mnist5000")
+ALL = (*TEXTS, "docstrings/signature", "docstrings/choice", "docstrings/similarity", "kinship/facts", "lessons", "digits", "mnist5000")
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_splits_are_balanced_and_share_no_row(name):
     if data.classes:
         assert all(is_balanced(split.labels, len(data.classes)) for split in data.splits.values())
         assert all(int(split.labels.max()) == len(data.classes) - 1 for split in data.splits.values())
-    if name in TEXTS or name == "docstrings/signature":
+    if name not in book.IMAGES:
         assert no_leak({part: map(str, split.texts) for part, split in data.splits.items()})
     else:
         rows = [{image.numpy().tobytes() for image in split["pixel_values"]} for split in data.splits.values()]
@@ -332,6 +332,64 @@ def test_a_story_has_one_fact_a_step_and_names_the_asked(seed, hops):
         assert told.count(".") in hops and all(name in told for name in asked) and answer in kinship.RELATIONS
 
 
+# Choices, graded pairs and facts
+
+def test_each_question_has_its_own_name_once_and_no_position_is_favoured():
+    records = {record[3]: record for record in book.corpus()}
+    for split in book.load_data("docstrings/choice").splits.values():
+        for (summary, *names), right in zip(split.texts, split.labels):
+            assert names[right] == records[summary][1] and len({name.split(".")[-1].lower() for name in names}) == 4
+        assert is_balanced(split.labels, 4) and split["input_ids"].shape == split["attention_mask"].shape == (len(split), 4, 48)
+    with pytest.raises(BadValue, match="same number of answers"):
+        book.choice_split([("q", ("a", "b"), 0), ("q", ("a",), 0)], 8)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=9), st.lists(st.text("xyz", min_size=1, max_size=4), min_size=1, max_size=9),
+       st.data(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_blend_keeps_as_many_words_as_it_says(own, other, data, seed):
+    kept = data.draw(st.integers(0, len(own)))
+    blend = book.blended(" ".join(own), " ".join(other), kept, seed).split()
+    assert len(blend) == len(own) and sum(one == new for one, new in zip(own, blend)) == kept and set(blend) <= {*own, *other}
+
+
+def test_grades_lie_between_0_and_5_and_the_sentences_agree_with_them():
+    for split in book.load_data("docstrings/similarity").splits.values():
+        assert split.labels.dtype == torch.float32 and split.labels.min() == 0 and split.labels.max() == 5
+        for (text, blend), label in list(zip(split.texts, split.labels))[:200]:
+            same = sum(one == new for one, new in zip(text.split(), blend.split()))
+            assert 5 * same / len(text.split()) >= label - 1e-5
+
+
+@given(st.integers(0, 30), st.sampled_from([kinship.PLAIN, kinship.OWNED]))
+@settings(max_examples=20, deadline=None)
+def test_a_fact_says_in_code_what_its_sentence_says(seed, wordings):
+    for sentence, code in kinship.facts(seed, 2, wordings):
+        word, one, other = re.fullmatch(r"(\w+)\((\w+), (\w+)\)", code).groups()
+        word = word.replace("_", "-")
+        assert sentence in [wording.format(a=one, b=other, word=word) for wording in wordings] and one != other
+        assert one in kinship.NAMES[next(sex for words in kinship.KIN.values() for sex in (0, 1) if words[sex] == word)] or word == "cousin"
+
+
+def test_the_lessons_hold_no_wording_of_the_facts_to_come_and_no_judged_sentence():
+    lessons = {text for text, _ in book.load_data("lessons", "train").texts}
+    assert not any(re.search(r"'s |s' ", text) and text[0].isupper() and "(" not in text and text.split()[-1][:-1] in kinship.RELATIONS for text in lessons)
+    for name in ("kinship/facts", "docstrings/signature"):
+        data = book.load_data(name)
+        assert not lessons & {text for split in (data.validation, data.test) for text, _ in split.texts}
+
+
+@given(st.lists(st.tuples(st.text("ab", min_size=1, max_size=6), st.lists(st.text("cd", min_size=1, max_size=6), min_size=3, max_size=3), st.integers(0, 2)),
+                min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_trimming_choices_cuts_only_columns_that_no_answer_uses(rows):
+    split = book.choice_split(rows, 24, "bytes")
+    batch = next(book.batches(split, len(rows), shuffle=False))
+    width = batch["input_ids"].shape[-1]
+    assert batch["attention_mask"][..., -1].any() and not split["attention_mask"][..., width:].any() and batch["labels"].ndim == 1
+    assert torch.equal(batch["input_ids"], split["input_ids"][..., :width])
+
+
 # Tables of the hub, as it would send them
 
 def tables(**columns):
@@ -389,6 +447,37 @@ def test_regression_and_writing_tasks_of_the_hub(served):
     served(Features(nl=words, code=words), {part: {"nl": ["say it"] * 10, "code": ["print()"] * 10} for part in ("train", "validation", "test")})
     data = book.load_data("django")
     assert data.kind == "generation" and data.test.texts[0] == ("say it", "print()") and len(data.train) == 10
+
+
+def test_questions_with_answers_come_as_rows_by_answers_by_tokens(served):
+    from datasets import Features, Sequence, Value
+    words = Value("string")
+    def rows(count):
+        return {"question_stem": [f"what is {i}" for i in range(count)], "choices": [{"text": [f"it {i} {j}" for j in range(4)], "label": list("ABCD")}
+                                                                                     for i in range(count)], "answerKey": ["ABCD"[i % 4] for i in range(count)]}
+    features = Features(question_stem=words, choices=Sequence({"text": words, "label": words}), answerKey=words)
+    served(features, {part: rows(8) for part in book.SPLITS})
+    data = book.load_data("openbookqa")
+    assert data.kind == "choice" and data.train["input_ids"].shape == (8, 4, 128)
+    for (question, *answers), right in zip(data.train.texts, data.train.labels):
+        number = int(question.split()[-1])
+        assert right == number % 4 and answers == [f"it {number} {j}" for j in range(4)]
+    listed = Features(context=words, query=words, options=Sequence(words), correct_option=Value("int32"))
+    served(listed, {part: {"context": ["c"] * 6, "query": ["q"] * 6, "options": [["x", "y"]] * 6, "correct_option": [1, 0] * 3} for part in book.SPLITS})
+    data = book.load_data("logiqa")
+    assert data.train.texts[0] == ("c\nq", "x", "y") and sorted(data.train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_texts_of_the_hub_are_cut_to_the_length_asked_for_and_targets_end_once(served):
+    from datasets import Features, Value
+    words = Value("string")
+    rows = {"instruction": ["say it again and again"] * 10, "input": ["", "it"] * 5, "output": ["again and again"] * 10}
+    served(Features(instruction=words, input=words, output=words), {"train": rows})
+    data = book.load_data("alpaca", tokenizer="minilm", length=5)
+    assert data.kind == "generation" and data.train["input_ids"].shape == (8, 5) == data.train.labels.shape
+    end = book.load_tokenizer("minilm").sep_token_id
+    assert all((row == end).sum() == 1 and row[row != -100][-1] == end for row in data.train.labels)
+    assert {text for text, _ in data.train.texts + data.test.texts} == {"say it again and again", "say it again and again\nit"}
 
 
 def test_a_table_that_says_nothing_is_refused():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_book.core import models as book
-from lora_book.core.data import Split, batches, load_data, minilm_folder
+from lora_book.core.data import Split, batches, joined, load_data, minilm_folder
 from lora_book.core.errors import BadType, BadValue, LoraBookError, MissingFile, UnknownName
 
 GENERATORS = ("tiny_gpt2", "tiny_llama", "tiny_t5")
@@ -193,6 +193,44 @@ def test_the_pretrained_vit_knows_its_digits_and_leaves_room_on_the_others():
     home, away = (book.accuracy(vit, load_data(name, "test")) for name in ("mnist5000", "digits"))
     assert home > 0.93 and 0.2 < away < home - 0.2
     assert book.accuracy(book.load_model("tiny_vit"), load_data("mnist5000", "test")) < 0.35
+
+
+# The pretrained small Llama
+
+def lesson(count=40):
+    return load_data("lessons", "train", limit=count)
+
+
+def test_pretraining_the_llama_gives_the_same_bits_and_learns():
+    before, one = torch.random.get_rng_state(), book.pretrain_llama(lesson(), epochs=1)
+    torch.rand(3)
+    assert same(one, book.pretrain_llama(lesson(), epochs=1)) and not same(one, book.pretrain_llama(lesson(), epochs=1, seed=1))
+    torch.random.set_rng_state(before)
+    rows, fresh = joined(lesson()), book.seeded(book.small_llama, 0).eval()
+    assert book.letters_right(book.pretrain_llama(lesson(), epochs=12), rows) > book.letters_right(fresh, rows) + 0.1
+
+
+def test_the_loss_of_a_lesson_weighs_what_is_written_and_a_tenth_of_all():
+    model, batch = book.seeded(book.small_llama, 0), next(batches(joined(lesson(6)), 6))
+    whole = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    wanted = [model(**batch | {"labels": labels}).loss for labels in (batch["labels"], whole)]
+    assert torch.allclose(book.lesson_loss(model, batch), wanted[0] + 0.1 * wanted[1], atol=1e-6)
+
+
+def test_the_small_llama_keeps_its_body_and_draws_its_head_by_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_BOOK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(book, "pretrain_llama", lambda train: book.seeded(book.small_llama, 5).eval())
+    plain, one, other = book.load_model("byte_llama"), book.load_model("byte_llama", n_classes=3, seed=1), book.load_model("byte_llama", n_classes=3, seed=2)
+    assert same(plain, book.seeded(book.small_llama, 5)) and same(plain.model, one.model) and same(one.model, other.model)
+    assert not torch.equal(one.score.weight, other.score.weight) and one.score.out_features == 3
+    assert torch.equal(one.score.weight, book.load_model("byte_llama", n_classes=3, seed=1).score.weight)
+
+
+def test_every_model_says_which_tokens_it_reads():
+    assert [book.tokens_of(name) for name in ("minilm", "tiny_bert", "digits_vit", "vit_tiny_patch16_224")] == [None] * 4
+    assert {book.tokens_of(name) for name in book.BYTES} == {"bytes"} and book.tokens_of("gpt2") == "openai-community/gpt2"
+    with pytest.raises(UnknownName, match="minilm"):
+        book.tokens_of("minilmm")
 
 
 @given(training=st.booleans(), batch=st.integers(1, 40))
