@@ -143,6 +143,20 @@ def test_what_is_kept_and_what_is_computed(T, n, m, data):
     assert count_flops(lambda: full().sum().backward()) == 2 * T * (2 * n * m + 3 * r * m + 3 * r * n)
 
 
+@given(T=st.integers(1, 40), n=st.integers(1, 12), m=st.integers(1, 12), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_what_a_frozen_factor_spares(T, n, m, data):
+    r = data.draw(st.integers(1, min(n, m)))
+    x, W, _, (A,), (B,), _, _ = numbers((n, m, (T, m), [None], [r], False, False, 0), torch.float32)
+    copy = T >= m
+    frozen_a = count_flops(lambda: low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]).sum().backward())
+    assert frozen_a == 4 * T * n * m + 2 * r * (T * m + T * n + (2 * m * n if copy else T * (2 * n + m)))
+    frozen_b = count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B.detach(), 1.0)]).sum().backward())
+    assert frozen_b == 4 * T * n * m + 2 * T * r * (2 * n + 3 * m)
+    with torch.no_grad():
+        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)])) == 2 * (T * n * m + r * (m * n if copy else T * (m + n)))
+
+
 def test_no_gradient_keeps_nothing():
     x, W, _, (A,), (B,), (idx,), _ = numbers((6, 5, (7, 5), [None], [2], False, False, 0), torch.float32)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from ..core.adapter import Adapter, check_low_rank, generator, wide, widened
 from ..core.adapting import Method
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.ldu import ldu, unpermute
-from ..core.products import rows_of
+from ..core.products import Product, rows_of
 
 # %% ../../nbs/present/loldu.ipynb #c09
 def uniform(z: Tensor, half: float | Tensor, generator: torch.Generator) -> Tensor:
@@ -185,8 +185,8 @@ class LoLDU(Diagonal):
     def part(self, rows: slice | None, dtype: torch.dtype) -> tuple:
         "What `ldu_linear` needs of this block: its frozen factors for inputs of `dtype`, and their diagonal."
         if self.whole == dtype:
-            factors = Whole(rows, self.left.to(dtype), self.right.to(dtype), self.order, self.inverse)
-            return factors, widened(self.pivots) + self.change()
+            factors = Whole(rows, self.left.to(dtype), self.right.to(dtype), self.order.int(), self.inverse.int())
+            return factors, torch.addcmul(widened(self.pivots) - self.sigma0 * widened(self.z0), widened(self.sigma), widened(self.z))
         return Part(rows, self.ordered(self.left).to(dtype), self.right.to(dtype)), self.change()
 
 # %% ../../nbs/present/loldu.ipynb #c18
@@ -319,7 +319,7 @@ def base_input_grad(G: Tensor, W: Tensor, spans: list[slice]) -> Tensor | None:
     return GX
 
 # %% ../../nbs/present/loldu.ipynb #c28
-class LDUProduct(torch.autograd.Function):
+class LDUProduct(Product):
     "Y and the V_i of @eq-loldu-product; called through `ldu_linear`."
 
     @staticmethod
