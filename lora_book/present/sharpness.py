@@ -15,7 +15,7 @@ from ..core.errors import BadType, check_number
 from ..core.steps import PlainStep
 from ..past.lora import LoRA
 
-# %% ../../nbs/present/sharpness.ipynb #c12
+# %% ../../nbs/present/sharpness.ipynb #c13
 def trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     "The parameters that an optimizer trains, in its order."
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -26,7 +26,7 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
 
-# %% ../../nbs/present/sharpness.ipynb #c13
+# %% ../../nbs/present/sharpness.ipynb #c14
 @torch.no_grad()
 def climb(ps: list[Tensor], grads: list, rho: float) -> None:
     "Move the parameters by ρ g/‖g‖ (@eq-sharpness-ascent), the norm taken over all of them; by nothing where g = 0."
@@ -36,7 +36,7 @@ def climb(ps: list[Tensor], grads: list, rho: float) -> None:
         if g is not None:
             p.add_(g * size.to(g.device))
 
-# %% ../../nbs/present/sharpness.ipynb #c15
+# %% ../../nbs/present/sharpness.ipynb #c16
 def run_alone(ps: list[Tensor], run: Callable) -> tuple[Tensor, list]:
     "run() with no gradient left over from before: its loss and the gradients."
     give_back(ps, [None] * len(ps))
@@ -59,7 +59,7 @@ def put_back(ps: list[Tensor], kept: list[Tensor]) -> None:
 
 sam = Method(LoRA, "LoRA with SAM", "Foret et al. 2021", step="sam", count=lambda n, m, r: r * (n + m))
 
-# %% ../../nbs/present/sharpness.ipynb #c16
+# %% ../../nbs/present/sharpness.ipynb #c17
 class Sam(PlainStep):
     "The gradient at θ + ρ g/‖g‖, g the gradient at θ (@eq-sharpness-sam); loss_fn is called twice. Foret et al. 2021."
 
@@ -88,7 +88,7 @@ class Sam(PlainStep):
         give_back(ps, [new if old is None else old if new is None else old + new for old, new in zip(before, there, strict=True)])
         return loss
 
-# %% ../../nbs/present/sharpness.ipynb #c20
+# %% ../../nbs/present/sharpness.ipynb #c21
 def flat(tensors) -> Tensor:
     "All numbers of some tensors in one vector."
     return torch.cat([t.detach().flatten() for t in tensors])
@@ -113,7 +113,7 @@ def ascent_gap(ps: list[Tensor], loss_fn: Callable, rho: float) -> float:
     norm = total_norm(list(grads))
     return rise(ps, [rho * g / norm for g in grads], loss_fn) if norm > 0 else 0.0
 
-# %% ../../nbs/present/sharpness.ipynb #c21
+# %% ../../nbs/present/sharpness.ipynb #c22
 def random_gap(ps: list[Tensor], loss_fn: Callable, rho: float, draws: int, generator: torch.Generator) -> float:
     "The mean of L(θ + ρ u) − L(θ) over `draws` directions u, uniform on the unit sphere."
     check_number("rho", rho, above=0)
