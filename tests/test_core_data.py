@@ -468,6 +468,13 @@ def test_questions_with_answers_come_as_rows_by_answers_by_tokens(served):
     assert data.train.texts[0] == ("c\nq", "x", "y") and sorted(data.train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_repository_is_read_as_its_short_name_says():
+    assert hub.short_name("allenai/openbookqa") == "openbookqa" and hub.short_name("nyu-mll/glue") == "nyu-mll/glue" == hub.short_name(hub.short_name("nyu-mll/glue"))
+    for name, instead in (("allenai/openbookqa", "docstrings/choice"), ("yahma/alpaca-cleaned", "docstrings/signature")):
+        with pytest.raises(MissingFile, match=f"offline choice is '{instead}'"):
+            book.load_data(name)
+
+
 def test_texts_of_the_hub_are_cut_to_the_length_asked_for_and_targets_end_once(served):
     from datasets import Features, Value
     words = Value("string")

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PARQUET', 'GLUE', 'HUB_DATA', 'PICTURES', 'INSTEAD', 'switched_off', 'reachable', 'cannot_fetch', 'hub_access',
-           'columns', 'shuffled', 'three', 'image_bytes', 'to_pixels', 'label_numbers', 'options', 'read_choices',
-           'read_rows', 'hub_rows']
+           'short_name', 'columns', 'shuffled', 'three', 'image_bytes', 'to_pixels', 'label_numbers', 'options',
+           'read_choices', 'read_rows', 'hub_rows']
 
 # %% ../../nbs/core/hub.ipynb #c03
 import contextlib
@@ -70,19 +70,25 @@ HUB_DATA = {f"glue/{task}": {"path": "nyu-mll/glue", "name": task} for task in G
     "openbookqa": {"path": "allenai/openbookqa", "name": "main", "inputs": ("question_stem",), "choices": "choices", "label": "answerKey"},
     "logiqa": {"path": "lucasmccabe/logiqa", "revision": PARQUET, "inputs": ("context", "query"), "choices": "options",
                "label": "correct_option"},
-    "folio": {"path": "tasksource/folio", "inputs": ("premises", "conclusion"), "label": "label"},
-    "alpaca": {"path": "tatsu-lab/alpaca", "inputs": ("instruction", "input"), "target": "output"},
+    "folio": {"path": "yale-nlp/FOLIO", "inputs": ("premises", "conclusion"), "label": "label"},
+    "alpaca": {"path": "yahma/alpaca-cleaned", "inputs": ("instruction", "input"), "target": "output"},
+    "metamath": {"path": "meta-math/MetaMathQA", "inputs": ("query",), "target": "response"},
     "e2e": {"path": "tuetschek/e2e_nlg", "revision": PARQUET, "inputs": ("meaning_representation",), "target": "human_reference"},
     "cifar10": {"path": "uoft-cs/cifar10"}, "cifar100": {"path": "uoft-cs/cifar100", "label": "fine_label"},
     "eurosat": {"path": "blanchon/EuroSAT_RGB"}, "flowers102": {"path": "nelorth/oxford-flowers"}, "cars": {"path": "tanganke/stanford_cars"},
     "aircraft": {"path": "HuggingFaceM4/FGVC-Aircraft", "revision": PARQUET, "label": "variant"},
     "officehome": {"path": "flwrlabs/office-home"}}
 PICTURES = ("cifar10", "cifar100", "eurosat", "flowers102", "cars", "aircraft", "officehome")
-INSTEAD = {"django": "kinship/facts", "e2e": "docstrings/signature", "alpaca": "docstrings/signature", "clutrr": "kinship", "folio": "kinship",
+INSTEAD = {"django": "kinship/facts", "e2e": "docstrings/signature", "alpaca": "docstrings/signature", "metamath": "docstrings/signature", "clutrr": "kinship", "folio": "kinship",
            "openbookqa": "docstrings/choice", "logiqa": "docstrings/choice", "glue/stsb": "docstrings/similarity", "trec": "docstrings/source",
            "glue/cola": "docstrings/source", "glue/sst2": "docstrings/source", **dict.fromkeys(PICTURES, "digits")}
 
 # %% ../../nbs/core/hub.ipynb #c11
+def short_name(name: str) -> str:
+    "The short name of a repository of the table above, or the name itself; GLUE's repository holds nine and has none."
+    return {keys["path"]: short for short, keys in HUB_DATA.items() if not short.startswith("glue/")}.get(name, name)
+
+
 def columns(features: dict, inputs: tuple = (), label: str | None = None, target: str | None = None, choices: str | None = None) -> tuple:
     "(kind, input columns, label column) of a table, from the names given or from its columns' types; BadValue if they don't say."
     types = {name: type(feature).__name__ for name, feature in features.items()}
@@ -175,9 +181,10 @@ def hub_rows(name: str, limit: int | None = None, seed: int = 0) -> dict:
     "kind, classes, rows {split: (inputs, answers)}, source and license of a hub data set; MissingFile when it can't be fetched."
     import datasets
 
-    keys = dict(HUB_DATA.get(name, {"path": name}))
+    short = short_name(name)
+    keys = dict(HUB_DATA.get(short, {"path": name}))
     said = {key: keys.pop(key) for key in ("inputs", "label", "target", "choices") if key in keys}
-    with hub_access("data set", name, INSTEAD.get(name, "docstrings/match")):
+    with hub_access("data set", name, INSTEAD.get(short, "docstrings/match")):
         tables = datasets.load_dataset(**keys)
     kind, inputs, label = columns(tables["train"].features, **said)
     classes, numbers = ((), {}) if kind in ("generation", "regression", "choice") else label_numbers(tables, label)
