@@ -1,0 +1,259 @@
+"""The runner from outside: names, results, grids in one process and through Ray, several processes, what is missing."""
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_book as lb
+from lora_book.core.training import SCHEDULERS, rate_at
+from lora_book.experiments import runner
+from lora_book.experiments.rows import row
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW, SMALL = "vit_tiny/cifar10", {"examples": 40, "judged": 24, "epochs": 2, "batch_size": 16}
+TIMES = ("seconds", "wall_seconds", "peak_memory", "machine", "commit", "versions")
+
+
+def numbers(result: dict) -> dict:
+    "A result without its times and its machine."
+    kept = {key: value for key, value in result.items() if key not in TIMES}
+    return kept | {"history": [{k: v for k, v in record.items() if k != "seconds"} for record in result["history"]]}
+
+
+def small(method: str = "lora", folder: Path | None = None, **own) -> dict:
+    return runner.run(ROW, method, profile="smoke", folder=folder, **(SMALL | own))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def made(place) -> dict:
+    return small(folder=place)
+
+
+# Names
+
+def test_the_files_name_says_which_run_it_is():
+    assert runner.job(ROW, "c3la", "smoke", 2).name == "vit_tiny--cifar10--c3la--smoke--2"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"row_id": "vit_tiny/cifar1"}, "vit_tiny/cifar10"), ({"method": "c3al"}, "c3la"), ({"profile": "smok"}, "smoke"), ({"seed": -1}, "seed"),
+    ({"lrr": 1e-3}, "'lr'"), ({"dtype": "float16"}, "bfloat16")])
+def test_a_wrong_name_is_answered_with_the_nearest_and_nothing_is_written(tmp_path, change, words):
+    with pytest.raises(lb.LoraBookError, match=words):
+        runner.run(**({"row_id": ROW, "method": "lora", "profile": "smoke", "folder": tmp_path} | change))
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_grid_checks_all_names_before_it_runs_any(tmp_path):
+    with pytest.raises(KeyError, match="c3la"):
+        runner.grid(ROW, ["lora", "c3al"], [0], profile="smoke", folder=tmp_path, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+# A result
+
+def test_a_result_says_all_that_it_depends_on(made, place):
+    assert made == runner.read_result(place / "vit_tiny--cifar10--lora--smoke--0.json")
+    assert made.keys() == {"row", "method", "profile", "seed", "settings", "stand_ins", "metric", "trained", "history", "train", "validation",
+                           "test", "data_hash", *TIMES}
+    assert made["stand_ins"] == {"vit_tiny_patch16_224": "digits_vit", "cifar10": "digits"}
+    assert made["settings"]["examples"] == 40 and len(made["history"]) == 2 and made["history"][-1]["validation"] == made["validation"]
+    assert 0 <= made["test"]["accuracy"] <= 1 and made["peak_memory"]["process"] > 10 ** 7 and made["trained"] == 8192
+
+
+def test_a_result_names_no_host_no_person_and_no_folder(place, made):
+    text = (place / "vit_tiny--cifar10--lora--smoke--0.json").read_text()
+    assert not any(word in text for word in (platform.node(), getpass.getuser() + "/", str(ROOT), str(Path.home()) + "/", "/"+"tmp"))
+
+
+def test_nothing_else_is_left_behind(place, made):
+    assert not list(place.rglob("*.safetensors")) and not list(place.rglob("*.lock")) and not list(place.rglob("*.part"))
+
+
+def test_a_finished_run_is_read_and_not_made_again(made, place, monkeypatch):
+    monkeypatch.setattr(runner, "trial", lambda *args, **hooks: pytest.fail("made again"))
+    assert small(folder=place) == made and small(folder=place, resume=False) == made
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(made, tmp_path):
+    assert numbers(small(folder=tmp_path)) == numbers(made)
+    assert numbers(small(folder=tmp_path, seed=1))["history"] != numbers(made)["history"]
+
+
+def test_a_result_of_other_settings_is_refused_with_what_differs(made, place):
+    with pytest.raises(ValueError, match=r"lr: .* there, 0.5 here"):
+        small(folder=place, lr=0.5)
+
+
+def test_results_are_the_books_and_the_folders(made, place):
+    found = runner.results(place)
+    assert made in found and all({"row", "method", "seed"} <= result.keys() for result in found)
+    assert len(found) == len({(r["row"], r["method"], r["profile"], r["seed"]) for r in found})
+
+
+# The schedule
+
+@given(st.sampled_from(sorted(SCHEDULERS)), st.integers(1, 80), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_every_schedule_rises_and_then_never_rises_again(name, steps, warmup, foot):
+    rates = [rate_at(i, steps, warmup, name, foot) for i in range(steps)]
+    top = rates.index(max(rates))
+    assert all(0 <= rate <= 1 for rate in rates) and rates[top:] == sorted(rates[top:], reverse=True) and rates[:top] == sorted(rates[:top])
+    assert name != "constant" or rates[-1] == max(rates)
+    assert rates[0] >= min(foot, SCHEDULERS[name](min(1, steps / max(1, steps - max(1, round(warmup * steps))))))
+
+
+def test_a_rise_given_in_steps_becomes_a_share():
+    own = {"epochs": 2, "batch_size": 16, "lr": 0.1, "warmup": 0.5, "warmup_steps": 3, "warmup_lr": 0.01, "scheduler": "cosine"}
+    assert runner.schedule(own, 40) == {"warmup": 0.5, "foot": pytest.approx(0.1), "scheduler": "cosine"}
+    assert runner.schedule(own | {"warmup_steps": None, "warmup": 0.25}, 40)["warmup"] == 0.25
+
+
+# Grids
+
+def test_one_failure_does_not_stop_a_grid(tmp_path, made):
+    damaged = tmp_path / "checkpoints" / runner.job(ROW, "lora", "smoke", 0).name
+    damaged.mkdir(parents=True)
+    (damaged / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
+    told = []
+    with pytest.raises(ValueError, match="1 of 2 runs failed") as caught:
+        runner.grid(ROW, ["lora", "cola"], [0], profile="smoke", folder=tmp_path, told=lambda *one: told.append(one), **SMALL)
+    assert "damaged" in str(caught.value) and "lora--smoke--0" in str(caught.value)
+    assert [(one.method, result is None, error is None) for one, result, error in told] == [("lora", True, False), ("cola", False, True)]
+    again = runner.grid(ROW, ["lora", "cola"], [0], profile="smoke", folder=tmp_path, resume=False, **SMALL)
+    assert numbers(again[0]) == numbers(made) and again[1] == told[1][1]
+
+
+def test_a_grid_through_ray_gives_the_same_results(tmp_path, made):
+    ray = pytest.importorskip("ray", reason="the engine ray needs the package ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    try:
+        found = runner.grid(ROW, ["lora", "c3la"], [0], profile="smoke", folder=tmp_path, engine="ray", **SMALL)
+    finally:
+        ray.shutdown()
+    assert [result["method"] for result in found] == ["lora", "c3la"] and numbers(found[0]) == numbers(made)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "installed", lambda package: False)
+    with pytest.raises(lb.LoraBookError, match="pip install ray"):
+        runner.grid(ROW, ["lora"], [0], profile="smoke", folder=tmp_path, engine="ray", **SMALL)
+    with pytest.raises(lb.LoraBookError, match="pip install tensorboard"):
+        runner.run(ROW, "lora", profile="smoke", folder=tmp_path, tensorboard=tmp_path, **SMALL)
+
+
+def test_logs_for_tensorboard_hold_the_history(tmp_path):
+    pytest.importorskip("tensorboard", reason="the logs need the package tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    result = small(folder=tmp_path / "r", tensorboard=tmp_path / "logs")
+    log = EventAccumulator(str(tmp_path / "logs" / "vit_tiny--cifar10--lora--smoke--0")).Reload()
+    assert [event.value for event in log.Scalars("train/loss")] == pytest.approx([record["train_loss"] for record in result["history"]])
+    assert [event.step for event in log.Scalars("validation/accuracy")] == [1, 2]
+
+
+# What is missing
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_papers_scale_without_gpu_hub_and_package_fails_at_once_and_names_all_three(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wanting = runner.job(ROW, "lora", "gpu")
+    object.__setattr__(wanting, "row", __import__("dataclasses").replace(row(ROW), extras=("no-such-package",)))
+    with pytest.raises(FileNotFoundError) as caught:
+        runner.check_ready(wanting)
+    assert all(word in str(caught.value) for word in ("CUDA", "HF_HUB_OFFLINE", "vit_tiny_patch16_224", "cifar10", "pip install no-such-package", "smoke"))
+    with pytest.raises(lb.LoraBookError, match="CUDA"):
+        runner.grid(ROW, profile="gpu", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoke_needs_none_of_it(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runner.check_ready(runner.job(ROW, "lora", "smoke"))
+
+
+# Precision, activations, parts
+
+@pytest.mark.parametrize("own", [{"dtype": "bfloat16"}, {"accumulate": 3}, {"recompute": True}])
+def test_other_ways_to_compute_the_same_run(made, tmp_path, own):
+    result = small(folder=tmp_path, **own)
+    exact = 3e-2 if "dtype" in own else 1e-5
+    assert result["test"]["loss"] == pytest.approx(made["test"]["loss"], rel=exact)
+    assert (result["test"]["loss"] == made["test"]["loss"]) == ("recompute" in own)
+
+
+TOGETHER = """
+import json, sys
+sys.path[:0] = [{tests!r}]
+import test_experiments_runner as t
+from lora_book.experiments.runner import Crew
+crew = Crew()
+found = t.all_together(crew)
+if crew.is_main_process:
+    print("FOUND" + json.dumps([crew.num_processes, found]))
+"""
+CASES = [("lora", {}), ("mgpo", {}), ("lora", {"step": "sam"}), ("cola", {"reset_every": 2}), ("full", {}), ("adalora", {})]
+
+
+def all_together(crew) -> list:
+    "The numbers of short runs of several methods: 29 rows in batches of 8, so that the last one holds 5."
+    from test_core_training import StopsAt, fit, told
+    from test_core_training import made as toy
+    found = []
+    for accumulate, (method, options) in enumerate(CASES):
+        model = plain_model(method, **options)
+        history = fit(model, toy(), loss=StopsAt(10 ** 6), epochs=2, lr=1e-2, batch_size=8, seed=4, accumulate=1 + accumulate % 2, accelerator=crew)
+        found.append([told(history), [p.double().flatten().tolist() for p in model.parameters() if p.requires_grad]])
+    return found
+
+
+def plain_model(method: str, **options):
+    "A model without dropout and without statistics over the batch, which no split of a batch can keep."
+    from interface_tools import adapted, net
+    return adapted(method, targets=["first", "qkv[q,v]", "proj"], base=net(classes=3), **options)
+
+
+def flat(tree) -> list:
+    if isinstance(tree, dict):
+        return [x for value in tree.values() for x in flat(value)]
+    return [x for value in tree for x in flat(value)] if isinstance(tree, list) else [tree]
+
+
+def test_two_processes_compute_what_one_computes():
+    code = TOGETHER.format(tests=str(ROOT / "tests"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code]
+    own = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    processes, found = json.loads(done.stdout.split("FOUND")[1].splitlines()[0])
+    assert processes == 2
+    assert flat(found) == pytest.approx(flat(all_together(None)), rel=1e-4, abs=1e-5)
+
+
+@given(rows=st.integers(1, 40), processes=st.integers(1, 4), accumulate=st.integers(1, 4), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_parts_of_a_batch_weigh_as_much_as_the_batch(rows, processes, accumulate, data):
+    from lora_book.core.training import share
+    labels = torch.tensor(data.draw(st.lists(st.sampled_from([-100, 0, 1, 2]), min_size=rows, max_size=rows)))
+    values = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+    batch, real = {"x": values, "labels": labels}, labels != -100
+
+    def mean(part):
+        kept = part["labels"] != -100
+        return (part["x"] * kept).sum() / max(1, int(kept.sum()))
+
+    whole = sum(weight * mean(part) for p in range(processes) for part, weight in share(batch, p, processes, accumulate)) / processes
+    assert whole.item() == pytest.approx(mean(batch).item() if real.any() else 0.0, abs=1e-12)
