@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lora_book as lb
 from lora_book.cli import main
@@ -58,3 +59,61 @@ def test_broken_settings_are_an_error_and_no_traceback(tmp_path, monkeypatch, ca
     (tmp_path / "settings.ini").write_text("[book]\nprofile = hueg\n")
     monkeypatch.chdir(tmp_path)
     assert main(["doctor"]) == 2 and "hueg" in capsys.readouterr().err
+
+
+# Experiments
+
+RUN = ["run", "vit_tiny/cifar10", "--profile", "smoke", "--seeds", "0"]
+
+
+def test_a_row_is_run_and_each_line_says_how_far_it_is(tmp_path, capsys):
+    assert main([*RUN, "--method", "c3la", "lora", "--out", str(tmp_path)]) == 0
+    stand_ins, first, second, where = capsys.readouterr().out.splitlines()
+    assert "stand-ins digits_vit for vit_tiny_patch16_224 and digits for cifar10" in stand_ins
+    assert "c3la seed 0: test accuracy 0." in first and "[1 of 2, about" in first and second.endswith("[2 of 2]") and str(tmp_path) in where
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [f"vit_tiny--cifar10--{m}--smoke--0.json" for m in ("c3la", "lora")]
+    written = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert main([*RUN, "--method", "c3la", "--method", "lora", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split("[")[0] == first.split("[")[0]
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == written
+
+
+@pytest.mark.parametrize(("arguments", "word"), [
+    (["run", "vit_tiny/cifar"], "vit_tiny/cifar10"), ([*RUN, "--method", "c3al"], "c3la"), (["run", "vit_tiny/cifar10", "--profile", "smok"], "smoke")])
+def test_a_name_that_is_wrong_exits_with_2_before_anything_runs(arguments, word, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and word in said.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[*RUN, "--seeds", "0,x"], [*RUN, "--engine", "spark"], ["run"], ["table"]])
+def test_arguments_that_are_wrong_are_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_papers_scale_without_a_gpu_exits_with_2_and_names_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["run", "vit_tiny/cifar10", "--method", "c3la", "--profile", "gpu", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and all(word in said.err for word in ("a CUDA device", "the hub", "vit_tiny_patch16_224", "smoke"))
+
+
+def test_another_process_of_the_same_run_prints_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["methods"]) == 0 and capsys.readouterr().out == ""
+
+
+def test_a_table_stands_beside_what_was_measured(capsys):
+    assert main(["table", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "ViT-Tiny / CIFAR-10" in out and len(out.splitlines()) > 10
+    assert main(["table", "99"]) == 2 and "99" in capsys.readouterr().err
+
+
+def test_doctor_knows_what_the_experiments_may_need(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert all(package in out for package in ("ray", "tensorboard", "diffusers", "accelerate"))

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from torch import nn
 
 import lora_book as lb
 from lora_book.core.data import Data, Split
-from lora_book.core.training import fit, rate_at
+from lora_book.core.models import load_model, logits
+from lora_book.core.training import Alone, Stopped, fit, rate_at, recompute_activations
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"epochs": 3, "lr": 1e-2, "batch_size": 8, "seed": 4}
@@ -161,7 +163,7 @@ def test_a_damaged_checkpoint_is_refused(halfway, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"lr": 2e-2}, {"epochs": 4}, {"batch_size": 9}, {"seed": 5}, {"optimizer": "sgd"}, {"warmup": 0.5}, {"weight_decay": 0.1},
-                                     {"max_grad_norm": None}, {"advance_every": 1}, {"method": "lora"}, {"data": made(1)}, {"options": {"r": 3}},
+                                     {"max_grad_norm": None}, {"scheduler": "cosine"}, {"foot": 0.1}, {"accumulate": 2}, {"advance_every": 1}, {"method": "lora"}, {"data": made(1)}, {"options": {"r": 3}},
                                      {"options": {"seed": 1}}, {"options": {"chain_length": 3}}])
 def test_a_checkpoint_of_another_run_is_refused(halfway, tmp_path, changes):
     (tmp_path / "checkpoint.safetensors").write_bytes(halfway)
@@ -188,7 +190,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert numbers(model) == numbers(whole)
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"lr": 0}, {"lr": float("nan")}, {"warmup": 2}, {"warmup": "x"}, {"optimizer": "adm"},
+@pytest.mark.parametrize("changes", [{"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"lr": 0}, {"lr": float("nan")}, {"warmup": 2}, {"warmup": "x"}, {"foot": 2}, {"scheduler": "line"}, {"accumulate": 0}, {"optimizer": "adm"},
                                      {"weight_decay": -1}, {"save_every": 0}, {"advance_every": 0}, {"max_grad_norm": 0}])
 def test_impossible_settings(changes):
     model = model_of("cola")
@@ -224,3 +226,72 @@ def test_the_rate_rises_then_falls_and_is_never_zero_or_above_one(steps, warmup,
     assert all(0 < rate <= 1 for rate in rates) and max(rates) > 0.5
     top = rates.index(max(rates))
     assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("lora", {"step": "sam"}), ("mgpo", {}), ("adalora", {})])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_batch_in_parts_takes_the_same_steps(method, options, parts):
+    def run(accumulate):
+        model = adapted(method, targets=["first", "qkv[q,v]", "proj"], base=net(classes=3), **options).double()
+        data = made()
+        data = replace(data, **{n: replace(s, tensors={"pixel_values": s["pixel_values"].double(), "labels": s.labels}) for n, s in data.splits.items()})
+        history = fit(model, data, loss=StopsAt(10**6), accumulate=accumulate, **RUN)
+        return [record["train_loss"] for record in history], torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    (losses, whole), (others, part) = run(1), run(parts)
+    assert others == pytest.approx(losses, rel=1e-9) and torch.allclose(whole, part, rtol=1e-6, atol=1e-8)
+
+
+def test_a_run_asked_to_stop_leaves_its_checkpoint_and_goes_on(tmp_path):
+    whole, seen = model_of("cola", reset_every=4), []
+    want = told(fit(whole, made(), loss=StopsAt(10**6), watch=lambda run: seen.append(run["at"]), **RUN))
+    assert seen == list(range(1, 13))
+    with pytest.raises(Stopped, match="after step 5 of 12"):
+        stopped_run(tmp_path, 5)
+    model = model_of("cola", reset_every=4)
+    assert told(fit(model, made(), loss=StopsAt(10**6), checkpoint=tmp_path, **RUN)) == want and numbers(model) == numbers(whole)
+
+
+def stopped_run(folder, step: int) -> None:
+    "A run that is asked to stop in a step."
+    calls = iter(range(1, 99))
+    fit(model_of("cola", reset_every=4), made(), loss=StopsAt(10**6), checkpoint=folder, stop=lambda: next(calls) == step, **RUN)
+
+
+def test_what_a_record_says_is_the_callers_choice():
+    history = fit(model_of("lora"), made(), measure=lambda model, split: {"rows": len(split)}, **RUN)
+    assert [record["validation"] for record in history] == [{"rows": 10}] * 3
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_bert", "tiny_gpt2"])
+def test_activations_computed_again_give_the_same_gradients(name):
+    def gradients(again: bool):
+        model = lb.adapt(load_model(name, n_classes=3), "lora", r=2, seed=1)
+        model = recompute_activations(model) if again else model
+        batch = {"pixel_values": torch.ones(2, 1, 28, 28)} if name == "tiny_vit" else {"input_ids": torch.arange(12).reshape(2, 6)}
+        model.train()
+        kept: list = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = nn.functional.cross_entropy(logits(model, batch), torch.tensor([0, 2]))
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad], sum(kept)
+
+    (plain, much), (same, less) = gradients(False), gradients(True)
+    assert all(torch.allclose(one, two, atol=1e-7) for one, two in zip(plain, same, strict=True)) and less < much
+    with pytest.raises(TypeError, match="Linear"):
+        recompute_activations(nn.Linear(2, 2))
+
+
+class InBfloat16(Alone):
+    mixed_precision = "bf16"
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_bfloat16_products_stay_near_and_the_factors_stay_float32():
+    model = model_of("lora")
+    history = fit(model, made(), accelerator=InBfloat16(), **RUN)
+    exact = fit(model_of("lora"), made(), **RUN)
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+    assert history[-1]["train_loss"] == pytest.approx(exact[-1]["train_loss"], rel=0.05) and history[-1]["train_loss"] != exact[-1]["train_loss"]
