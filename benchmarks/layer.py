@@ -1,30 +1,32 @@
 """Time and memory of adapted layers and models as ratios to the frozen floor, all contenders interleaved in one process.
 
-    python -m benchmarks.layer [--rounds N] [--tokens 256,2048] [--methods lora,cla] [--out benchmarks/layer.json]
+    python -m benchmarks.layer [--tokens 2048] [--shape 768x768] [--methods lora,cla] [--builds N] [--rounds N] [--out FILE]
     python -m benchmarks.layer --model            # BERT 6x384, every linear map adapted, batch 8, length 64
 
-The floor is the same network with everything frozen and gradients still flowing to the input. A ratio is the median over rounds of
-time / floor of the same round. Saved bytes and FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
+The floor is the same network with everything frozen and gradients still flowing to the input. `benchmarks.timing` says what a ratio and its
+interval are. Saved bytes, peak bytes and FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
 """
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import lora_book as lb
+from benchmarks.timing import quotients, setting, store, summary, timed
+from lora_book.core.hosts import sites
+from lora_book.core.products import count_flops, peak_bytes, saved_bytes
 
-import lora_book as lb  # noqa: E402
-from lora_book.core.products import count_flops, saved_bytes  # noqa: E402
-
-GOALS = {"lora": 1.12, "rslora": 1.12, "lora_plus": 1.12, "asymmetric": 1.10, "rac": 1.10, "cola": 1.12, "cla": 1.05, "random_cla": 1.05, "c3la": 1.05,
+GOALS = {"lora": 1.12, "rslora": 1.12, "lora_plus": 1.12, "cola": 1.12, "asymmetric": 1.10, "rac": 1.10, "cla": 1.05, "random_cla": 1.05, "c3la": 1.05,
          "random_c3la": 1.05, "paca": 1.05, "dora": 1.17, "loldu": 1.55}
-SHAPES = ((768, 768), (768, 3072))
+AT = {(2048, 768, 768): GOALS, (256, 768, 768): {"loldu": 1.5}}
+METHODS = ("full", *GOALS, "vera", "adalora", "pissa")
+PEERS = {"PEFT LoRA": {}, "PEFT DoRA": {"use_dora": True}, "PEFT PiSSA": {"init_lora_weights": "pissa"}, "PEFT LoRA-FA": {}, "PEFT VeRA": {},
+         "PEFT AdaLoRA": {}}
+RIVAL = {"dora": "PEFT DoRA", "vera": "PEFT VeRA", "adalora": "PEFT AdaLoRA", "pissa": "PEFT PiSSA"}
+RANK = 16
 
 
 def frozen(m: int, n: int) -> nn.Module:
@@ -35,65 +37,97 @@ def frozen(m: int, n: int) -> nn.Module:
     return layer.requires_grad_(False)
 
 
-def adapted(method: str, m: int, n: int, r: int) -> nn.Module:
-    "The layer adapted with one of our methods, its numbers moved from the start."
-    model = nn.Sequential(frozen(m, n))
-    rank = min(m, n) if method == "loldu" else r
-    lb.adapt(model, method, ["0"], r=rank)
+def shaken(model: nn.Module) -> nn.Module:
+    "The model with what trains moved from its start."
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad and method != "full":
-                p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     return model
 
 
-def peft_layer(m: int, n: int, r: int, **options) -> nn.Module:
-    "The layer adapted by HF PEFT."
-    from peft import LoraConfig, get_peft_model
-    model = nn.Sequential(frozen(m, n))
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=["0"], **options))
+def adapted(method: str, m: int, n: int, r: int) -> nn.Module:
+    "The layer adapted with one of our methods; LoLDU at full rank."
+    return shaken(lb.adapt(nn.Sequential(frozen(m, n)), method, ["0"], r=min(m, n) if method == "loldu" else r))
 
 
-def contenders(methods: list, m: int, n: int, r: int) -> dict:
+def in_peft(name: str, model: nn.Module, targets: list, r: int) -> nn.Module:
+    "The model adapted by HF PEFT."
+    from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+    if name == "PEFT VeRA":
+        config = VeraConfig(r=r, target_modules=targets)
+    elif name == "PEFT AdaLoRA":
+        config = AdaLoraConfig(init_r=r, target_r=r, lora_alpha=r, target_modules=targets, total_step=100, tinit=10, tfinal=10)
+    else:
+        config = LoraConfig(r=r, lora_alpha=r, target_modules=targets, **PEERS[name])
+    with torch.random.fork_rng():
+        made = get_peft_model(model, config)
+    for key, p in made.named_parameters():
+        p.requires_grad_(p.requires_grad and not (name == "PEFT LoRA-FA" and "lora_A" in key))
+    return shaken(made)
+
+
+def contenders(methods: list, m: int, n: int, r: int = RANK) -> dict:
     "{name: model}: the floor, PEFT's and ours."
-    made = {"floor": nn.Sequential(frozen(m, n)), "PEFT LoRA": peft_layer(m, n, r), "PEFT DoRA": peft_layer(m, n, r, use_dora=True)}
-    return made | {method: adapted(method, m, n, r) for method in methods}
+    peers = {name: in_peft(name, nn.Sequential(frozen(m, n)), ["0"], r) for name in PEERS}
+    return {"floor": nn.Sequential(frozen(m, n))} | peers | {method: adapted(method, m, n, r) for method in methods}
 
 
 def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
-    "Forward and backward, the input's gradient included."
+    "Forward and backward, the input's gradient included; gradients are dropped."
     model(x).backward(g)
+    x.grad = None
+    model.zero_grad(set_to_none=True)
 
 
-def timed(models: dict, x: torch.Tensor, g: torch.Tensor, rounds: int) -> dict:
-    "{name: median of time / floor}, every contender once a round, in an order that rotates."
-    ratios = {name: [] for name in models}
-    names = list(models)
-    for i in range(rounds + 2):
-        spent = {}
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            x.grad = None
-            start = time.perf_counter()
-            step(models[name], x, g)
-            spent[name] = time.perf_counter() - start
-            models[name].zero_grad(set_to_none=True)
-        if i >= 2:
-            for name, t in spent.items():
-                ratios[name].append(t / spent["floor"])
-    return {name: statistics.median(values) for name, values in ratios.items()}
+def numbers(seed: int, *shapes: tuple) -> list:
+    "Random tensors of these shapes."
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g) for shape in shapes]
 
 
-def one_layer(methods: list, tokens: int, m: int, n: int, r: int, rounds: int) -> list:
-    "One row a contender: ratio, saved bytes beyond the floor, FLOPs beyond the floor."
-    generator = torch.Generator().manual_seed(2)
-    x, g = torch.randn(tokens, m, generator=generator).requires_grad_(), torch.randn(tokens, n, generator=generator)
-    models = contenders(methods, m, n, r)
-    ratios = timed(models, x, g, rounds)
-    exact = {name: (saved_bytes(lambda: model(x), exclude=[*model.parameters(), *model.buffers()]), count_flops(lambda: step(model, x, g)))
-             for name, model in models.items()}
-    saved, flops = exact["floor"]
-    return [{"name": name, "tokens": tokens, "m": m, "n": n, "r": r, "ratio": round(ratios[name], 3), "saved": exact[name][0] - saved,
-             "flops": exact[name][1] - flops, "goal": GOALS.get(name)} for name in models]
+def layer_runs(methods: list, tokens: int, m: int, n: int, seed: int) -> dict:
+    "One step of each contender as a function, on fresh inputs."
+    x, g = numbers(seed, (tokens, m), (tokens, n))
+    x.requires_grad_()
+    return {name: partial(step, model, x, g) for name, model in contenders(methods, m, n).items()}
+
+
+def exact(run: Callable, forward: Callable, known: list) -> dict:
+    "Bytes kept for the backward pass, most bytes alive in a step, operations of a step."
+    run()
+    return {"saved": saved_bytes(forward, exclude=known), "peak": peak_bytes(run), "flops": count_flops(run)}
+
+
+def tensors(model: nn.Module) -> list:
+    "What exists between steps anyway: parameters, buffers, resting weights."
+    return [*model.parameters(), *model.buffers(), *(site.resting_weight() for _, site in sites(model))]
+
+
+def layer_exact(methods: list, tokens: int, m: int, n: int) -> dict:
+    "{name: exact figures}; saved bytes and operations beyond the floor's."
+    x, g = numbers(0, (tokens, m), (tokens, n))
+    x.requires_grad_()
+    found = {name: exact(partial(step, model, x, g), partial(model, x), tensors(model))
+             for name, model in contenders(methods, m, n).items()}
+    floor = found["floor"]
+    return {name: own | {key: own[key] - floor[key] for key in ("saved", "flops")} for name, own in found.items()}
+
+
+def rows(found: dict, figures: dict, **same: object) -> list:
+    "One row a contender: its ratio to the floor, to PEFT's LoRA and to PEFT's own version of it."
+    made, goals = [], AT.get((same["tokens"], same.get("m"), same.get("n")), {})
+    for name, own in found.items():
+        row = {"name": name, **same, **summary(own), **figures.get(name, {}), "goal": goals.get(name)}
+        for key, peer in (("to_lora", "PEFT LoRA"), ("to_peer", RIVAL.get(name))):
+            row |= {key: summary(quotients(own, found[peer]))} if peer in found and name not in PEERS else {}
+        made.append(row)
+    return made
+
+
+def one_layer(methods: list, tokens: int, m: int, n: int, builds: int, rounds: int) -> list:
+    "The rows of one shape."
+    found = timed(partial(layer_runs, methods, tokens, m, n), "floor", builds, rounds)
+    return rows(found, layer_exact(methods, tokens, m, n), tokens=tokens, m=m, n=n, r=RANK)
 
 
 def bert(seed: int = 0) -> nn.Module:
@@ -104,47 +138,44 @@ def bert(seed: int = 0) -> nn.Module:
         return BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=1000)).eval()
 
 
-def whole_model(methods: list, rounds: int, r: int = 16) -> list:
-    "One row a contender for BERT 6x384 with every linear map adapted."
-    from peft import LoraConfig, get_peft_model
+def model_step(model: nn.Module, x: torch.Tensor) -> None:
+    "Forward and backward of BERT on embeddings."
+    model(inputs_embeds=x).last_hidden_state.square().sum().backward()
+    x.grad = None
+    model.zero_grad(set_to_none=True)
+
+
+def model_runs(methods: list, seed: int) -> dict:
+    "One step of each contender for BERT 6x384 with every linear map adapted."
     floor = bert().requires_grad_(False)
     names = sorted({name.rpartition(".")[2] for name, module in floor.named_modules() if isinstance(module, nn.Linear)})
-    models = {"floor": floor, "PEFT LoRA": get_peft_model(bert(), LoraConfig(r=r, lora_alpha=r, target_modules=names)),
-              "PEFT DoRA": get_peft_model(bert(), LoraConfig(r=r, lora_alpha=r, target_modules=names, use_dora=True))}
-    models |= {method: lb.adapt(bert(), method, "all-linear", r=r) for method in methods}
-    x = torch.randn(8, 64, 384, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    runs = {name: (lambda x, model=model: model(inputs_embeds=x).last_hidden_state) for name, model in models.items()}
-    ratios: dict = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        spent = {}
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(x).square().sum().backward()
-            spent[name] = time.perf_counter() - start
-            models[name].zero_grad(set_to_none=True)
-        for name, t in spent.items():
-            ratios[name] += [t / spent["floor"]] * (i >= 2)
-    return [{"name": name, "model": "BERT 6x384", "tokens": 512, "r": r, "ratio": round(statistics.median(values), 3)} for name, values in ratios.items()]
+    models = {"floor": floor} | {name: in_peft(name, bert(), names, RANK) for name in ("PEFT LoRA", "PEFT DoRA", "PEFT VeRA")}
+    models |= {method: shaken(lb.adapt(bert(), method, "all-linear", r=RANK)) for method in methods}
+    x = numbers(seed, (8, 64, 384))[0].requires_grad_()
+    return {name: partial(model_step, model, x) for name, model in models.items()}
+
+
+def whole_model(methods: list, builds: int, rounds: int) -> list:
+    "The rows of BERT."
+    return rows(timed(partial(model_runs, methods), "floor", builds, rounds), {}, model="BERT 6x384", tokens=512, r=RANK)
 
 
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", default="256,2048")
-    parser.add_argument("--methods", default=",".join(m for m in lb.methods() if m in GOALS or m == "full"))
+    parser.add_argument("--builds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--model", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    methods = args.methods.split(",")
-    rows = whole_model([m for m in methods if m != "loldu"], args.rounds) if args.model else [
-        row for tokens in map(int, args.tokens.split(",")) for m, n in SHAPES for row in one_layer(methods, tokens, m, n, 16, args.rounds)]
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
-    if args.out:
-        setting = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rounds": args.rounds, "processor": platform.machine()}
-        args.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    methods, (m, n) = args.methods.split(","), map(int, args.shape.split("x"))
+    found = (whole_model([method for method in methods if method not in ("loldu", "full")], args.builds, args.rounds) if args.model
+             else one_layer(methods, args.tokens, m, n, args.builds, args.rounds))
+    store(found, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 
 if __name__ == "__main__":

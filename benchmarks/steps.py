@@ -1,34 +1,30 @@
 """What a step of SAM, MGPO and GGPO costs, as a ratio to the plain step of the same adapter, interleaved in one process.
 
-    python -m benchmarks.steps [--rounds N] [--tokens 2048] [--methods lora,asymmetric,cla] [--out benchmarks/steps.json]
+    python -m benchmarks.steps [--tokens 2048] [--shape 768x768] [--methods lora,asymmetric,cla] [--builds N] [--rounds N] [--out FILE]
 
-A step is `train_step` on one adapted layer: forward, backward with the input's gradient, optimizer. A ratio is the median over rounds of
-time / plain step of the same round. FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
+A step is `train_step` on one adapted layer: forward, backward with the input's gradient, optimizer. `benchmarks.timing` says what a ratio and
+its interval are. FLOPs and the number of (n, m) tensors made in a step are exact; times are this machine's and mean nothing elsewhere.
 """
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
 
-import torch  # noqa: E402
+import lora_book as lb
+from benchmarks.layer import RANK, adapted, numbers
+from benchmarks.timing import setting, store, summary, timed
+from lora_book.core.products import Alive, count_flops
+from lora_book.registry import STEPS
 
-import lora_book as lb  # noqa: E402
-from benchmarks.layer import SHAPES, adapted  # noqa: E402
-from lora_book.core.products import count_flops  # noqa: E402
-from lora_book.registry import STEPS  # noqa: E402
-
-GOALS = {"mgpo": 1.08, "sam": None, "ggpo": None}
+GOALS = {"mgpo": 1.08}
+KINDS = ("plain", "mgpo", "sam", "ggpo")
 
 
-def stepper(method: str, step: str, x: torch.Tensor, g: torch.Tensor, r: int) -> Callable:
+def stepper(method: str, step: str, x: torch.Tensor, g: torch.Tensor) -> Callable:
     "A function that takes one step of an adapted layer of the shape of g and x."
-    model = adapted(method, x.shape[1], g.shape[1], r)
+    model = adapted(method, x.shape[1], g.shape[1], RANK)
     model._lora_book.step = STEPS[step]()
     optimizer = torch.optim.AdamW(lb.param_groups(model, 1e-4))
 
@@ -39,41 +35,47 @@ def stepper(method: str, step: str, x: torch.Tensor, g: torch.Tensor, r: int) ->
     return take
 
 
-def measured(method: str, tokens: int, m: int, n: int, r: int, rounds: int) -> list:
-    "One row a step: ratio to the plain step, and FLOPs beyond it."
-    generator = torch.Generator().manual_seed(2)
-    x, g = torch.randn(tokens, m, generator=generator).requires_grad_(), torch.randn(tokens, n, generator=generator)
-    takes = {step: stepper(method, step, x, g, r) for step in ("plain", *GOALS)}
-    ratios: dict = {step: [] for step in takes}
-    for i in range(rounds + 3):
-        names, spent = list(takes), {}
-        for step in names[i % len(names):] + names[:i % len(names)]:
-            start = time.perf_counter()
-            takes[step]()
-            spent[step] = time.perf_counter() - start
-        for step, t in spent.items():
-            ratios[step] += [t / spent["plain"]] * (i >= 3)
-    plain = count_flops(takes["plain"])
-    return [{"method": method, "step": step, "tokens": tokens, "m": m, "n": n, "r": r, "ratio": round(statistics.median(ratios[step]), 3),
-             "flops": round(count_flops(take) / plain, 4), "goal": GOALS.get(step)} for step, take in takes.items()]
+def runs(method: str, tokens: int, m: int, n: int, seed: int) -> dict:
+    "One step of each kind as a function; each has taken two, so that there is a momentum."
+    x, g = numbers(seed, (tokens, m), (tokens, n))
+    x.requires_grad_()
+    made = {step: stepper(method, step, x, g) for step in KINDS}
+    for take in [*made.values()] * 2:
+        take()
+    return made
+
+
+def dense(take: Callable, n: int, m: int) -> int:
+    "How many (n, m) tensors a step makes."
+    with Alive() as alive:
+        take()
+    return alive.shapes.count((n, m)) + alive.shapes.count((m, n)) * (n != m)
+
+
+def measured(method: str, tokens: int, m: int, n: int, builds: int, rounds: int) -> list:
+    "One row a kind of step."
+    made = runs(method, tokens, m, n, 0)
+    plain = count_flops(made["plain"])
+    same = {step: {"method": method, "tokens": tokens, "m": m, "n": n, "r": RANK, "flops": round(count_flops(take) / plain, 4),
+                   "dense": dense(take, n, m), "goal": GOALS.get(step) if tokens >= 2048 else None} for step, take in made.items()}
+    times = timed(partial(runs, method, tokens, m, n), "plain", builds, rounds)
+    return [{"name": step, **own, **(summary(times[step]) if step in times else {"ratio": 1.0})} for step, own in same.items()]
 
 
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--tokens", default="2048")
+    parser.add_argument("--builds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
     parser.add_argument("--methods", default="lora,asymmetric,cla")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for method in args.methods.split(",") for tokens in map(int, args.tokens.split(",")) for m, n in SHAPES
-            for row in measured(method, tokens, m, n, 16, args.rounds)]
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
-    if args.out:
-        setting = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "rounds": args.rounds, "processor": platform.machine()}
-        args.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    m, n = map(int, args.shape.split("x"))
+    rows = [row for method in args.methods.split(",") for row in measured(method, args.tokens, m, n, args.builds, args.rounds)]
+    store(rows, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ inputs are built anew several times, and a ratio is the median over builds of th
 builds, and rounds within them, with replacement.
 """
 import gc
+import json
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # noqa: E402
+import torch
 
 
 def seconds(run: Callable) -> float:
@@ -25,20 +25,36 @@ def seconds(run: Callable) -> float:
     return time.process_time() - start
 
 
-def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: int) -> dict:
+def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: int = 1) -> dict:
     "{name: ratios}, one a round; the contenders come in a new order every round."
-    names, ratios = [name for name in runs if name != base], {name: [] for name in runs}
-    for _ in range(warm):
-        for run in runs.values():
-            run()
+    names, found = [name for name in runs if name != base], {name: [] for name in runs if name != base}
+    for run in [*runs.values()] * warm:
+        run()
     for _ in range(rounds):
         order.shuffle(names)
         before = seconds(runs[base])
         for name in names:
             own, after = seconds(runs[name]), seconds(runs[base])
-            ratios[name].append(2 * own / (before + after))
+            found[name].append(2 * own / (before + after))
             before = after
-    return ratios
+    return found
+
+
+def timed(build: Callable, base: str, builds: int, rounds: int) -> dict:
+    "{name: [[ratio of a round, ...] of a build, ...]} for the contenders that `build(seed)` makes, a dict of functions; all but the base."
+    order, found = random.Random(0), {}
+    for seed in range(builds):
+        runs = build(seed)
+        for name, own in one_build(runs, base, rounds, order).items():
+            found.setdefault(name, []).append(own)
+        del runs
+        gc.collect()
+    return found
+
+
+def quotients(own: list, other: list) -> list:
+    "Round by round, one contender's time over another's."
+    return [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(own, other, strict=True)]
 
 
 def middle(builds: list) -> float:
@@ -53,18 +69,6 @@ def interval(builds: list, draws: int = 1000, seed: int = 0) -> tuple[float, flo
     return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
 
 
-def ratios(build: Callable, base: str, builds: int = 5, rounds: int = 10, warm: int = 2) -> dict:
-    "{name: {ratio, low, high}} for the contenders that `build(seed)` makes, a dict of functions; the base itself is 1."
-    order, found = random.Random(0), {}
-    for seed in range(builds):
-        runs = build(seed)
-        for name, own in one_build(runs, base, rounds, order, warm).items():
-            found.setdefault(name, []).append(own)
-        del runs
-        gc.collect()
-    return {name: summary(own) for name, own in found.items() if name != base} | {base: {"ratio": 1.0}}
-
-
 def summary(builds: list) -> dict:
     "Ratio and interval, rounded."
     low, high = interval(builds)
@@ -73,5 +77,14 @@ def summary(builds: list) -> dict:
 
 def setting(**more: object) -> dict:
     "What a result depends on and may be told."
-    return {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "processor": platform.machine(), **more}
+    return {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), **more}
+
+
+def store(rows: list, path: Path | None, how: dict) -> None:
+    "Print the rows and, with a path, write them as JSON beside the setting."
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
+    if path:
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        path.write_text(f'{{"setting": {json.dumps(how)},\n "rows": [\n{lines}\n]}}\n')

@@ -3,15 +3,19 @@
 # %% auto #0
 __all__ = ['rows_of', 'add_product', 'copy_pays', 'summed', 'Product', 'LowRankProduct', 'pulled', 'low_rank_input_grad',
            'applied', 'low_rank_linear', 'patched', 'ColumnProduct', 'column_input_grad', 'column_linear',
-           'saved_bytes', 'addmm_flops', 'count_flops', 'NudgedProduct', 'nudged_linear']
+           'saved_bytes', 'addmm_flops', 'count_flops', 'Alive', 'peak_bytes', 'NudgedProduct', 'nudged_linear']
 
 # %% ../../nbs/core/products.ipynb #c03
+import weakref
+from collections.abc import Callable
 from inspect import Parameter, Signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/core/products.ipynb #c05
@@ -232,6 +236,43 @@ def count_flops(run) -> int:
     return counter.get_total_flops()
 
 # %% ../../nbs/core/products.ipynb #c27
+class Alive(TorchDispatchMode):
+    """Follows the tensors made inside it: `bytes` are alive now, `peak` were at once at most,
+    `shapes` were made, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.bytes, self.peak, self.shapes = {}, 0, 0, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = op(*args, **(kwargs or {}))
+        for t in tree_leaves(made):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given | self.sizes.keys():
+                self.follow(t)
+        return made
+
+    def follow(self, t: Tensor) -> None:
+        "Count a new storage until it's freed."
+        storage, self.shapes = t.untyped_storage(), [*self.shapes, tuple(t.shape)]
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key: int) -> None:
+        "A storage was freed."
+        self.bytes -= self.sizes.pop(key)
+
+
+def peak_bytes(run: Callable) -> int:
+    """The most bytes that tensors made by `run()` held at once; exact, and the same on every
+    machine."""
+    with Alive() as alive:
+        run()
+    return alive.peak
+
+# %% ../../nbs/core/products.ipynb #c31
 class NudgedProduct(torch.autograd.Function):
     """The output of @eq-products-nudged; called through `nudged_linear`. It can be
     differentiated once."""
@@ -264,7 +305,7 @@ class NudgedProduct(torch.autograd.Function):
                 scale * (g.t() @ rest[count + i][:, :r]) if needs[5 + 4 * i] else None, None, None]
         return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, *grads
 
-# %% ../../nbs/core/products.ipynb #c28
+# %% ../../nbs/core/products.ipynb #c32
 def nudged_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
     """x Wᵀ + bias with s·(B A + E_B A + B E_A) added to some rows of W (@eq-products-nudged),
     without forming the sum.
