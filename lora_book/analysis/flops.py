@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['check_sizes', 'floor_flops', 'dense_flops', 'low_rank_flops', 'frozen_factor_flops', 'column_flops',
-           'two_sided_flops', 'step_flops', 'epoch_flops', 'memory_account']
+           'two_sided_flops', 'row_scaled_flops', 'no_flops', 'step_flops', 'epoch_flops', 'memory_account']
 
 # %% ../../nbs/analysis/flops.ipynb #c03
 from collections.abc import Callable
@@ -52,9 +52,21 @@ def column_flops(T: int, n: int, m: int, r: int) -> int:
 
 
 def two_sided_flops(T: int, n: int, m: int, r: int) -> int:
-    "4Tr(m+n) beyond the floor: frozen factors on both sides of a trained diagonal, dense; triangular blocks bring it down to at least half."
+    "4Tr(m+n) beyond the floor: frozen factors on both sides of a trained diagonal, dense; triangular blocks of a whole weight need at most that."
     check_sizes(T, n, m, r)
     return 4 * T * r * (m + n)
+
+
+def row_scaled_flops(T: int, n: int, m: int, r: int) -> int:
+    "4Tr(m+n) + 4rmn beyond the floor: rows of W0 + s·B A brought to a length, the sum formed for T >= m; 2Tr(3m+4n) + 2rmn where it isn't."
+    check_sizes(T, n, m, r)
+    return 4 * T * r * (m + n) + 4 * r * m * n if T >= m else 2 * T * r * (3 * m + 4 * n) + 2 * r * m * n
+
+
+def no_flops(T: int, n: int, m: int, r: int = 1) -> int:
+    "0 beyond the floor: biases, or nothing, train."
+    check_sizes(T, n, m, r)
+    return 0
 
 # %% ../../nbs/analysis/flops.ipynb #c13
 def step_flops(model: nn.Module, loss: Callable) -> dict[str, int]:
@@ -81,7 +93,7 @@ def epoch_flops(flops: float, batch_size: int, examples: int) -> float:
     check_count("examples", examples)
     return flops / batch_size * examples
 
-# %% ../../nbs/analysis/flops.ipynb #c22
+# %% ../../nbs/analysis/flops.ipynb #c25
 def memory_account(model: nn.Module, loss: Callable, moments: int = 2) -> dict[str, int]:
     """Bytes of {weights, trained, gradients, moments, base copies, saved}: parameters and buffers; those of them that train; their gradients; an
     optimizer's `moments` (AdamW: 2, SGD with momentum: 1) of each; what an adapted model keeps of the base for what trains in place; what the
