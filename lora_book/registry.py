@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'STEPS', 'methods', 'method', 'make_step', 'make_plan', 'adapt', 'plan_of_description', 'load', 'from_peft']
 
-# %% ../nbs/registry.ipynb #c02
+# %% ../nbs/registry.ipynb #c03
 import torch
 from torch import nn
 
@@ -30,7 +30,7 @@ from .present.vera import vera
 from .future.c3la import c3la, random_c3la
 from .future.cla import cla, random_cla
 
-# %% ../nbs/registry.ipynb #c03
+# %% ../nbs/registry.ipynb #c04
 METHODS: dict[str, Method] = {
     "full": full,
     "linear_probe": linear_probe,
@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
 }
 STEPS: dict[str, type] = {"plain": PlainStep, "sam": Sam, "mgpo": Mgpo, "ggpo": Ggpo}
 
-# %% ../nbs/registry.ipynb #c04
+# %% ../nbs/registry.ipynb #c08
 def methods() -> tuple[str, ...]:
     "The ids of all methods, in the order of the book."
     return tuple(METHODS)
@@ -71,7 +71,7 @@ def method(method_id: str) -> Method:
         raise unknown("method", method_id, METHODS)
     return METHODS[method_id]
 
-# %% ../nbs/registry.ipynb #c05
+# %% ../nbs/registry.ipynb #c11
 def make_step(name: str, options: dict) -> tuple[PlainStep, dict]:
     "The step with this id, made with those of `options` that are its own; and these."
     if not isinstance(name, str):
@@ -97,7 +97,7 @@ def make_plan(model: nn.Module, method_id: str, target_modules=None, targets: tu
     planned.record.config["step"] = step
     return planned
 
-# %% ../nbs/registry.ipynb #c06
+# %% ../nbs/registry.ipynb #c12
 def adapt(model: nn.Module, method: str, target_modules=None, *, r: int = 8, alpha: float | None = None, head=None, seed: int = 0,
           generator: torch.Generator | None = None, dtype: torch.dtype | None = None, step: str | None = None,
           lr_ratio: float | None = None, **options) -> nn.Module:
@@ -113,7 +113,7 @@ def adapt(model: nn.Module, method: str, target_modules=None, *, r: int = 8, alp
         return commit(model, make_plan(model, method, target_modules, r=r, alpha=alpha, head=head, seed=seed, generator=generator, dtype=dtype,
                                        step=step, lr_ratio=lr_ratio, **options))
 
-# %% ../nbs/registry.ipynb #c07
+# %% ../nbs/registry.ipynb #c18
 def plan_of_description(model: nn.Module, description: dict) -> Plan:
     "The plan that a saved adapter's description asks for."
     config = dict(description["config"])
