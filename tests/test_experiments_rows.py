@@ -200,3 +200,11 @@ def test_a_profile_caps_the_examples(monkeypatch):
 def test_data_files_hold_no_path_and_no_host():
     for path in (DATA / "experiments").iterdir():
         assert not re.search(r"(/home|/root|/work|/tmp|https?://)", path.read_text(encoding="utf-8"))
+
+
+def test_paraphrases_keep_the_words_that_their_label_says():
+    for split in book_data.load_data("docstrings/paraphrase").splits.values():
+        kept = [sum(w == o for w, o in zip(*map(str.split, pair))) / len(pair[0].split()) for pair in split.texts]
+        near, far = ([k for k, label in zip(kept, split.labels.tolist()) if label == want] for want in (1, 0))
+        assert len(near) == len(far) and sum(near) / len(near) > 0.75 and sum(far) / len(far) < 0.5
+        assert min(near) >= 0.7 and all(len(a.split()) == len(b.split()) for a, b in split.texts)
