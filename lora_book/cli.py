@@ -84,12 +84,13 @@ def run_lines(args: argparse.Namespace) -> Iterator[str]:
     from lora_book.experiments import runner
     torch.set_num_threads(load_settings().threads)
     todo = runner.jobs(args.row, args.method, args.seeds, args.profile)
-    place, begun, failed = runner.results_folder(args.out), time.monotonic(), 0
+    place, begun, failed, took = runner.results_folder(args.out), time.monotonic(), 0, 0.0
     runner.check_ready(todo[0])
     yield runner.stand_in_line(todo[0])
     how = {"resume": args.resume, "save_every": args.save_every, "progress": True, "tensorboard": args.tensorboard}
     for done, (_, result, error) in enumerate(runner.ENGINES[args.engine](todo, place, **how), 1):
-        left = (time.monotonic() - begun) / done * (len(todo) - done)
+        took += result["wall_seconds"] if result else 0.0
+        left = (took if args.engine == "local" else time.monotonic() - begun) / done * (len(todo) - done)
         failed += error is not None
         yield f"{error or runner.result_line(result)} [{done} of {len(todo)}" + (f", about {runner.time_left(left)} left]" if left else "]")
     if failed:

