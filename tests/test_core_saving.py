@@ -50,6 +50,40 @@ def test_what_is_saved_comes_back(method, dtype, tmp_path):
     assert all((tmp_path / name).read_bytes() == (other / name).read_bytes() for name in os.listdir(other))
 
 
+class Tied(nn.Module):
+    "An output map that shares its weight with the embedding."
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle, self.out = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.middle(self.embedding(ids))))
+
+
+def tied() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Tied()
+
+
+@every_method
+def test_a_tied_target_comes_back_and_stays_tied(method, tmp_path):
+    model, ids = lb.adapt(tied(), method, ["middle", "out"], r=2), torch.arange(9)
+    if lb.n_trainable(model):
+        move(model)
+    lb.save(model, tmp_path)
+    fresh = lb.load(tied(), tmp_path)
+    assert torch.equal(fresh(ids), model(ids)) and fresh.out.weight is fresh.embedding.weight
+    other = tied()
+    with torch.no_grad():
+        other.embedding.weight[0, 0] += 1
+    refused(tmp_path, "base", base=other)
+    with lb.disabled(fresh):
+        assert torch.equal(fresh(ids), tied()(ids))
+
+
 @every_method
 def test_numpy_s_numbers_are_numbers(method, tmp_path):
     model = moved(method, r=np.int64(2), alpha=np.float32(3.0), seed=np.int32(4))

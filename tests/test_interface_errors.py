@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interface_tools import CHAINS, TARGETS, adapted, inputs, move, moved, net, snapshot
+from interface_tools import CHAINS, TARGETS, Net, adapted, inputs, move, moved, net, snapshot
 from torch import nn
 
 import lora_book as lb
@@ -107,6 +107,12 @@ def test_modules_that_are_no_plain_linear_maps(mixed, target, word):
     for method in METHODS:
         refused(lambda method=method: lb.adapt(mixed, method, ["fc1", target], r=2), target, word, model=mixed)
     refused(lambda: lb.adapt(mixed, "lora", f".*{target}", r=2), target, model=mixed)
+
+
+def test_weights_without_numbers():
+    with torch.device("meta"):
+        model = Net()
+    refused(lambda: lb.adapt(model, "lora", ["first"], r=2), "first.weight", "load its weights")
 
 
 def test_all_linear_takes_the_plain_maps_only(mixed):

@@ -160,10 +160,11 @@ def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
 
 # %% ../../nbs/core/adapting.ipynb #c13
 def check_made(model: nn.Module) -> None:
-    "Raise BadValue if a lazy layer of the model has no numbers yet."
+    "Raise BadValue if a parameter has no numbers yet: one of a lazy layer or on the meta device."
     for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise BadValue(f"{name!r} has no numbers yet: run the model once before adapting it")
+        if is_lazy(p) or p.is_meta:
+            how = "run the model once" if is_lazy(p) else "load its weights"
+            raise BadValue(f"{name!r} has no numbers yet: {how} before adapting it")
 
 
 def names_in(model: nn.Module, modules: dict) -> list[str]:

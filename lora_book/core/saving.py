@@ -43,9 +43,11 @@ def base_tensors(model: nn.Module, head: list[str]) -> dict[str, Tensor]:
     the modules in `head`; as they were before training."""
     record = record_of(model) if is_adapted(model) else None
     base = {name: p for name, p in model.named_parameters() if not is_adapters(name, model)}
-    for name, site in sites(model):
-        base |= {f"{name}.weight".lstrip("."): site.base_weight()}
-        base |= {f"{name}.bias".lstrip("."): site.base_bias()} if site.bias is not None else {}
+    names = {id(p): name for name, p in base.items()}
+    for _, site in sites(model):
+        base[names[id(site.weight)]] = site.base_weight()
+        if site.bias is not None:
+            base[names[id(site.bias)]] = site.base_bias()
     base |= {**record.base, **record.buffers} if record else stored_buffers(model)
     return {name: t for name, t in base.items() if not in_modules(name, head)}
 
