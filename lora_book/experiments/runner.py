@@ -7,7 +7,7 @@ __all__ = ['ALSO', 'WHOLE_MODEL', 'PARTS', 'BOOK', 'ENGINES', 'Job', 'job', 'ins
            'owned_by_first', 'asked_to_stop', 'run', 'make', 'forget', 'watched', 'logged', 'jobs', 'attempt',
            'in_turn', 'through_ray', 'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
 
-# %% ../../nbs/experiments/runner.ipynb #c02
+# %% ../../nbs/experiments/runner.ipynb #c04
 import fcntl
 import hashlib
 import importlib.metadata
@@ -33,13 +33,13 @@ from torch import nn
 import lora_book as lb
 from ..core.errors import BadValue, MissingFile, check_choice, check_count, unknown
 from ..core.hub import reachable, switched_off
-from ..core.models import HUB_MODELS
+from ..core.models import HUB_MODELS, is_timm
 from ..core.settings import load_settings, write_atomic
 from ..core.training import Stopped, fit, recompute_activations
 from .rows import Row, row, settings
 from .tasks import prepare, task
 
-# %% ../../nbs/experiments/runner.ipynb #c04
+# %% ../../nbs/experiments/runner.ipynb #c06
 ALSO = {"optimizer": "adamw", "max_grad_norm": 1.0, "accumulate": 1, "recompute": False}
 
 
@@ -75,7 +75,7 @@ def job(row_id: str, method: str, profile: str | None = None, seed: int = 0, **o
             raise unknown("setting of a run", name, own)
     return Job(row(row_id), method, profile, int(seed), own | overrides)
 
-# %% ../../nbs/experiments/runner.ipynb #c06
+# %% ../../nbs/experiments/runner.ipynb #c12
 def installed(package: str) -> bool:
     "Whether a package of this name is installed."
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -85,8 +85,10 @@ def installed(package: str) -> bool:
 
 def at_hand(name: str) -> bool:
     "Whether a model of the hub is in the cache of this machine."
+    import timm
     from huggingface_hub import try_to_load_from_cache
-    return isinstance(try_to_load_from_cache(HUB_MODELS.get(name, name), "config.json"), str)
+    place = timm.get_pretrained_cfg(name).hf_hub_id if is_timm(name) else HUB_MODELS.get(name, name)
+    return isinstance(try_to_load_from_cache(place, "config.json"), str)
 
 
 def missing(chosen: Job) -> list[str]:
@@ -108,7 +110,7 @@ def check_ready(chosen: Job) -> None:
                           "Without them: --profile smoke or laptop, with stand-ins")
     check_choice("dtype", chosen.settings["dtype"], ("float32", "float64", "bfloat16"))
 
-# %% ../../nbs/experiments/runner.ipynb #c08
+# %% ../../nbs/experiments/runner.ipynb #c15
 class Crew:
     "Accelerate's `Accelerator` with a precision of the run's own: its state is one for the whole process, a grid's runs may differ."
 
@@ -129,7 +131,7 @@ class Crew:
         "Whether the flag is up in any process."
         return self.num_processes == 1 and flag or bool(self.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
 
-# %% ../../nbs/experiments/runner.ipynb #c09
+# %% ../../nbs/experiments/runner.ipynb #c16
 WHOLE_MODEL = ("full", "linear_probe", "bitfit")
 
 
@@ -156,7 +158,7 @@ def train(chosen: Job, model: nn.Module, data, crew: Crew, **hooks) -> list[dict
     return fit(model, data, seed=chosen.seed, advance_every=own["reset_every_epochs"], loss=kind.loss, measure=kind.measure, accelerator=crew,
                **{key: own[key] for key in keys}, **schedule(own, len(data.train)), **hooks)
 
-# %% ../../nbs/experiments/runner.ipynb #c10
+# %% ../../nbs/experiments/runner.ipynb #c17
 def trial(chosen: Job, crew: Crew | None = None, **hooks) -> dict:
     "Prepare, adapt, train and measure; returns the whole result. `hooks` go to `fit`. Nothing is stored."
     check_ready(chosen)
@@ -175,7 +177,7 @@ def trial(chosen: Job, crew: Crew | None = None, **hooks) -> dict:
             "wall_seconds": time.perf_counter() - start, "peak_memory": peak(), "versions": versions(), "machine": machine(crew),
             "data_hash": data.hash, "commit": book_commit()}
 
-# %% ../../nbs/experiments/runner.ipynb #c12
+# %% ../../nbs/experiments/runner.ipynb #c19
 PARTS = ("torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 
 
@@ -218,7 +220,7 @@ def book_commit() -> str | None:
     changed = git(["git", "diff", "--quiet", "HEAD", "--", "lora_book/*.py", "lora_book/data/experiments"]).returncode
     return head.stdout.strip() + "+" * bool(changed) if head.returncode == 0 else None
 
-# %% ../../nbs/experiments/runner.ipynb #c14
+# %% ../../nbs/experiments/runner.ipynb #c24
 def digest(result: dict) -> str:
     "The sha256 of a result's content."
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
@@ -254,7 +256,7 @@ def finished(path: Path, chosen: Job) -> dict:
         raise BadValue(f"the result {path.name} was made with other settings ({', '.join(apart)}); give this run another folder")
     return result
 
-# %% ../../nbs/experiments/runner.ipynb #c15
+# %% ../../nbs/experiments/runner.ipynb #c25
 BOOK = Path(str(files("lora_book"))) / "data" / "results"
 
 
@@ -268,7 +270,7 @@ def results(folder: Path | str | None = None) -> list[dict]:
     found = {path.name: path for place in (BOOK, results_folder(folder)) for path in sorted(place.glob("*.json"))}
     return [read_result(found[name]) for name in sorted(found)]
 
-# %% ../../nbs/experiments/runner.ipynb #c17
+# %% ../../nbs/experiments/runner.ipynb #c32
 class Busy(BadValue):
     "The run is being made by another process."
 
@@ -317,7 +319,7 @@ def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
             raise error or Busy(f"the first process couldn't begin {path.stem}")
         yield
 
-# %% ../../nbs/experiments/runner.ipynb #c18
+# %% ../../nbs/experiments/runner.ipynb #c35
 @contextmanager
 def asked_to_stop() -> Iterator[Callable]:
     """Within the context the first Ctrl-C (or SIGTERM) only raises a flag, which the yielded function reads; the second stops at once.
@@ -341,7 +343,7 @@ def asked_to_stop() -> Iterator[Callable]:
     if asked.is_set():
         raise Stopped("stopped after a whole run")
 
-# %% ../../nbs/experiments/runner.ipynb #c19
+# %% ../../nbs/experiments/runner.ipynb #c41
 def run(row_id: str, method: str, *, profile: str | None = None, seed: int = 0, resume: bool = True, folder: Path | str | None = None,
         save_every: int | None = None, progress: bool = False, tensorboard: Path | str | None = None, **overrides) -> dict:
     """Make one run and store its result; a finished one is read, a begun one goes on from its checkpoint unless `resume` is false.
@@ -385,7 +387,7 @@ def watched(chosen: Job, crew: Crew, kept: Path, stop: Callable, save_every: int
     with logs as watch:
         return trial(chosen, crew, checkpoint=kept, save_every=save_every, progress=title, stop=stop, watch=watch)
 
-# %% ../../nbs/experiments/runner.ipynb #c20
+# %% ../../nbs/experiments/runner.ipynb #c44
 @contextmanager
 def logged(folder: Path | str, name: str) -> Iterator[Callable]:
     "A function for `fit` to call after each step, which writes each epoch's numbers for TensorBoard."
@@ -404,7 +406,7 @@ def logged(folder: Path | str, name: str) -> Iterator[Callable]:
                         writer.add_scalar(f"validation/{key}", value, record["epoch"])
         yield watch
 
-# %% ../../nbs/experiments/runner.ipynb #c22
+# %% ../../nbs/experiments/runner.ipynb #c46
 def jobs(row_id: str, methods=None, seeds=None, profile: str | None = None, **overrides) -> list[Job]:
     "Every method with every seed; by default the row's own methods and the profile's seeds. All names are checked before anything runs."
     chosen, profile = row(row_id), profile or load_settings().profile
@@ -454,7 +456,7 @@ def elsewhere(chosen: Job, place: Path, threads: int, how: dict) -> tuple:
 
 ENGINES = {"local": in_turn, "ray": through_ray}
 
-# %% ../../nbs/experiments/runner.ipynb #c23
+# %% ../../nbs/experiments/runner.ipynb #c47
 def grid(row_id: str, methods=None, seeds=None, *, profile: str | None = None, engine: str = "local", folder: Path | str | None = None,
          resume: bool = True, save_every: int | None = None, progress: bool = False, tensorboard: Path | str | None = None,
          told: Callable | None = None, **overrides) -> list[dict]:
@@ -474,7 +476,7 @@ def grid(row_id: str, methods=None, seeds=None, *, profile: str | None = None, e
         raise BadValue(f"{len(errors)} of {len(todo)} runs failed:\n  " + "\n  ".join(errors))
     return [done[one.name] for one in todo]
 
-# %% ../../nbs/experiments/runner.ipynb #c24
+# %% ../../nbs/experiments/runner.ipynb #c48
 def stand_in_line(chosen: Job) -> str:
     "Which stand-ins a job uses, in a sentence."
     pairs = " and ".join(f"{ours} for {theirs}" for theirs, ours in chosen.stand_ins.items())
