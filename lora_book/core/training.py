@@ -61,7 +61,7 @@ def make_optimizer(name: str, groups: list[dict], weight_decay: float) -> torch.
         group["base_lr"] = group["lr"]
     return made
 
-# %% ../../nbs/core/training.ipynb #c06
+# %% ../../nbs/core/training.ipynb #c07
 def loss_of(model: nn.Module, batch: dict) -> Tensor:
     "The model's `score_loss` on a batch; a scalar."
     return score_loss(logits(model, batch), batch["labels"])
@@ -102,7 +102,7 @@ def to_device(batch: dict, device: torch.device, transform: Callable | None = No
     moved = {name: value.to(device) for name, value in batch.items()}
     return transform(moved) if transform else moved
 
-# %% ../../nbs/core/training.ipynb #c08
+# %% ../../nbs/core/training.ipynb #c09
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimizer's memory, one tensor a name `optimizer/parameter number/name`."
     state = optimizer.state_dict()["state"]
@@ -121,7 +121,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../../nbs/core/training.ipynb #c09
+# %% ../../nbs/core/training.ipynb #c10
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put back what `trained_tensors` gave, finished links included; raises BadValue for numbers
     that don't fit this model."""
@@ -146,7 +146,7 @@ def write_checkpoint(
     body = write_tensors(own, {"run": json.dumps(run | {"steps_done": record.steps})})
     write_atomic(folder / "checkpoint.safetensors", body + hashlib.sha256(body).digest())
 
-# %% ../../nbs/core/training.ipynb #c10
+# %% ../../nbs/core/training.ipynb #c11
 def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The run's position and all tensors of a checkpoint, both verified; raises BadValue for a
     damaged file."""
@@ -161,7 +161,7 @@ def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadValue(f"{path} is damaged ({error}); delete it to start again") from error
 
-# %% ../../nbs/core/training.ipynb #c11
+# %% ../../nbs/core/training.ipynb #c12
 def read_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
 ) -> dict | None:
@@ -190,7 +190,7 @@ def difference(old: dict, new: dict) -> str:
         f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new})
         if old.get(k) != new.get(k))
 
-# %% ../../nbs/core/training.ipynb #c13
+# %% ../../nbs/core/training.ipynb #c14
 def fit(
     model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32,
     optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, foot: float = 0.0,
@@ -220,7 +220,7 @@ def fit(
     model.eval()
     return run["history"]
 
-# %% ../../nbs/core/training.ipynb #c14
+# %% ../../nbs/core/training.ipynb #c15
 def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks") -> None:
     "Train from the run's position to its end, or to the step after which it is asked to stop."
     own = run["settings"]
@@ -239,7 +239,7 @@ def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks") -> None:
         if halt and run["at"] < total:
             raise Stopped(f"stopped after step {run['at']} of {total}")
 
-# %% ../../nbs/core/training.ipynb #c16
+# %% ../../nbs/core/training.ipynb #c17
 def check_settings(settings: dict, save_every: int | None) -> None:
     "Raise unless the numbers of a run are possible."
     for name in ("epochs", "batch_size", "accumulate"):
@@ -264,7 +264,7 @@ def identity(model: nn.Module, data: Data) -> dict:
         "method": record.method_id, "config": json.loads(json.dumps(config, default=str)),
         "data": data.hash}
 
-# %% ../../nbs/core/training.ipynb #c17
+# %% ../../nbs/core/training.ipynb #c18
 @contextmanager
 def own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
     "A random state of the run's own for dropout; afterwards the global state is what it was."
@@ -294,7 +294,7 @@ def shown(steps: Iterator, run: dict, total: int, progress: bool | str) -> Itera
             bar.update()
             bar.set_postfix(run["history"][-1]["validation"] if run["history"] else {})
 
-# %% ../../nbs/core/training.ipynb #c18
+# %% ../../nbs/core/training.ipynb #c19
 def remaining(split: Split, at: int, epochs: int, batch_size: int, seed: int):
     "The batches from step `at` on; each epoch's order depends on the seed and the epoch alone."
     per_epoch = math.ceil(len(split) / batch_size)
@@ -325,7 +325,7 @@ def one_step(model, optimizer, batch: dict, run: dict, steps: int, hooks, transf
     run["spent"] += time.perf_counter() - start
     return halt
 
-# %% ../../nbs/core/training.ipynb #c19
+# %% ../../nbs/core/training.ipynb #c20
 def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "Hooks") -> None:
     "Measure the epoch, and advance a chain whose turn it is."
     epoch, advance_every = run["at"] // per_epoch, run["settings"]["advance_every"]
@@ -342,7 +342,7 @@ def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "H
         and all(a.has_next() for a in adapters(model).values())):
         advance(model, optimizer)
 
-# %% ../../nbs/core/training.ipynb #c21
+# %% ../../nbs/core/training.ipynb #c22
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop, and has left a checkpoint."
 
@@ -407,7 +407,7 @@ class Hooks:
         if together(torch.zeros((), device=device), error is not None, self.crew)[1]:
             raise error or OSError("the first process couldn't write its checkpoint")
 
-# %% ../../nbs/core/training.ipynb #c22
+# %% ../../nbs/core/training.ipynb #c23
 def share(batch: dict, process: int, processes: int, accumulate: int) -> list[tuple[dict, float]]:
     """The parts of a batch that a process computes, with their weights; all weights of all
     processes sum to the number of processes. A process without a row gets one that weighs 0."""
@@ -441,7 +441,7 @@ def together(value: Tensor, halt: bool, crew) -> tuple[float, bool]:
     mean = crew.reduce(both, "mean").tolist() if crew.num_processes > 1 else [value.item(), halt]
     return mean[0], mean[1] > 0
 
-# %% ../../nbs/core/training.ipynb #c23
+# %% ../../nbs/core/training.ipynb #c26
 BUCKET = 25_000_000
 
 
@@ -467,7 +467,7 @@ def buckets(grads: list[Tensor], most: int) -> Iterator[list[Tensor]]:
     if run:
         yield run
 
-# %% ../../nbs/core/training.ipynb #c24
+# %% ../../nbs/core/training.ipynb #c27
 def recompute_activations(model: nn.Module) -> nn.Module:
     """Gradient checkpointing in timm's or transformers' own way: activations are computed again in
     backward instead of kept. Raises BadType for a model of neither."""

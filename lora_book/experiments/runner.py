@@ -322,19 +322,16 @@ def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
 # %% ../../nbs/experiments/runner.ipynb #c35
 @contextmanager
 def asked_to_stop() -> Iterator[Callable]:
-    """Within the context the first Ctrl-C (or SIGTERM) only raises a flag, which the yielded function reads; the second stops at once.
-    Raises Stopped at the end if nobody has acted on the flag."""
+    "The first Ctrl-C (or SIGTERM) raises a flag, read by the yielded function; the second stops at once. At the end a raised flag is Stopped."
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
 
     def ask(number, frame):
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:
