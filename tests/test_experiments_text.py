@@ -53,6 +53,12 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
     assert "better: `cla`" in said and "worse: `full`" in said and "none: `rac`" in said
 
 
+def test_a_reference_without_runs_is_missing_and_not_an_error():
+    stored = runs(cla=[0.9, 0.8])
+    for reference in ("lora", "loldu"):
+        assert text.compared(ROW, reference, found=stored)["cla"][f"against {reference}"] == "missing" and text.thresholds(ROW, reference, found=stored) == []
+
+
 def test_a_lower_perplexity_is_better():
     stored = [run(m, s, 0.0, metric="perplexity") | {"test": {"loss": 1.0, "perplexity": value + s / 100}} for m, value in (("lora", 3.0), ("cla", 2.0))
               for s in range(3)]

@@ -12,7 +12,7 @@ from .rows import printed, row, settings
 from .runner import results
 
 # %% ../../nbs/experiments/text.ipynb #c06
-SIZES = ("model", "data", "metric", "r", "alpha", "lr", "epochs", "batch_size", "examples", "judged", "reset_every_epochs", "seeds")
+SIZES = ("model", "data", "metric", "r", "alpha", "lr", "epochs", "batch_size", "examples", "judged", "seeds")
 
 
 def scales(row_id: str, method: str = "lora", profiles: tuple = ("gpu", "laptop")) -> dict:
@@ -21,7 +21,7 @@ def scales(row_id: str, method: str = "lora", profiles: tuple = ("gpu", "laptop"
     words = {"examples": {0: "all"}, "judged": {0: "all"}}
     return {name: [str(words.get(name, {}).get(own[name], own[name])) for own in found.values()] for name in SIZES}
 
-# %% ../../nbs/experiments/text.ipynb #c13
+# %% ../../nbs/experiments/text.ipynb #c15
 def runs_of(row_id: str, profile: str = "laptop", found: list | None = None) -> dict[str, list[dict]]:
     "{method: its runs by seed} of a row, in the row's order of methods; an empty list where there are none."
     own = [run for run in (results() if found is None else found) if (run["row"], run["profile"]) == (row_id, profile)]
@@ -40,7 +40,7 @@ def spread(values: list, digits: int = 3) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
 
-# %% ../../nbs/experiments/text.ipynb #c15
+# %% ../../nbs/experiments/text.ipynb #c17
 def against(mine: list, theirs: list) -> str:
     "'better', 'worse' or 'none' for the runs of one method against those of another; 'missing' or 'one seed' where it can't be said."
     if not mine or not theirs:
@@ -53,7 +53,7 @@ def compared(row_id: str, reference: str = "lora", profile: str = "laptop", foun
     runs = runs_of(row_id, profile, found)
     return {method: {
         "test": spread([test_value(run) for run in own], 1 if row(row_id).metric in PERCENT else 3),
-        f"against {reference}": "" if method == reference else against(own, runs[reference]),
+        f"against {reference}": "" if method == reference else against(own, runs.get(reference, [])),
         "gap": spread([gap(run) for run in own], 2), "trained": own[0]["trained"] if own else None} for method, own in runs.items()}
 
 
@@ -64,7 +64,7 @@ def summary(row_id: str, reference: str = "lora", profile: str = "laptop", found
     parts = [f"{word}: {', '.join(f'`{m}`' for m in methods)}" for word, methods in named.items() if methods]
     return f"**{row_id}**, against `{reference}`: " + "; ".join(parts) + "."
 
-# %% ../../nbs/experiments/text.ipynb #c16
+# %% ../../nbs/experiments/text.ipynb #c18
 def effort(row_id: str, profile: str = "laptop", found: list | None = None) -> str:
     "How many runs of a row are stored, on which rows of data, and how long their training took, in a sentence."
     runs = [run for own in runs_of(row_id, profile, found).values() for run in own]
@@ -72,9 +72,9 @@ def effort(row_id: str, profile: str = "laptop", found: list | None = None) -> s
         return f"**{row_id}**: no run is stored yet."
     seeds, hashes = sorted({run["seed"] for run in runs}), sorted({run["data_hash"][:10] for run in runs})
     return (f"**{row_id}**: {len(runs)} runs with seeds {', '.join(map(str, seeds))}; rows with sha256 {', '.join(hashes)}; "
-            f"{sum(run['seconds'] for run in runs) / 60:.0f} minutes of training in all.")
+            f"{sum(run['seconds'] for run in runs) / 60:.1f} minutes of training in all.")
 
-# %% ../../nbs/experiments/text.ipynb #c20
+# %% ../../nbs/experiments/text.ipynb #c22
 def dots(ax, row_id: str, profile: str = "laptop", found: list | None = None) -> None:
     "Draw the test metric of every stored run, a line of dots a method, and a bar at each mean."
     from lora_book.core.figures import INK, colour
@@ -91,12 +91,13 @@ def dots(ax, row_id: str, profile: str = "laptop", found: list | None = None) ->
     ax.set(title=row_id, xlabel=f"test {row(row_id).metric.replace('_', ' ')}" + f" ({unit})" * (unit == "%"), ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
 
-# %% ../../nbs/experiments/text.ipynb #c23
+# %% ../../nbs/experiments/text.ipynb #c25
 def thresholds(row_id: str, reference: str = "lora", profile: str = "laptop", found: list | None = None) -> list[float]:
     "How far each method's mean must lie from the reference's to count as different, where both have several seeds."
     runs = runs_of(row_id, profile, found)
-    pairs = [(own, runs[reference]) for method, own in runs.items() if method != reference and min(len(own), len(runs[reference])) > 1]
-    return [margin(summed(own), summed(theirs)) for own, theirs in pairs]
+    theirs = runs.get(reference, [])
+    pairs = [own for method, own in runs.items() if method != reference and min(len(own), len(theirs)) > 1]
+    return [margin(summed(own), summed(theirs)) for own in pairs]
 
 
 def printed_range(row_id: str) -> float | None:
