@@ -27,6 +27,8 @@ from lora_book.experiments.report import (
     verdict,
 )
 from lora_book.experiments.rows import printed, row, rows
+from lora_book.experiments.rows import settings as settings_of
+from lora_book.experiments.runner import BOOK, results
 from lora_book.theory.tables import Cell
 
 ROW = "vit_tiny/cifar10"
@@ -188,6 +190,13 @@ def test_tau_is_one_with_itself_minus_one_reversed_and_blind_to_order(values, rn
 def test_the_books_own_results_are_told_by_their_profile():
     for (row_id, method, profile), one in measured().items():
         assert profile in ("smoke", "laptop", "gpu") and row(row_id) and method and (profile == "gpu") == (not one.stand_ins)
+
+
+def test_the_books_own_results_were_made_with_the_rows_present_settings():
+    for made in results(BOOK):
+        wanted = json.loads(json.dumps(settings_of(made["row"], made["method"], made["profile"])))
+        wanted.pop("seeds")
+        assert {key: made["settings"][key] for key in wanted} == wanted, (made["row"], made["method"])
 
 
 def test_lines_of_a_row_are_plain_text():
