@@ -64,7 +64,8 @@ def _stand_in(name: str | None) -> dict:
 
 def _made(row_id: str, words: dict) -> Row:
     "The row that a file describes."
-    model, data = (_file("names")[part][name] for part, name in zip(("models", "data"), row_id.split("/")[-2:], strict=True))
+    names, (model_name, data_name) = _file("names"), row_id.split("/")[-2:]
+    model, data = names["models"][words.get("model", model_name)], names["data"][data_name]
     paper_row = words["paper_row"].format(model=model["title"], data=data["title"])
     own = {key: words.get(key, data.get(key, model.get(key))) for key in ("kind", "metric", "head", "targets")}
     return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words["columns"]), model=model["name"],
