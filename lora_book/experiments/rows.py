@@ -64,8 +64,7 @@ def _stand_in(name: str | None) -> dict:
 
 def _made(row_id: str, words: dict) -> Row:
     "The row that a file describes."
-    names, (model_name, data_name) = _file("names"), row_id.split("/")[-2:]
-    model, data = names["models"][words.get("model", model_name)], names["data"][data_name]
+    model, data = (_file("names")[part][name] for part, name in zip(("models", "data"), row_id.split("/")[-2:], strict=True))
     paper_row = words["paper_row"].format(model=model["title"], data=data["title"])
     own = {key: words.get(key, data.get(key, model.get(key))) for key in ("kind", "metric", "head", "targets")}
     return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words["columns"]), model=model["name"],
