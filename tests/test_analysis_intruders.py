@@ -1,4 +1,5 @@
 """Intruder dimensions: the definition by brute force, invariances, what thresholds can't do, whole models, bad input."""
+import copy
 import math
 
 import pytest
@@ -106,6 +107,17 @@ def test_counts_of_a_model_don_t_depend_on_how_it_is_cut(portion):
     assert list(got) == list(pairs)
     assert all(got[name].tolist() == [len(it.intruder_dims(*pairs[name], eps)) for eps in (0.3, 0.9)] for name in pairs)
     assert int(it.intruder_counts(pairs, 0.9, k=1)["0"]) <= 1
+    assert all(torch.equal(counts, got[name]) for name, counts in it.intruder_counts(model, [0.3, 0.9]).items())
+    with pytest.raises(lb.LoraBookError, match="isn't adapted"):
+        it.intruder_counts(nn.Linear(3, 3), 0.5)
+
+
+def test_counts_of_a_model_of_peft_are_those_of_its_merged_weights():
+    from peft import LoraConfig, get_peft_model
+    base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6)).double()
+    tuned = get_peft_model(copy.deepcopy(base), LoraConfig(r=1, lora_alpha=9, target_modules=["0", "1"], init_lora_weights=False))
+    alone, merged = it.intruder_counts(tuned, 0.9), copy.deepcopy(tuned).merge_and_unload()
+    assert alone == {str(i): len(it.intruder_dims(base[i].weight, merged[i].weight, 0.9)) for i in range(2)}
 
 
 @pytest.mark.parametrize("call, words", [

@@ -275,6 +275,21 @@ def test_a_model_of_peft_is_drawn_when_it_is_merged_and_refused_before():
     assert math.isclose(surface.losses[1, 0], (outputs - Y).square().mean(), rel_tol=1e-6)
 
 
+@given(st.lists(st.tuples(st.floats(-1.5, 1.5), st.floats(-1.5, 1.5)), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_a_path_on_the_view_lies_on_a_surface_that_is_bilinear(points):
+    a, b = np.linspace(-1, 1, 5), np.linspace(-1, 1, 3)
+    surface = ll.Surface(a, b, 2 + a[:, None] + 0.5 * b + 0.25 * a[:, None] * b, np.ones((5, 3), bool), np.array(points))
+    found, inside = ll.on_surface(surface, 0.0, 4.0), [(x, y) for x, y in points if max(abs(x), abs(y)) <= 1]
+    assert len(found) == len(inside)
+    for (i, j, share), (x, y) in zip(found, inside, strict=True):
+        assert math.isclose(i, 2 * (x + 1), abs_tol=1e-3) and math.isclose(j, y + 1, abs_tol=1e-3)
+        assert math.isclose(4 * share, 2 + x + 0.5 * y + 0.25 * x * y, abs_tol=5e-3)
+    surface.losses[:] = math.nan
+    assert ll.on_surface(surface, 0.0, 4.0) == []
+    assert ll.on_surface(ll.Surface(a, b, surface.losses, surface.done), 0.0, 4.0) == []
+
+
 WORKER = """
 import numpy as np, torch, sys
 from torch import nn

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
+from .spectra import check_ready
 from ..core.adapter import generator
 from ..core.data import Split, batches
 from ..core.errors import BadType, BadValue, check_choice, check_count, check_number
@@ -32,9 +33,8 @@ def row_losses(scores: Tensor, labels: Tensor) -> Tensor:
 def example_losses(model: nn.Module, split: Split, batch_size: int = 256, loss: Callable = row_losses) -> Tensor:
     """The loss of every row of `split`, in its order: (rows,) float64; loss(scores, labels) -> (T,).
 
-    Raises BadValue if any module of the model is in training mode or the split is empty."""
-    if any(module.training for module in model.modules()):
-        raise BadValue("the model is in training mode, where dropout makes losses random; call model.eval() first")
+    Raises BadType for what isn't a module, BadValue if any part of it is in training mode or the split is empty."""
+    check_ready(model)
     if not len(split):
         raise BadValue("a split without rows has no loss")
     device, found = next(model.parameters()).device, []

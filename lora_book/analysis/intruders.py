@@ -5,12 +5,12 @@ __all__ = ['largest_cosines', 'intruder_dims', 'intruder_count', 'intruder_curve
            'intruder_counts']
 
 # %% ../../nbs/analysis/intruders.ipynb #c03
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .spectra import check_pair
+from .spectra import check_pair, weight_pairs
 from ..core.adapter import widened
 from ..core.errors import BadValue, check_count, check_number
 
@@ -69,13 +69,15 @@ def random_cosines(n: int, count: int, generator: torch.Generator) -> Tensor:
     return x.amax(1) / x.norm(dim=1)
 
 # %% ../../nbs/analysis/intruders.ipynb #c18
-def intruder_counts(pairs: dict, eps: float | Sequence = (0.4, 0.8), k: int | None = None, portion: int = 2**23) -> dict[str, Tensor]:
-    """{name: number of intruder dimensions at each eps, int64 (E,)} for `pairs` {name: (W0, W1)} as `spectra.weight_pairs` gives them.
+def intruder_counts(pairs: Mapping | nn.Module, eps: float | Sequence = (0.4, 0.8), k: int | None = None, portion: int = 2**23) -> dict[str, Tensor]:
+    """{name: number of intruder dimensions at each eps, int64 (E,)} for `pairs` {name: (W0, W1)} as `spectra.weight_pairs` gives them, or for a
+    model adapted by us or by PEFT.
 
     k: look at the k leading vectors (fewer where a weight has fewer). portion: the most numbers decomposed at once.
     Raises BadType, BadValue as `intruder_dims`."""
     levels, groups, scores = [eps] if isinstance(eps, (int, float)) else list(eps), {}, {}
     check_count("portion", portion)
+    pairs = pairs if isinstance(pairs, Mapping) else weight_pairs(pairs)
     for name, pair in pairs.items():
         check_pair(name, *pair)
         groups.setdefault((pair[0].shape, pair[0].dtype, pair[0].device), []).append(name)

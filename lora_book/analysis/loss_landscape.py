@@ -4,7 +4,8 @@
 __all__ = ['NORMS', 'VIEWER', 'moved_weights', 'check_plain', 'merged_for_now', 'normalised', 'rescaled', 'check_same',
            'Directions', 'inner', 'Drawn', 'random_directions', 'pca_directions', 'steps_gram', 'side_of', 'Surface',
            'Lent', 'axis', 'surface_key', 'blank_surface', 'loss_surface', 'move', 'joined', 'surface_sharpness',
-           'random_sharpness', 'shared_levels', 'axis_label', 'plot_contours', 'plot_surface', 'heights', 'interactive']
+           'random_sharpness', 'shared_levels', 'axis_label', 'plot_contours', 'plot_surface', 'heights', 'on_surface',
+           'interactive']
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c03
 import hashlib
@@ -416,44 +417,48 @@ def plot_surface(surfaces: dict) -> plt.Figure:
     return fig
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c32
-VIEWER = """(function (id, data) {
-  var box = document.getElementById(id), yaw = -0.7, tilt = 0.55, from = null;
-  var canvases = box.querySelectorAll("canvas");
+VIEWER = """(function (id, data, paths) {
+  var box = document.getElementById(id), yaw, tilt, zoom, from = null, canvases = box.querySelectorAll("canvas");
   function shade(t) {
     var stops = [[68, 1, 84], [33, 145, 140], [253, 231, 37]], k = t < 0.5 ? 0 : 1, f = 2 * t - k;
     return "rgb(" + [0, 1, 2].map(function (c) { return Math.round(stops[k][c] * (1 - f) + stops[k + 1][c] * f); }) + ")";
   }
-  function draw(canvas, z) {
-    var g = canvas.getContext("2d"), w = canvas.width, h = canvas.height, n = z.length, m = z[0].length, faces = [];
-    function spot(i, j) {
-      var x = 2 * i / Math.max(1, n - 1) - 1, y = 2 * j / Math.max(1, m - 1) - 1, up = 1.2 * z[i][j] - 0.6;
-      var u = x * Math.cos(yaw) - y * Math.sin(yaw), v = x * Math.sin(yaw) + y * Math.cos(yaw);
-      return [w / 2 + 0.33 * w * u, h / 2 + 0.36 * h * (v * Math.sin(tilt) - up * Math.cos(tilt)), v];
-    }
+  function spot(w, h, n, m, i, j, t) {
+    var x = 2 * i / Math.max(1, n - 1) - 1, y = 2 * j / Math.max(1, m - 1) - 1, up = 1.2 * t - 0.6;
+    var u = x * Math.cos(yaw) - y * Math.sin(yaw), v = x * Math.sin(yaw) + y * Math.cos(yaw);
+    return [w / 2 + 0.33 * zoom * w * u, h / 2 + 0.36 * zoom * h * (v * Math.sin(tilt) - up * Math.cos(tilt)), v];
+  }
+  function trace(g, points) {
+    g.beginPath(); points.forEach(function (p, k) { if (k) g.lineTo(p[0], p[1]); else g.moveTo(p[0], p[1]); });
+  }
+  function draw(canvas, z, path) {
+    var dots = window.devicePixelRatio || 1, w = canvas.width = 320 * dots, h = canvas.height = 260 * dots, n = z.length, m = z[0].length, faces = [];
+    var g = canvas.getContext("2d");
+    function at(c) { return spot(w, h, n, m, c[0], c[1], c.length > 2 ? c[2] : z[c[0]][c[1]]); }
     for (var i = 0; i + 1 < n; i++) for (var j = 0; j + 1 < m; j++) {
       var corners = [[i, j], [i + 1, j], [i + 1, j + 1], [i, j + 1]], heights = corners.map(function (c) { return z[c[0]][c[1]]; });
-      if (heights.indexOf(null) < 0) faces.push({at: corners.map(function (c) { return spot(c[0], c[1]); }), t: (heights[0] + heights[2]) / 2});
+      if (heights.indexOf(null) < 0) faces.push({at: corners.map(at), t: (heights[0] + heights[2]) / 2});
     }
-    function far(face) { return face.at[0][2] + face.at[2][2]; }
-    faces.sort(function (p, q) { return far(p) - far(q); });
+    faces.sort(function (p, q) { return p.at[0][2] + p.at[2][2] - q.at[0][2] - q.at[2][2]; });
     g.clearRect(0, 0, w, h);
-    faces.forEach(function (face) {
-      g.beginPath(); face.at.forEach(function (p) { g.lineTo(p[0], p[1]); }); g.closePath();
-      g.fillStyle = g.strokeStyle = shade(face.t); g.fill(); g.stroke();
-    });
+    faces.forEach(function (face) { trace(g, face.at); g.closePath(); g.fillStyle = g.strokeStyle = shade(face.t); g.fill(); g.stroke(); });
+    if (path.length) { trace(g, path.map(at)); g.lineWidth = 4 * dots; g.strokeStyle = "#fff"; g.stroke(); g.lineWidth = 2 * dots; g.strokeStyle = "#000"; g.stroke(); }
   }
-  function all() { canvases.forEach(function (canvas, k) { draw(canvas, data[k]); }); }
-  function turn(dx, dy) { yaw += dx; tilt = Math.min(1.5, Math.max(0, tilt + dy)); all(); }
+  function all() { canvases.forEach(function (canvas, k) { draw(canvas, data[k], paths[k]); }); }
+  function turn(dx, dy, closer) { yaw += dx; tilt = Math.min(1.5, Math.max(0, tilt + dy)); zoom = Math.min(4, Math.max(0.5, zoom * closer)); all(); }
+  function reset() { yaw = -0.7; tilt = 0.55; zoom = 1; all(); }
   box.addEventListener("pointerdown", function (e) { from = [e.clientX, e.clientY]; box.setPointerCapture(e.pointerId); });
-  box.addEventListener("pointerup", function () { from = null; });
+  ["pointerup", "pointercancel"].forEach(function (name) { box.addEventListener(name, function () { from = null; }); });
   box.addEventListener("pointermove", function (e) {
-    if (from) { turn(0.01 * (e.clientX - from[0]), 0.01 * (e.clientY - from[1])); from = [e.clientX, e.clientY]; }
+    if (from) { turn(0.01 * (e.clientX - from[0]), 0.01 * (e.clientY - from[1]), 1); from = [e.clientX, e.clientY]; }
   });
+  var keys = {ArrowLeft: [-0.1, 0, 1], ArrowRight: [0.1, 0, 1], ArrowUp: [0, -0.1, 1], ArrowDown: [0, 0.1, 1], "+": [0, 0, 1.1], "-": [0, 0, 1 / 1.1]};
   box.addEventListener("keydown", function (e) {
-    var way = {ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, -0.1], ArrowDown: [0, 0.1]}[e.key];
-    if (way) { turn(way[0], way[1]); e.preventDefault(); }
+    if (e.ctrlKey || e.metaKey || e.altKey || !(keys[e.key] || e.key === "Home")) return;
+    if (keys[e.key]) turn.apply(null, keys[e.key]); else reset();
+    e.preventDefault();
   });
-  all();
+  reset();
 })"""
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c33
@@ -463,17 +468,33 @@ def heights(surface: Surface, low: float, high: float) -> list:
     return [[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in shares]
 
 
+def on_surface(surface: Surface, low: float, high: float) -> list:
+    "The path's points inside the grid as [row, column, share of [low, high]], between grid points by straight lines; none where the loss isn't finite."
+    if surface.path is None or min(surface.losses.shape) < 2:
+        return []
+    found = []
+    for point in surface.path:
+        i, j = (float(np.interp(x, ticks, np.arange(len(ticks)), -1, -1)) for x, ticks in zip(point, (surface.alphas, surface.betas), strict=True))
+        a, b = min(int(i), len(surface.alphas) - 2), min(int(j), len(surface.betas) - 2)
+        corner, u, v = surface.losses[a:a + 2, b:b + 2], i - a, j - b
+        if min(i, j) >= 0 and np.isfinite(corner).all():
+            loss = np.array([1 - u, u]) @ corner @ np.array([1 - v, v])
+            found.append([round(i, 3), round(j, 3), round(float(np.clip((loss - low) / max(high - low, 1e-12), 0, 1)), 3)])
+    return found
+
+
 def interactive(surfaces: dict, top: float | None = None) -> str:
-    """HTML with one canvas for each {title: Surface} that turn together when dragged or by the arrow keys; one scale for all, cut at the loss `top`
-    (default: the largest). Needs nothing from elsewhere; without scripts the titles and ranges remain. Raises BadValue if no loss is finite."""
+    """HTML with one canvas for each {title: Surface}, with its path, that turn together when dragged or by keys; one scale for all, cut at the loss
+    `top` (default: the largest). Needs nothing from elsewhere; without scripts the titles and ranges remain. Raises BadValue if no loss is finite."""
     values = np.concatenate([s.losses[np.isfinite(s.losses)] for s in surfaces.values()] or [[]])
     if not len(values):
         raise BadValue("there is no finite loss to show")
     low, high = float(values.min()), float(values.max() if top is None else top)
-    data = json.dumps([heights(s, low, high) for s in surfaces.values()])
-    ident = "surface-" + hashlib.sha256(data.encode()).hexdigest()[:12]
-    note = f"loss from {low:.3g} to {high:.3g}"
-    views = "".join(f'<figure style="margin:0"><canvas width="320" height="260" role="img" aria-label="Loss surface of {escape(t)}, {note}"></canvas>'
-                    f'<figcaption>{escape(t)}</figcaption></figure>' for t in surfaces)
-    return (f'<div id="{ident}" tabindex="0" style="display:flex;flex-wrap:wrap;gap:1em;touch-action:none;cursor:grab">{views}</div>'
-            f"<p>{note}; drag to turn</p><script>{VIEWER}({json.dumps(ident)}, {data});</script>")
+    data, paths = (json.dumps([f(s, low, high) for s in surfaces.values()]) for f in (heights, on_surface))
+    ident = "surface-" + hashlib.sha256((data + paths).encode()).hexdigest()[:12]
+    note, how = f"loss from {low:.3g} (dark) to {high:.3g} (light)", "drag or use the arrow keys to turn, + and - to zoom, Home to reset"
+    views = "".join(f'<figure style="margin:0"><canvas width="320" height="260" style="width:320px;max-width:100%" role="img" '
+                    f'aria-label="Loss surface of {escape(t)}, {note}"></canvas><figcaption>{escape(t)}</figcaption></figure>' for t in surfaces)
+    return (f'<div id="{ident}" tabindex="0" role="group" aria-label="Loss surfaces: {how}" '
+            f'style="display:flex;flex-wrap:wrap;gap:1em;touch-action:none;cursor:grab">{views}</div>'
+            f"<p>{note}; {how}</p><script>{VIEWER}({json.dumps(ident)}, {data}, {paths});</script>")

@@ -80,13 +80,14 @@ def peft_class(name: str) -> type | tuple:
 
 
 def linear_maps(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    "(name, module) of every linear map, adapted or not, each once, under the plain model's names."
+    "(name, module) of every linear map, adapted or not, under the plain model's names."
     if isinstance(module, peft_class("PeftModel")):
         yield from linear_maps(module.get_base_model(), name)
     elif isinstance(module, peft_class("utils.other.ModulesToSaveWrapper")):
         yield from linear_maps(module.modules_to_save[module.active_adapter], name)
     elif isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")):
-        yield from ((name, module) for _ in [0] if is_linear(module.get_base_layer()))
+        if is_linear(module.get_base_layer()):
+            yield name, module
     elif isinstance(module, Site) or is_linear(module):
         yield name, module
     else:
