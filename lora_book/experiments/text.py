@@ -86,6 +86,8 @@ def dots(ax, row_id: str, profile: str = "laptop", found: list | None = None) ->
             ax.plot([statistics.mean(values)] * 2, [at - 0.3, at + 0.3], color=INK, lw=1.5)
         else:
             ax.annotate("missing", (0.02, at), xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=8)
+    if not any(len(line.get_xdata()) for line in ax.lines):
+        ax.set_xticks([])
     names = row(row_id).methods
     unit = "%" if row(row_id).metric in PERCENT else "loss units"
     ax.set(title=row_id, xlabel=f"test {row(row_id).metric.replace('_', ' ')}" + f" ({unit})" * (unit == "%"), ylim=(len(names) - 0.5, -0.5))
