@@ -16,6 +16,7 @@ import lora_book as lb
 from lora_book.core.training import SCHEDULERS, rate_at
 from lora_book.experiments import runner
 from lora_book.experiments.rows import row
+from tools.colab import CELL, opened
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW, SMALL = "vit_tiny/cifar10", {"examples": 40, "judged": 24, "epochs": 2, "batch_size": 16}
@@ -257,3 +258,33 @@ def test_the_parts_of_a_batch_weigh_as_much_as_the_batch(rows, processes, accumu
 
     whole = sum(weight * mean(part) for p in range(processes) for part, weight in share(batch, p, processes, accumulate)) / processes
     assert whole.item() == pytest.approx(mean(batch).item() if real.any() else 0.0, abs=1e-12)
+
+
+# Chapters in Colab
+
+def code_cells(path: Path) -> list:
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_chapter_opens_in_colab_with_one_cell_that_rests_where_the_package_is():
+    first = [text for text in code_cells(ROOT / "nbs/experiments/runner.ipynb") if "#| default_exp" not in text][0]
+    assert first == CELL
+    plain = CELL.replace("%pip install", "raise SystemExit #")
+    exec(compile(plain, "cell", "exec"), {})
+    with pytest.raises(SystemExit):
+        exec(compile(plain.replace('"lora_book")', '"no_such_package")'), "cell", "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_cell_is_put_in_once_and_changes_nothing_else(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    new = opened(notebook)
+    assert opened(new) == new and sum("".join(cell["source"]) == CELL for cell in new["cells"]) == 1
+    assert [cell for cell in new["cells"] if "".join(cell["source"]) != CELL] == [c for c in notebook["cells"] if "".join(c["source"]) != CELL]
+    at = [i for i, cell in enumerate(new["cells"]) if "".join(cell["source"]) == CELL]
+    assert at == [2 if "#| default_exp" in "".join(new["cells"][1]["source"]) else 1]
+
+
+def test_no_experiment_names_a_device():
+    for path in [ROOT / "lora_book/core/training.py", *(ROOT / "lora_book/experiments").glob("*.py")]:
+        assert not any(word in path.read_text(encoding="utf-8") for word in (".cuda()", '"cuda:', "to('cuda", 'to("cuda'))
