@@ -178,7 +178,7 @@ def pca_directions(trajectory: Sequence, norm: str = "none") -> Directions:
     found = Directions(centre, *(normalised(side, centre, norm) for side in sides), tuple((values[[-1, -2]] / values.sum()).tolist()))
     return replace(found, path=np.array([found.coordinates(point) for point in points]))
 
-
+# %% ../../nbs/analysis/loss_landscape.ipynb #c15
 def steps_gram(points: Sequence, portion: int = 2**12) -> Tensor:
     "The inner products of the steps W^t - W^T, t < T, summed in float64 over portions of the weights: (T, T)."
     total = torch.zeros(len(points) - 1, len(points) - 1, dtype=torch.float64)
@@ -201,7 +201,7 @@ def side_of(points: Sequence, shares: Tensor) -> dict[str, Tensor]:
         return total.to(end)
     return {name: one(name) for name in points[-1]}
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c16
+# %% ../../nbs/analysis/loss_landscape.ipynb #c17
 @dataclass
 class Surface:
     "Losses on a grid: `losses` (a, b) float64 at `alphas` (a,) and `betas` (b,); `done` (a, b) says what was computed; `facts` the rest."
@@ -231,7 +231,7 @@ class Surface:
             raise BadValue(f"{str(path)!r} holds no surface: {sorted(missing)} missing")
         return cls(*(arrays[name] for name in ("alphas", "betas", "losses", "done")), arrays.get("path"), facts)
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c17
+# %% ../../nbs/analysis/loss_landscape.ipynb #c18
 class Lent(nn.Module):
     "A model and a loss as one module, so that functional_call can lend it weights."
 
@@ -251,7 +251,7 @@ def axis(name: str, values: Sequence) -> np.ndarray:
         raise BadValue(f"{name} must be finite, increasing numbers, not {values!r}")
     return found
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c18
+# %% ../../nbs/analysis/loss_landscape.ipynb #c19
 def surface_key(directions: Directions, alphas: np.ndarray, betas: np.ndarray) -> str:
     "A digest of plane and grid: a surface is only continued on its own."
     parts = [fingerprint(side) for side in (directions.centre, directions.first, directions.second)]
@@ -269,7 +269,7 @@ def blank_surface(directions: Directions, alphas: np.ndarray, betas: np.ndarray,
     empty = np.full((len(alphas), len(betas)), np.nan)
     return Surface(alphas, betas, empty, np.zeros(empty.shape, bool), directions.path, facts)
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c19
+# %% ../../nbs/analysis/loss_landscape.ipynb #c20
 @torch.no_grad()
 def loss_surface(model: nn.Module, loss: Callable, directions: Directions, alphas: Sequence, betas: Sequence, *, path: str | Path | None = None,
                  save_every: int = 100, progress: Callable | None = None, part: tuple[int, int] = (0, 1)) -> Surface:
@@ -299,7 +299,7 @@ def loss_surface(model: nn.Module, loss: Callable, directions: Directions, alpha
                 progress(count, len(todo))
     return surface
 
-
+# %% ../../nbs/analysis/loss_landscape.ipynb #c21
 def move(buffer: dict, directions: Directions, alpha: float, beta: float) -> None:
     "Write W + αδ + βη into the buffer."
     for name, w in directions.centre.items():
@@ -308,7 +308,7 @@ def move(buffer: dict, directions: Directions, alpha: float, beta: float) -> Non
             if share:
                 moved.add_(side[name], alpha=float(share))
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c20
+# %% ../../nbs/analysis/loss_landscape.ipynb #c22
 def joined(surfaces: Sequence) -> Surface:
     "One surface from the parts that several processes computed. Raises BadValue if they belong to different planes or grids, or there is none."
     if not surfaces or len({surface.facts.get("key") for surface in surfaces}) != 1:
@@ -320,7 +320,7 @@ def joined(surfaces: Sequence) -> Surface:
         whole.done |= other.done
     return whole
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c26
+# %% ../../nbs/analysis/loss_landscape.ipynb #c28
 def surface_sharpness(surface: Surface, radius: float) -> dict[str, float]:
     """{mean_rise, largest_rise (units of the loss), curvature (loss per squared unit of the directions), bad points, points} within `radius` of (0, 0).
 
@@ -340,7 +340,7 @@ def surface_sharpness(surface: Surface, radius: float) -> dict[str, float]:
     return {"mean_rise": float(rises.mean()), "largest_rise": float(rises.max()), "curvature": float(2 * (fit[3] + fit[5])),
             "bad_points": int((inside & ~good).sum()), "points": int(good.sum())}
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c27
+# %% ../../nbs/analysis/loss_landscape.ipynb #c29
 @torch.no_grad()
 def random_sharpness(model: nn.Module, loss: Callable, radius: float, draws: int = 10, seed: int = 0, norm: str = "filter",
                      weights: Mapping | None = None) -> dict:
@@ -368,7 +368,7 @@ def random_sharpness(model: nn.Module, loss: Callable, radius: float, draws: int
         raise BadValue(f"the loss isn't finite at the weights (it is {start}) or at any of {draws} draws")
     return {"mean_rise": sum(good) / len(good), "largest_rise": max(good), "bad_points": draws - len(good), "rises": rises}
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c29
+# %% ../../nbs/analysis/loss_landscape.ipynb #c31
 def shared_levels(surfaces: Sequence, count: int = 12) -> np.ndarray:
     "`count` levels, evenly spaced in the logarithm of the loss above its least value, that span the finite losses of all surfaces."
     values = np.concatenate([s.losses[s.done & np.isfinite(s.losses)] for s in surfaces])
@@ -401,7 +401,7 @@ def plot_contours(surfaces: dict, levels: Sequence | None = None) -> plt.Figure:
     fig.colorbar(shown, ax=axs[0].tolist(), label="loss")
     return fig
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c30
+# %% ../../nbs/analysis/loss_landscape.ipynb #c32
 def plot_surface(surfaces: dict) -> plt.Figure:
     "3-D surfaces of {title: Surface} side by side, with one scale for all; points that aren't finite are left out."
     values = np.concatenate([s.losses[np.isfinite(s.losses)] for s in surfaces.values()] or [[]])
@@ -416,7 +416,7 @@ def plot_surface(surfaces: dict) -> plt.Figure:
         ax.patch.set_alpha(0)
     return fig
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c32
+# %% ../../nbs/analysis/loss_landscape.ipynb #c34
 VIEWER = """(function (id, data, paths) {
   var box = document.getElementById(id), yaw, tilt, zoom, from = null, canvases = box.querySelectorAll("canvas");
   function shade(t) {
@@ -461,7 +461,7 @@ VIEWER = """(function (id, data, paths) {
   reset();
 })"""
 
-# %% ../../nbs/analysis/loss_landscape.ipynb #c33
+# %% ../../nbs/analysis/loss_landscape.ipynb #c35
 def heights(surface: Surface, low: float, high: float) -> list:
     "The losses as shares of [low, high], clipped and rounded to 3 decimals; None where they aren't finite."
     shares = np.clip((surface.losses - low) / max(high - low, 1e-12), 0, 1)
@@ -482,7 +482,7 @@ def on_surface(surface: Surface, low: float, high: float) -> list:
             found.append([round(i, 3), round(j, 3), round(float(np.clip((loss - low) / max(high - low, 1e-12), 0, 1)), 3)])
     return found
 
-
+# %% ../../nbs/analysis/loss_landscape.ipynb #c36
 def interactive(surfaces: dict, top: float | None = None) -> str:
     """HTML with one canvas for each {title: Surface}, with its path, that turn together when dragged or by keys; one scale for all, cut at the loss
     `top` (default: the largest). Needs nothing from elsewhere; without scripts the titles and ranges remain. Raises BadValue if no loss is finite."""

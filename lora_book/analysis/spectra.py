@@ -49,7 +49,7 @@ def linear_weight(module: nn.Module) -> Tensor:
         stored = merged_weight(module)[0] if isinstance(module, Site) and module.kept is None else module.weight.detach()
     return stored.t() if is_transposed(module) else stored
 
-
+# %% ../../nbs/analysis/spectra.ipynb #c07
 class Stored(Mapping):
     "The tensors of a .safetensors file by name, each read when it is asked for; raises MissingFile or BadValue."
 
@@ -72,7 +72,7 @@ class Stored(Mapping):
     def __len__(self) -> int:
         return len(self.file.keys())
 
-# %% ../../nbs/analysis/spectra.ipynb #c07
+# %% ../../nbs/analysis/spectra.ipynb #c08
 def peft_class(name: str) -> type | tuple:
     "The class peft.`name`, for isinstance; without PEFT in the process, where nothing can be its instance, the empty tuple."
     module, _, own = f"peft.{name}".rpartition(".")
@@ -104,7 +104,7 @@ def merged_layer(layer: nn.Module, merge: bool = True) -> nn.Module:
         own.unmerge()
     return own.get_base_layer()
 
-# %% ../../nbs/analysis/spectra.ipynb #c08
+# %% ../../nbs/analysis/spectra.ipynb #c09
 def weight_pairs(base: object, tuned: object = None) -> dict[str, tuple[Tensor, Tensor]]:
     """{name: (W0, W1)}, both (n, m), float32 or wider: of a model adapted by us or by PEFT alone, one pair an adapter; of two sources of
     `weights_of`, one pair a weight.
@@ -133,7 +133,7 @@ def adapted_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         return {site_name(name, key, view): (W0 := widened(block.W0.detach()), W0 + block.adapter.delta(block.W0))
                 for name, site in sites(model) for block, (key, view) in zip(site.blocks(), site.views.items(), strict=True)}
 
-# %% ../../nbs/analysis/spectra.ipynb #c09
+# %% ../../nbs/analysis/spectra.ipynb #c10
 def check_pair(name: str, W0: Tensor, W1: Tensor) -> None:
     "Raise BadType or BadValue unless both are finite floating-point matrices, or stacks of them, of one shape."
     for W in (W0, W1):
@@ -160,7 +160,7 @@ def check_matrix(name: str, W: Tensor) -> None:
     if not torch.isfinite(W).all():
         raise BadValue(f"{name} holds NaN or infinite numbers")
 
-# %% ../../nbs/analysis/spectra.ipynb #c15
+# %% ../../nbs/analysis/spectra.ipynb #c16
 def singular_values(D: Tensor) -> Tensor:
     "σ of D (..., n, m), largest first: (..., min(n, m)), in D's units, float32 or wider. Raises BadType, BadValue."
     check_matrix("D", D)
@@ -181,7 +181,7 @@ def stable_rank(D: Tensor) -> Tensor:
     ratios = values / values[..., :1].clamp_min(torch.finfo(values.dtype).tiny)
     return ratios.square().sum(-1)
 
-# %% ../../nbs/analysis/spectra.ipynb #c20
+# %% ../../nbs/analysis/spectra.ipynb #c21
 def leading(D: Tensor, k: int, side: str = "left") -> Tensor:
     "The k leading singular vectors of D (n, m) as orthonormal columns: (n, k) for 'left', (m, k) for 'right'. Raises BadType, BadValue."
     check_matrix("D", D)
@@ -204,14 +204,14 @@ def principal_angles(U: Tensor, V: Tensor) -> Tensor:
     "The angles in radians, smallest first, between the spans of U (n, i) and V (n, j), whose columns are orthonormal: (min(i, j),)."
     return torch.linalg.svdvals(U.mT @ V).clamp(max=1).acos()
 
-# %% ../../nbs/analysis/spectra.ipynb #c23
+# %% ../../nbs/analysis/spectra.ipynb #c24
 def alignment(D: Tensor, G: Tensor) -> Tensor:
     "The cosine between D and -G (@eq-spectra-alignment) for (..., n, m): (...), from -1 to 1; NaN where D or G is 0. Raises BadType, BadValue."
     check_pair("ΔW and its gradient", D, G)
     D, G = widened(D), widened(G)
     return -(D * G).sum((-2, -1)) / (torch.linalg.matrix_norm(D) * torch.linalg.matrix_norm(G))
 
-# %% ../../nbs/analysis/spectra.ipynb #c24
+# %% ../../nbs/analysis/spectra.ipynb #c25
 def weight_gradients(model: nn.Module, loss: Callable, names: list[str] | None = None) -> dict[str, Tensor]:
     """{name: ∂loss/∂W} of a plain model's linear maps (all, or those named as in `weights_of`), each (out, in), in loss per weight.
 
@@ -233,7 +233,7 @@ def weight_gradients(model: nn.Module, loss: Callable, names: list[str] | None =
             p.requires_grad_(flag)
     return {name: G.t() if is_transposed(module) else G for (name, module), G in zip(chosen.items(), grads, strict=True)}
 
-# %% ../../nbs/analysis/spectra.ipynb #c28
+# %% ../../nbs/analysis/spectra.ipynb #c29
 def store(path: str | Path, arrays: dict, facts: dict) -> Path:
     "Write `arrays` to path.npz and `facts`, which JSON must be able to say, to path.json with the arrays' checksum; returns the path."
     path, buffer = Path(path), io.BytesIO()
@@ -261,7 +261,7 @@ def restored(path: str | Path) -> tuple[dict, dict]:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays), told["facts"]
 
-# %% ../../nbs/analysis/spectra.ipynb #c29
+# %% ../../nbs/analysis/spectra.ipynb #c30
 def spectra_of(pairs: dict) -> dict[str, dict[str, float]]:
     "{name: norms of ΔW and its share of W0's norm, stable and effective rank} for pairs (W0, W1) of (n, m); ready for JSON."
     found = {}
