@@ -217,7 +217,7 @@ TINY = 1e-30
 
 mgpo = Method(LoRA, "LoRA-MGPO", "Chang et al. 2025", step="mgpo", count=lambda n, m, r: r * (n + m))
 
-# %% ../../nbs/present/mgpo.ipynb #c54
+# %% ../../nbs/present/mgpo.ipynb #c55
 class Ggpo(Moving):
     "The gradient at W + ε, ε random with rows of size ρ·(mix·‖W_i‖ + (1 − mix)·‖g_i‖) (@eq-mgpo-ggpo). Chang et al. 2025, version 1."
 
