@@ -574,6 +574,18 @@ def test_compiled_models_compute_and_learn_the_same():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "cola"])
+def test_a_compiled_model_is_adapted_with_its_head(method):
+    base, x = torch.compile(net(), backend="eager"), inputs()
+    model = move(lb.adapt(base, method, TARGETS, r=2, head="_orig_mod.head"))
+    assert list(lb.adapters(model)) == [f"_orig_mod.{name}" for name in SITES]
+    want = model(x).detach()
+    with lb.disabled(model):
+        assert torch.equal(model(x), net()(x))
+    lb.merge(model, unload=True)
+    assert largest(model(x), want) < 1e-5 and lb.adapters(model) == {}
+
+
 def test_accelerate_prepares_and_trains():
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=True)

@@ -337,7 +337,7 @@ def commit(model: nn.Module, made: Plan) -> nn.Module:
         hold(module)
     for name in record.base:
         named[name].requires_grad_(True)
-    model._lora_book = record
+    vars(model)["_lora_book"] = record
     return model
 
 # %% ../../nbs/core/adapting.ipynb #c27
@@ -451,4 +451,4 @@ def strip(model: nn.Module) -> None:
         release(module)
     for name, p in root.named_parameters():
         p.requires_grad_(record.was_trainable.get(name, p.requires_grad))
-    del root._lora_book
+    del vars(root)["_lora_book"]
