@@ -93,7 +93,7 @@ def epoch_flops(flops: float, batch_size: int, examples: int) -> float:
     check_count("examples", examples)
     return flops / batch_size * examples
 
-# %% ../../nbs/analysis/flops.ipynb #c27
+# %% ../../nbs/analysis/flops.ipynb #c28
 def memory_account(model: nn.Module, loss: Callable, moments: int = 2) -> dict[str, int]:
     """Bytes of {weights, trained, gradients, moments, base copies, saved}: parameters and buffers; those of them that train; their gradients; an
     optimizer's `moments` (AdamW: 2, SGD with momentum: 1) of each; what an adapted model keeps of the base for what trains in place; what the
