@@ -144,12 +144,13 @@ def row_lines(chosen: Table, one: Row, found: dict, profiles: list[str]) -> list
     "A row of a table: a line for each method, the paper's number first, then a measured column for each profile."
     stand_ins = {p: next((m.stand_ins for key, m in found.items() if (key[0], key[2]) == (one.id, p)), None) for p in profiles}
     heads = [p if not stand_ins[p] else f"{p}, {' on '.join(stand_ins[p].values())}" for p in profiles]
-    lines = [f"{one.paper_row} ({one.metric}) {one.id}", "  " + f"{'method':<14}{'in the paper':<18}{'paper':<16}" + "".join(f"{h:<42}" for h in heads)]
+    lines = [f"{one.paper_row} ({one.metric}) {one.id}", "  " + f"{'method':<14}{'in the paper':<22}{'paper':<16}" + "".join(f"{h:<42}" for h in heads)]
     for method in one.methods:
         cells = [str(found.get((one.id, method, p), "missing")) for p in profiles]
-        lines.append(f"  {method:<14}{one.columns[method]:<18}{shown(printed(one, method)):<16}" + "".join(f"{cell:<42}" for cell in cells))
+        lines.append(f"  {method:<14}{one.columns[method]:<22}{shown(printed(one, method)):<16}" + "".join(f"{cell:<42}" for cell in cells))
     across = "column" if one.paper_row in chosen.names("row") else "row"
-    lines += [f"  {'':<14}{getattr(cell, across):<18}{shown(cell):<16}only in the paper" for cell in paper_only(chosen, one)]
+    rest = [] if one.id.startswith("ablation/") else paper_only(chosen, one)
+    lines += [f"  {'':<14}{getattr(cell, across):<22}{shown(cell):<16}only in the paper" for cell in rest]
     return [line.rstrip() for line in lines]
 
 # %% ../../nbs/experiments/report.ipynb #c14
