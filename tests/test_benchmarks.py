@@ -1,0 +1,157 @@
+"""What the benchmarks count exactly (operations, bytes kept and alive, tensors made), how they reckon ratios, and what they stored. Times are never asserted."""
+import json
+import math
+import random
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_book as lb
+from benchmarks import chains, layer, merge, steps, timing
+from lora_book.core.merging import rounding, write_sum
+from lora_book.core.products import Alive, count_flops, peak_bytes
+
+STORED = sorted((Path(lb.__file__).parent / "data" / "benchmarks").glob("*.json"))
+torch.set_num_threads(1)
+
+
+# Counting
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=6), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_what_is_alive_is_followed_to_its_end(sizes, data):
+    stop = data.draw(st.integers(1, len(sizes)))
+    outside = torch.ones(7)
+    with Alive() as alive:
+        made = [torch.ones(size) for size in sizes]
+        views = [t[:1] for t in made]
+        outside.add_(1)
+        assert alive.bytes == alive.peak == 4 * sum(sizes) and len(alive.shapes) == len(sizes)
+        del made[:stop], views[:stop]
+        assert alive.bytes == 4 * sum(sizes[stop:]) and alive.peak == 4 * sum(sizes)
+    assert len(made) == len(views) == len(sizes) - stop
+
+
+def test_a_view_keeps_its_storage_alive():
+    with Alive() as alive:
+        part = torch.ones(100)[:1]
+        assert alive.bytes == 400
+        del part
+        assert alive.bytes == 0
+
+
+def test_loras_peak_is_two_outputs_and_little_more_about_half_of_pefts():
+    T, n, r = 2048, 768, layer.RANK
+    x, g = layer.numbers(0, (T, n), (T, n))
+    x.requires_grad_()
+    made = {"lora": layer.adapted("lora", n, n, r), "PEFT LoRA": layer.in_peft("PEFT LoRA", torch.nn.Sequential(layer.frozen(n, n)), ["0"], r)}
+    for model in made.values():
+        layer.step(model, x, g)
+    peak = {name: peak_bytes(partial(layer.step, model, x, g)) for name, model in made.items()}
+    assert peak["lora"] == 4 * (2 * T * n + 2 * T * r + 3 * r * n)
+    assert peak["lora"] <= 0.55 * peak["PEFT LoRA"] and not peak["lora"] <= 0.5 * peak["PEFT LoRA"]
+
+
+@pytest.mark.parametrize("method, per_token", [("full", 40), ("lora", 56), ("rslora", 56), ("lora_plus", 56), ("cola", 56), ("pissa", 56), ("asymmetric", 16),
+                                               ("rac", 16), ("cla", 16), ("random_cla", 16), ("c3la", 16), ("random_c3la", 16), ("paca", 16)])
+@pytest.mark.parametrize("tokens", [24, 96])
+def test_bytes_kept_beyond_the_floor(method, per_token, tokens, monkeypatch):
+    monkeypatch.setattr(layer, "PEERS", {})
+    found = layer.layer_exact([method], tokens, 40, 36)
+    assert found[method]["saved"] == 4 * tokens * per_token and found["floor"]["saved"] == found["floor"]["flops"] == 0
+
+
+@pytest.mark.parametrize("tokens", [24, 96])
+@pytest.mark.parametrize("method", ["lora", "asymmetric", "cla"])
+def test_mgpo_makes_no_dense_tensor_that_the_plain_step_doesnt(method, tokens):
+    made = steps.runs(method, tokens, 40, 36, 0)
+    dense = {step: steps.dense(take, 36, 40) for step, take in made.items()}
+    assert dense["mgpo"] == dense["plain"] == (0 if method == "lora" or tokens < 40 else 2)
+    assert dense["sam"] == 2 * dense["plain"] and dense["ggpo"] > dense["mgpo"]
+    flops = {step: count_flops(take) for step, take in made.items()}
+    assert flops["sam"] == 2 * flops["plain"]
+
+
+@pytest.mark.parametrize("method", ["cola", "rac", "c3la", "random_c3la"])
+def test_a_step_counts_the_same_at_every_link(method):
+    x, g = layer.numbers(0, (64, 48), (64, 40))
+    x.requires_grad_()
+    found = [layer.exact(partial(layer.step, model, x, g), partial(model, x), layer.tensors(model)) for model in chains.models(method, 48, 40).values()]
+    assert all(own == found[0] for own in found)
+
+
+# Merging
+
+floats = st.floats(-1e6, 1e6, width=32)
+
+
+@given(pairs=st.lists(st.tuples(floats, floats), min_size=1, max_size=9), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_the_rounding_error_of_a_merge_is_exact(pairs, dtype):
+    W0, change = (torch.tensor([p], dtype=torch.float64).T for p in zip(*pairs, strict=True))
+    W0, change = W0.to(dtype), change.to(torch.promote_types(dtype, torch.float32))
+    target = torch.empty_like(W0)
+    reported = write_sum(target, W0, change)
+    gaps = [abs(Fraction(s) - Fraction(a) - Fraction(b)) for s, a, b in zip(target.flatten().tolist(), W0.flatten().tolist(), change.flatten().tolist(), strict=True)]
+    assert torch.equal(target, (W0.to(change.dtype) + change).to(dtype))
+    assert math.isclose(reported, float(max(gaps)), rel_tol=1e-12, abs_tol=0) if dtype != torch.float32 else Fraction(reported) == max(gaps)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merge_that_isnt_finite_has_no_finite_error(bad, dtype):
+    W0, change = torch.ones(3, 2, dtype=dtype), torch.ones(3, 2)
+    change[1, 1] = bad
+    assert not math.isfinite(write_sum(torch.empty_like(W0), W0, change))
+    assert not math.isfinite(rounding(torch.full((1, 1), 1e5).half(), torch.ones(1, 1).half(), torch.full((1, 1), 1e5)).item())
+
+
+def test_the_merge_benchmark_times_what_merge_writes():
+    model = layer.shaken(lb.adapt(torch.nn.Sequential(layer.frozen(6, 5), layer.frozen(5, 4)), "lora", ["0", "1"], r=2))
+    sums = merge.written(merge.blocks(model))
+    lb.merge(model)
+    assert all(torch.equal(model[i].weight, total) for i, total in enumerate(sums))
+
+
+# Reckoning
+
+def test_a_ratio_is_against_the_two_runs_beside_it(monkeypatch):
+    clock = iter([0, 2, 2, 8, 8, 12])  # the base takes 2, the contender 6, the base 4
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(clock))
+    assert timing.one_build({"base": int, "own": int}, "base", 1, random.Random(0), warm=0) == {"own": [2.0]}
+
+
+@given(st.lists(st.lists(st.floats(0.5, 2), min_size=3, max_size=5), min_size=3, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_the_interval_holds_the_middle_and_ignores_one_bad_round(builds):
+    own = timing.summary(builds)
+    assert own["low"] <= own["ratio"] <= own["high"] and timing.summary(builds) == own
+    assert timing.summary([[3.0] * 4] * 3) == {"ratio": 3.0, "low": 3.0, "high": 3.0}
+    assert timing.middle([[1, 1, 99], [1, 1, 1], [1, 99, 1]]) == 1
+    assert timing.quotients([[2, 6]], [[1, 2]]) == [[2, 3]]
+
+
+# What is stored
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_results_name_their_setting_and_no_host(path):
+    stored = json.loads(path.read_text())
+    assert {"torch", "python", "processor", "cores", "threads", "rounds"} <= stored["setting"].keys() <= {
+        "torch", "python", "processor", "cores", "threads", "rounds", "builds"}
+    for row in stored["rows"]:
+        assert row["name"] and row["ratio"] > 0
+        assert row["ratio"] == 1 or row["low"] <= row["ratio"] <= row["high"]
+
+
+def test_every_method_with_a_goal_is_stored():
+    rows = json.loads((STORED[0].parent / "layer-2048.json").read_text())["rows"]
+    assert {row["name"]: row["goal"] for row in rows if row["goal"]} == layer.GOALS
+    exact = layer.layer_exact(["lora", "cla"], 2048, 768, 768)
+    for row in rows:
+        if row["name"] in exact:
+            assert {key: row[key] for key in ("saved", "peak", "flops")} == exact[row["name"]], row["name"]
