@@ -153,8 +153,12 @@ def test_what_a_frozen_factor_spares(T, n, m, data):
     assert frozen_a == 4 * T * n * m + 2 * r * (T * m + T * n + (2 * m * n if copy else T * (2 * n + m)))
     frozen_b = count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B.detach(), 1.0)]).sum().backward())
     assert frozen_b == 4 * T * n * m + 2 * T * r * (2 * n + 3 * m)
+    trained = low_rank_linear(x, W, None, [(None, A, B, 1.0)]).detach(), low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]).detach()
     with torch.no_grad():
-        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)])) == 2 * (T * n * m + r * (m * n if copy else T * (m + n)))
+        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)])) == 2 * (T * n * m + r * T * (m + n))
+        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)])) == 2 * (T * n * m + r * (m * n if copy else T * (m + n)))
+        assert torch.equal(low_rank_linear(x, W, None, [(None, A, B, 1.0)]), trained[0])
+        assert torch.equal(low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]), trained[1])
 
 
 def test_no_gradient_keeps_nothing():

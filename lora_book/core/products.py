@@ -56,8 +56,7 @@ class LowRankProduct(Product):
     "Y and the U_i of @eq-products-forward; called through `low_rank_linear`."
 
     @staticmethod
-    def forward(X, W, bias, blocks, *factors):
-        copy = not any(A.requires_grad for A in factors[::2]) and copy_pays(len(X), W)
+    def forward(X, W, bias, copy, blocks, *factors):
         us = [None if copy and not B.requires_grad else X @ A.t()
               for A, B in zip(factors[::2], factors[1::2], strict=True)]
         if copy:
@@ -70,10 +69,10 @@ class LowRankProduct(Product):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        X, W, _, ctx.blocks, *factors = inputs
+        X, W, _, ctx.copy, ctx.blocks, *factors = inputs
         needs, ctx.shape = ctx.needs_input_grad, output[0].shape
-        us = [U if needs[5 + 2 * i] else None for i, U in enumerate(output[1:])]
-        ctx.save_for_backward(X if needs[1] or any(needs[4::2]) else None, W, *factors, *us)
+        us = [U if needs[6 + 2 * i] else None for i, U in enumerate(output[1:])]
+        ctx.save_for_backward(X if needs[1] or any(needs[5::2]) else None, W, *factors, *us)
 
     @staticmethod
     def backward(ctx, G, *GU):
@@ -81,15 +80,13 @@ class LowRankProduct(Product):
         count, needs = 2 * len(ctx.blocks), ctx.needs_input_grad
         factors, us = rest[:count], rest[count:]
         G = W.new_zeros(ctx.shape) if G is None else G
-        learns = any(needs[4::2])
-        copy = not learns and copy_pays(len(G), W)
-        Vs = pulled(G, ctx.blocks, factors, GU) if learns or needs[0] and not copy else GU
-        GX = low_rank_input_grad(G, W, ctx.blocks, factors, Vs, copy) if needs[0] else None
+        Vs = pulled(G, ctx.blocks, factors, GU) if any(needs[5::2]) or needs[0] and not ctx.copy else GU
+        GX = low_rank_input_grad(G, W, ctx.blocks, factors, Vs, ctx.copy) if needs[0] else None
         grads = []
         for i, ((rows, scale), V, U) in enumerate(zip(ctx.blocks, Vs, us, strict=True)):
-            grads.append(V.t() @ X if needs[4 + 2 * i] else None)
-            grads.append(scale * (rows_of(G, rows).t() @ U) if needs[5 + 2 * i] else None)
-        return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, *grads
+            grads.append(V.t() @ X if needs[5 + 2 * i] else None)
+            grads.append(scale * (rows_of(G, rows).t() @ U) if needs[6 + 2 * i] else None)
+        return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, None, *grads
 
 # %% ../../nbs/core/products.ipynb #c08
 def pulled(G: Tensor, blocks: list, factors: list, GU: list) -> list:
@@ -128,7 +125,8 @@ def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> 
     X = x.reshape(-1, x.shape[-1])
     spans = [(rows, float(scale)) for rows, _, _, scale in blocks]
     factors = [M.to(x.dtype) for _, A, B, _ in blocks for M in (A, B)]
-    Y = applied(LowRankProduct, X, W, bias, spans, *factors)[0]
+    copy = not any(A.requires_grad for _, A, _, _ in blocks) and copy_pays(len(X), W)
+    Y = applied(LowRankProduct, X, W, bias, copy, spans, *factors)[0]
     return Y.view(*x.shape[:-1], W.shape[0])
 
 # %% ../../nbs/core/products.ipynb #c12
