@@ -4,16 +4,14 @@
 
 A step is forward and backward of one adapted layer, the input's gradient included. `benchmarks.timing` says what a ratio and its interval are.
 """
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import lora_book as lb
 from benchmarks.layer import RANK, adapted, exact, numbers, shaken, step, tensors
-from benchmarks.timing import setting, store, summary, timed
+from benchmarks.timing import command_line, setting, store, summary, timed
 
 LINKS, GOAL = (1, 2, 4, 8), 1.03
 
@@ -50,14 +48,7 @@ def measured(method: str, tokens: int, m: int, n: int, builds: int, rounds: int)
 
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--builds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
-    parser.add_argument("--methods", default="cola,rac,c3la")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = command_line(__doc__, "cola,rac,c3la").parse_args()
     torch.set_num_threads(1)
     m, n = map(int, args.shape.split("x"))
     rows = [row for method in args.methods.split(",") for row in measured(method, args.tokens, m, n, args.builds, args.rounds)]

@@ -6,16 +6,14 @@
 The floor is the same network with everything frozen and gradients still flowing to the input. `benchmarks.timing` says what a ratio and its
 interval are. Saved bytes, peak bytes and FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
 """
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import lora_book as lb
-from benchmarks.timing import quotients, setting, store, summary, timed
+from benchmarks.timing import command_line, quotients, setting, store, summary, timed
 from lora_book.core.hosts import sites
 from lora_book.core.products import count_flops, peak_bytes, saved_bytes
 
@@ -162,14 +160,8 @@ def whole_model(methods: list, builds: int, rounds: int) -> list:
 
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--builds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser = command_line(__doc__, ",".join(METHODS))
     parser.add_argument("--model", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     methods, (m, n) = args.methods.split(","), map(int, args.shape.split("x"))

@@ -5,16 +5,14 @@
 A step is `train_step` on one adapted layer: forward, backward with the input's gradient, optimizer. `benchmarks.timing` says what a ratio and
 its interval are. FLOPs and the number of (n, m) tensors made in a step are exact; times are this machine's and mean nothing elsewhere.
 """
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import lora_book as lb
 from benchmarks.layer import RANK, adapted, numbers
-from benchmarks.timing import setting, store, summary, timed
+from benchmarks.timing import command_line, setting, store, summary, timed
 from lora_book.core.products import Alive, count_flops
 from lora_book.registry import STEPS
 
@@ -64,14 +62,7 @@ def measured(method: str, tokens: int, m: int, n: int, builds: int, rounds: int)
 
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--builds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
-    parser.add_argument("--methods", default="lora,asymmetric,cla")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = command_line(__doc__, "lora,asymmetric,cla").parse_args()
     torch.set_num_threads(1)
     m, n = map(int, args.shape.split("x"))
     rows = [row for method in args.methods.split(",") for row in measured(method, args.tokens, m, n, args.builds, args.rounds)]

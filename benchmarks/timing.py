@@ -5,6 +5,7 @@ this process: waiting for a core doesn't count. Where a tensor lies in memory mo
 inputs are built anew several times, and a ratio is the median over builds of the median over rounds. Its interval (95 %) comes from drawing
 builds, and rounds within them, with replacement.
 """
+import argparse
 import gc
 import json
 import os
@@ -73,6 +74,18 @@ def summary(builds: list) -> dict:
     "Ratio and interval, rounded."
     low, high = interval(builds)
     return {"ratio": round(middle(builds), 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def command_line(doc: str, methods: str) -> argparse.ArgumentParser:
+    "The arguments that the benchmarks of methods share; `doc` is the script's docstring, `methods` what it measures by default."
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--builds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shape", default="768x768", help="inputs x outputs")
+    parser.add_argument("--methods", default=methods)
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def setting(**more: object) -> dict:
