@@ -4,11 +4,14 @@ SOURCE is only read, unless it is TARGET. Cells marked `#| eval: false`, `#| slo
 they are, stored outputs included; LORA_BOOK_RUN="slow gpu" runs the marked ones too. Kernel and client talk through
 files, so that no port is opened.
 """
+# ruff: noqa: E402
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
+
+sys.modules.setdefault("rfc3987_syntax", None)      # jsonschema's check of web addresses builds a grammar for seconds
 
 import nbformat
 from jupyter_client import AsyncKernelManager
@@ -46,7 +49,7 @@ def execute(source: Path, target: Path, timeout: int = 600, note: dict | None = 
         os.environ.setdefault("IPYTHONDIR", folder)
         manager = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=f"{folder}/k.json")
         where = {"metadata": {"path": str(target.parent.resolve())}}
-        NotebookClient(notebook, km=manager, timeout=timeout, resources=where).execute()
+        NotebookClient(notebook, km=manager, timeout=timeout, resources=where, shutdown_kernel="immediate").execute(cleanup_kc=True)
     for cell in skipped:
         cell.metadata["tags"].remove(SKIP)
         if not cell.metadata["tags"]:
