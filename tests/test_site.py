@@ -5,10 +5,14 @@ import re
 import textwrap
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tools.site.__main__ import main
 from tools.site.audit import FETCHING, REMOTE
+from tools.site.frames import marked
 from tools.site.maths import mathml
 from tools.site.render import render
 
@@ -218,6 +222,25 @@ def test_outputs_of_every_kind(book):
     assert "<td>7</td>" in html and "var own = 1;" in html and "<strong>bold</strong>" in html
     assert "100%\nmore" in html and "90%" not in html
     assert 'class="output printed stderr"' in html and "&lt;Figure" not in html
+
+
+@given(st.lists(st.tuples(st.text("abc xyz", min_size=1).map(lambda text: "w" + text), st.floats(-1e3, 1e3), st.sampled_from(["0.5 ± 0.1", "6 of 27", "-", "nan"])),
+                min_size=1, max_size=4))
+def test_columns_of_words_read_from_the_left(rows):
+    frame = pd.DataFrame(rows, columns=["method", "loss", "share"]).assign(share=lambda frame: ["1 of 2", *frame["share"][1:]])
+    for one in (frame, frame.set_index("loss"), frame.T):
+        html = one.to_html()
+        assert marked(html).replace(' class="words"', "") == html
+    html = marked(frame.to_html())
+    assert html.count('<td class="words">w') == len(rows) == html.count('<td class="words">')
+    assert re.findall(r'<th class="words">(\w+)', html) == ["method"]
+    assert marked(html.replace("dataframe", "other")) == html.replace("dataframe", "other")
+
+
+def test_heads_that_span_columns_stay_where_they_are():
+    columns = pd.MultiIndex.from_product([["left", "right"], ["verdict", "gap"]])
+    html = marked(pd.DataFrame([["none", 0.1, "better", 0.2]], columns=columns).to_html())
+    assert re.findall(r'class="words">(\w+)', html) == ["verdict", "verdict", "none", "better"] and "colspan" in html
 
 
 def test_callouts_fold_or_stand_open(book):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from .config import Page, Problems
+from .frames import marked
 from .tree import attr, div, plain, raw_block, read
 
 OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "lst-label", "lst-cap", "echo", "output", "include", "eval",
@@ -217,7 +218,7 @@ class _Filler:
         if mime in ("image/png", "image/jpeg", "image/svg+xml"):
             return [("picture", self.image(k, mime, output))]
         if mime == "text/html":
-            html = re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.DOTALL)
+            html = marked(re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.DOTALL))
             tabular = "<table" in html
             return [("tabular" if tabular else "picture" if "<svg" in html or "<script" in html else "other",
                      div([raw_block(html)], "", ("output", "html", "scroll") if tabular else ("output", "html")))]

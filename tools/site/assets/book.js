@@ -148,8 +148,9 @@
 
   // whatever scrolls sideways can be reached with the keyboard
   function reach() {
-    all("main pre, main .formula, main .scroll, main .output.html").forEach(function (box) {
-      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+    all("main pre, main p:has(math), main .formula, main .scroll, main .output.html").forEach(function (box) {
+      var wide = box.scrollWidth > box.clientWidth + 1, tall = box.tagName !== "P" && box.scrollHeight > box.clientHeight + 1;
+      if (wide || tall) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     });
   }
