@@ -9,7 +9,7 @@ from importlib.resources import files
 
 
 def stored(name: str) -> tuple[dict, list]:
-    """The setting and the rows of a stored benchmark: "layer-2048", "layer-256", "model", "steps", "chains", "merge", "imports"."""
+    """The setting and the rows of a stored benchmark: "layer-2048", "layer-256", "layer-3072", "model", "steps", "chains", "merge", "imports"."""
     found = json.loads(files("lora_book").joinpath("data", "benchmarks", f"{name}.json").read_text())
     return found["setting"], found["rows"]
 
