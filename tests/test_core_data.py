@@ -339,9 +339,31 @@ def test_each_question_has_its_own_name_once_and_no_position_is_favoured():
     for split in book.load_data("docstrings/choice").splits.values():
         for (summary, *names), right in zip(split.texts, split.labels):
             assert names[right] == records[summary][1] and len({name.split(".")[-1].lower() for name in names}) == 4
-        assert is_balanced(split.labels, 4) and split["input_ids"].shape == split["attention_mask"].shape == (len(split), 4, 48)
+        assert is_balanced(split.labels, 4) and split["input_ids"].shape == split["targets"].shape == (*split.labels.shape, 4, split["attention_mask"].shape[-1])
     with pytest.raises(BadValue, match="same number of answers"):
-        book.choice_split([("q", ("a", "b"), 0), ("q", ("a",), 0)], 8)
+        book.choice_split([("q", ("a", "b"), 0), ("q", ("a",), 0)])
+
+
+def test_four_words_of_one_sex_stand_under_each_story_and_its_own_is_among_them():
+    told = {" ".join(reversed(text)): word for part in book.stories(0, (2,), 200)[1].values() for text, word in part}
+    for split in book.load_data("kinship/choice").splits.values():
+        assert is_balanced(split.labels, 4)
+        for (story, *words), right in zip(split.texts, split.labels):
+            side = next(side for side in (0, 1) if re.search(r"What is (\w+) to", story)[1] in kinship.NAMES[side])
+            assert words[right] == told[story] and len(set(words)) == 4 and all(word in {own[side] for own in kinship.KIN.values()} for word in words)
+
+
+@given(st.lists(st.tuples(st.text("ab ", max_size=9), st.lists(st.text("cd", min_size=1, max_size=6), min_size=2, max_size=2), st.integers(0, 1)), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_an_answer_stands_behind_its_question_and_its_letters_and_end_alone_are_targets(rows):
+    split = book.choice_split(rows, (16, 16))
+    for i, (question, answers, right) in enumerate(rows):
+        assert split.labels[i] == right
+        for j, answer in enumerate(answers):
+            ids, mask, targets = (split[name][i, j] for name in ("input_ids", "attention_mask", "targets"))
+            used = ids[mask.bool()].tolist()
+            assert used == [*[byte + 2 for byte in question.encode()], book.END, *[byte + 2 for byte in answer.encode()], book.END]
+            assert torch.equal(targets != -100, (torch.arange(len(ids)) > len(question.encode())) & mask.bool()) and torch.equal(targets[targets != -100], ids[targets != -100])
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=9), st.lists(st.text("xyz", min_size=1, max_size=4), min_size=1, max_size=9),
@@ -383,11 +405,13 @@ def test_the_lessons_hold_no_wording_of_the_facts_to_come_and_no_judged_sentence
                 min_size=1, max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_trimming_choices_cuts_only_columns_that_no_answer_uses(rows):
-    split = book.choice_split(rows, 24, "bytes")
+    split = book.choice_split(rows, (24, 24), "bytes")
+    split = book.Split({name: torch.nn.functional.pad(value, (0, 5), value=-100 * (name == "targets")) if value.ndim == 3 else value
+                        for name, value in split.tensors.items()})
     batch = next(book.batches(split, len(rows), shuffle=False))
     width = batch["input_ids"].shape[-1]
     assert batch["attention_mask"][..., -1].any() and not split["attention_mask"][..., width:].any() and batch["labels"].ndim == 1
-    assert torch.equal(batch["input_ids"], split["input_ids"][..., :width])
+    assert all(torch.equal(batch[name], split[name][..., :width]) for name in ("input_ids", "targets")) and (split["targets"][..., width:] == -100).all()
 
 
 # Tables of the hub, as it would send them
@@ -458,7 +482,7 @@ def test_questions_with_answers_come_as_rows_by_answers_by_tokens(served):
     features = Features(question_stem=words, choices=Sequence({"text": words, "label": words}), answerKey=words)
     served(features, {part: rows(8) for part in book.SPLITS})
     data = book.load_data("openbookqa")
-    assert data.kind == "choice" and data.train["input_ids"].shape == (8, 4, 128)
+    assert data.kind == "choice" and data.train["input_ids"].shape[:2] == data.train["targets"].shape[:2] == (8, 4)
     for (question, *answers), right in zip(data.train.texts, data.train.labels):
         number = int(question.split()[-1])
         assert right == number % 4 and answers == [f"it {number} {j}" for j in range(4)]
@@ -470,7 +494,7 @@ def test_questions_with_answers_come_as_rows_by_answers_by_tokens(served):
 
 def test_a_repository_is_read_as_its_short_name_says():
     assert hub.short_name("allenai/openbookqa") == "openbookqa" and hub.short_name("nyu-mll/glue") == "nyu-mll/glue" == hub.short_name(hub.short_name("nyu-mll/glue"))
-    for name, instead in (("allenai/openbookqa", "docstrings/choice"), ("yahma/alpaca-cleaned", "docstrings/signature")):
+    for name, instead in (("allenai/openbookqa", "kinship/choice"), ("yahma/alpaca-cleaned", "docstrings/signature")):
         with pytest.raises(MissingFile, match=f"offline choice is '{instead}'"):
             book.load_data(name)
 
@@ -485,6 +509,30 @@ def test_texts_of_the_hub_are_cut_to_the_length_asked_for_and_targets_end_once(s
     end = book.load_tokenizer("minilm").sep_token_id
     assert all((row == end).sum() == 1 and row[row != -100][-1] == end for row in data.train.labels)
     assert {text for text, _ in data.train.texts + data.test.texts} == {"say it again and again", "say it again and again\nit"}
+
+
+def test_a_long_prompt_keeps_its_end_and_an_answer_its_end(served):
+    from datasets import Features, Value
+    words, long = Value("string"), " ".join(["again"] * 20)
+    listed = Features(context=words, query=words, options=__import__("datasets").Sequence(words), correct_option=Value("int32"))
+    served(listed, {part: {"context": [long] * 6, "query": ["why now"] * 6, "options": [["of this", "of that"]] * 6, "correct_option": [1, 0] * 3} for part in book.SPLITS})
+    data, tokens = book.load_data("logiqa", tokenizer="minilm", length=12), book.load_tokenizer("minilm")
+    for row, mask, targets in zip(*(data.train[name][0] for name in ("input_ids", "attention_mask", "targets"))):
+        prompt = tokens.decode(row[(targets == -100) & mask.bool()])
+        assert "why now" in prompt and prompt.count("again") < 20 and tokens.decode(targets[targets != -100]).startswith("of th")
+        assert targets[targets != -100][-1] == tokens.sep_token_id
+
+
+def test_a_batch_is_pinned_only_where_there_is_a_cuda_device(monkeypatch):
+    pinned, split = [], book.Split({"pixel_values": torch.randn(7, 2), "labels": torch.arange(7)}, transform=lambda batch: batch | {"pixel_values": 2 * batch["pixel_values"]})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tuple(tensor.shape)) or tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = list(book.batches(split, 4, seed=3))
+    assert not pinned
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    same = list(book.batches(split, 4, seed=3))
+    assert pinned == [(4, 2), (4,), (3, 2), (3,)]
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(plain, same) for name in one)
 
 
 def test_a_table_that_says_nothing_is_refused():

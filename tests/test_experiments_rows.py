@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_book.core import data as book_data
+from lora_book.core import hub as book_hub
 from lora_book.core import models as book_models
 from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import rows as module
@@ -176,6 +177,17 @@ def test_an_unknown_row_names_the_nearest(wrong):
         row(wrong)
 
 
+def test_rows_of_multiple_choice_adapt_a_generator_and_nothing_beside_it():
+    chosen = [i for i in RESULTS if row(i).kind == "choice"]
+    assert chosen == ["tinyllama/openbookqa", "tinyllama/logiqa"]
+    for row_id in chosen:
+        for profile in ("smoke", "laptop", "gpu"):
+            own = settings_of(row_id, "lora", profile)
+            assert (own["kind"], own["head"], own["metric"]) == ("choice", None, "accuracy")
+            assert own["model"] == ("tinyllama" if profile == "gpu" else "byte_llama")
+            assert own["data"] in (book_hub.HUB_DATA if profile == "gpu" else book_data.OFFLINE)
+
+
 def test_an_unknown_method_or_profile_is_refused():
     with pytest.raises(UnknownName, match="method"):
         settings_of("vit_tiny/cifar10", "c4la", "laptop")
@@ -206,5 +218,6 @@ def test_paraphrases_keep_the_words_that_their_label_says():
     for split in book_data.load_data("docstrings/paraphrase").splits.values():
         kept = [sum(w == o for w, o in zip(*map(str.split, pair))) / len(pair[0].split()) for pair in split.texts]
         near, far = ([k for k, label in zip(kept, split.labels.tolist()) if label == want] for want in (1, 0))
-        assert len(near) == len(far) and sum(near) / len(near) > 0.75 and sum(far) / len(far) < 0.5
+        assert len(near) == len(far) and sum(near) / len(near) > 0.75 and sum(far) / len(far) < 0.25 and max(far) < min(near)
+        assert max(len(text.split()) for text, _ in split.texts) <= 7
         assert min(near) >= 0.7 and all(len(a.split()) == len(b.split()) for a, b in split.texts)

@@ -6,11 +6,11 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'package_folder', 'package_version', 'source_files', 'parsed', 'documented', 'summary', 'signature',
            'harvest', 'plain', 'distinct', 'seal', 'unsealed', 'corpus', 'minilm_folder', 'smollm2_folder',
            'load_tokenizer', 'to_bytes', 'from_bytes', 'byte_rows', 'encode', 'text_split', 'docstring_splits',
-           'docstrings_source', 'named', 'pairs', 'docstrings_match', 'choice_split', 'choices', 'docstrings_choice',
-           'blended', 'graded', 'docstrings_similarity', 'near_or_far', 'docstrings_paraphrase', 'ended',
-           'generation_split', 'signatures', 'docstrings_signature', 'joined', 'kinship', 'fact_splits',
-           'kinship_facts', 'lessons', 'image_data', 'digits', 'mnist5000', 'built', 'hub_data', 'is_repository',
-           'load_data', 'alike', 'batches', 'trimmed']
+           'docstrings_source', 'named', 'pairs', 'docstrings_match', 'blended', 'graded', 'docstrings_similarity',
+           'near_or_far', 'docstrings_paraphrase', 'in_columns', 'begun', 'ended', 'generation_split', 'signatures',
+           'docstrings_signature', 'joined', 'choice_split', 'choices', 'docstrings_choice', 'stories', 'kinship',
+           'kinship_choice', 'fact_splits', 'kinship_facts', 'lessons', 'image_data', 'digits', 'mnist5000', 'built',
+           'hub_data', 'is_repository', 'load_data', 'alike', 'batches', 'pinned', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
 import ast
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .errors import BadValue, MissingFile, check_choice, check_count, unknown
 from .hub import HUB_DATA, hub_access, hub_rows, to_pixels
-from .kinship import OWNED, PLAIN, RELATIONS, facts, family_stories
+from .kinship import OWNED, PLAIN, RELATIONS, facts, family_stories, four_words
 from .settings import load_settings, write_atomic
 
 # %% ../../nbs/core/data.ipynb #c05
@@ -61,7 +61,11 @@ class Split:
         "A copy of the first `count` rows."
         return replace(self, tensors={name: value[:count].clone() for name, value in self.tensors.items()}, texts=self.texts[:count])
 
+    def between(self, begin: int, end: int) -> "Split":
+        "The rows from `begin` to before `end`, in the same memory."
+        return replace(self, tensors={name: value[begin:end] for name, value in self.tensors.items()}, texts=self.texts[begin:end])
 
+# %% ../../nbs/core/data.ipynb #c05b
 SPLITS = ("train", "validation", "test")
 
 
@@ -136,7 +140,7 @@ def package_version(package: str) -> str:
     "The version whose documentation is read, without a local part such as +cpu."
     return platform.python_version() if package == "python" else importlib.metadata.version(package).split("+")[0]
 
-
+# %% ../../nbs/core/data.ipynb #c09b
 SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
            "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
 
@@ -365,35 +369,6 @@ def docstrings_match(seed: int = 0, tokenizer: str | None = None) -> Data:
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 48, tokenizer) for name, part in rows.items()}
     return Data("docstrings/match", "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c28
-def choice_split(rows: Sequence, length: int, tokenizer: str | None = None) -> Split:
-    "Rows of (question, answers, position of the right one) as tensors (rows, answers, length). Raises BadValue for uneven rows."
-    counts = {len(answers) for _, answers, _ in rows}
-    if len(counts) != 1:
-        raise BadValue(f"every question needs the same number of answers, not {sorted(counts)}")
-    flat = encode([(question, answer) for question, answers, _ in rows for answer in answers], length, tokenizer)
-    tensors = {name: value.view(len(rows), -1, length) for name, value in flat.items()}
-    labels = torch.tensor([right for *_, right in rows])
-    return Split(tensors | {"labels": labels}, tuple((question, *answers) for question, answers, _ in rows))
-
-
-def choices(records: list, seed: int = 0, count: int = 4) -> list:
-    "(summary, `count` names, position of its own): the others are the next names of its package; positions take turns."
-    asked = [(ring[i][3], [ring[(i + j) % len(ring)][1] for j in range(count)]) for ring in named(records) if len(ring) >= count
-             for i in range(len(ring))]
-    found, whole = [], len(asked) // count * count
-    for turn, position in enumerate(ranked([text for text, _ in asked], seed)[:whole]):
-        text, (own, *others) = asked[position]
-        right = turn % count
-        found.append((text, (*others[:right], own, *others[right:]), right))
-    return found
-
-
-def docstrings_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell which of four names a summary line belongs to."
-    splits = {name: choice_split(choices(part, seed), 48, tokenizer) for name, part in docstring_splits(seed).items()}
-    return Data("docstrings/choice", "choice", tuple("1234"), **splits, **DOCSTRINGS)
-
 # %% ../../nbs/core/data.ipynb #c30
 def blended(text: str, other: str, kept: int, seed: int) -> str:
     "`text` with all but `kept` of its words, chosen by the texts and the seed, replaced by words of `other`."
@@ -422,27 +397,38 @@ def docstrings_similarity(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("docstrings/similarity", "regression", (), **splits, **DOCSTRINGS)
 
 # %% ../../nbs/core/data.ipynb #c32
-def near_or_far(records: list, seed: int = 0) -> list:
-    "((summary, its blend), label): four fifths of the words are kept (1) or two fifths (0), in turn and equally often."
-    texts = [records[i][3] for i in ranked([record[3] for record in records], seed)]
+def near_or_far(records: list, seed: int = 0, kept: tuple = (1, 4), longest: int = 7) -> list:
+    "((summary, its blend), label): of five words one is kept (label 0) or four are (1), in turn and equally often; summaries of up to `longest` words."
+    texts = [text for i in ranked([record[3] for record in records], seed) if len((text := records[i][3]).split()) <= longest]
     pairs_of = list(zip(texts, texts[1:] + texts[:1]))[:len(texts) // 2 * 2]
-    return [((text, blended(text, other, round(len(text.split()) * (2 + 2 * (i % 2)) / 5), seed)), i % 2) for i, (text, other) in enumerate(pairs_of)]
+    return [((text, blended(text, other, round(len(text.split()) * kept[i % 2] / 5), seed)), i % 2) for i, (text, other) in enumerate(pairs_of)]
 
 
 def docstrings_paraphrase(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell a summary line with a fifth of its words replaced from one with three fifths replaced."
+    "Tell a summary line with a fifth of its words replaced from one with four fifths replaced."
     rows = {name: near_or_far(part, seed) for name, part in docstring_splits(seed).items()}
     splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
     return Data("docstrings/paraphrase", "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
 # %% ../../nbs/core/data.ipynb #c34
-def ended(texts: Sequence, length: int, tokenizer: str) -> dict:
-    "Texts in a hub model's tokens, each followed by the end token and no other special one: input_ids and attention_mask."
+def in_columns(rows: Sequence, length: int, pad: int) -> tuple:
+    "(ids, mask), both (rows, length), of lists of numbers."
+    used = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows]), used
+
+
+def begun(texts: Sequence, length: int, tokenizer: str) -> tuple:
+    "(ids, mask) of texts and a line break in a hub model's tokens; of a longer text the last `length`, which stand before the target."
+    tokens = load_tokenizer(tokenizer)
+    return in_columns([ids[-length:] for ids in tokens([f"{text}\n" for text in texts])["input_ids"]], length, tokens.pad_token_id)
+
+
+def ended(texts: Sequence, length: int, tokenizer: str) -> tuple:
+    "(ids, mask) of texts in a hub model's tokens, each followed by the end token and no other special one."
     tokens = load_tokenizer(tokenizer)
     end = tokens.sep_token_id if tokens.eos_token_id is None else tokens.eos_token_id
     rows = [ids[:length - 1] + [end] for ids in tokens(list(texts), add_special_tokens=False)["input_ids"]]
-    ids = torch.tensor([row + [tokens.pad_token_id] * (length - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(length) < torch.tensor([[len(row)] for row in rows])).long()}
+    return in_columns(rows, length, tokens.pad_token_id)
 
 
 def generation_split(rows: Sequence, lengths: tuple = (112, 48), tokenizer: str | None = None) -> Split:
@@ -452,11 +438,11 @@ def generation_split(rows: Sequence, lengths: tuple = (112, 48), tokenizer: str 
         source, target = (to_bytes(part, length) for part, length in zip(parts, lengths))
         masks = source != PAD, target != PAD
     else:
-        one, two = encode([f"{text}\n" for text in parts[0]], lengths[0], tokenizer), ended(parts[1], lengths[1], tokenizer)
-        source, target, masks = one["input_ids"], two["input_ids"], (one["attention_mask"].bool(), two["attention_mask"].bool())
+        (source, known), (target, told) = begun(parts[0], lengths[0], tokenizer), ended(parts[1], lengths[1], tokenizer)
+        masks = known, told
     return Split({"input_ids": source, "attention_mask": masks[0].long(), "labels": target.masked_fill(~masks[1], -100)}, tuple(rows))
 
-
+# %% ../../nbs/core/data.ipynb #c36
 def signatures(seed: int, packages: Sequence = tuple(PACKAGES)) -> dict:
     "{split: (summary line, name(arguments))} of some packages, as far as both are short."
     return {name: [(text, sign) for package, _, sign, text in part if package in packages and len(sign) < 48 and len(text) < 112]
@@ -469,7 +455,7 @@ def docstrings_signature(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("docstrings/signature", "generation", (), **{name: generation_split(part, tokenizer=tokenizer) for name, part in rows.items()},
                 **DOCSTRINGS)
 
-# %% ../../nbs/core/data.ipynb #c36
+
 def joined(split: Split, padding: int = PAD) -> Split:
     "A generation split for a causal model: source then target in one row of input_ids; labels are -100 outside the target."
     rows = [(source[mask.bool()], target[target != -100])
@@ -482,19 +468,64 @@ def joined(split: Split, padding: int = PAD) -> Split:
         ids[i, :end], labels[i, cut:end], mask[i, :end] = torch.cat([source, target]), target, 1
     return replace(split, tensors={"input_ids": ids, "attention_mask": mask, "labels": labels})
 
+# %% ../../nbs/core/data.ipynb #c28
+def choice_split(rows: Sequence, lengths: tuple = (160, 96), tokenizer: str | None = None) -> Split:
+    """Rows of (question, answers, position of the right one) as input_ids, attention_mask and targets, each (rows, answers, length).
+
+    Targets are -100 outside the answer and its end. Bytes, unless a tokenizer is named. Raises BadValue for uneven rows."""
+    counts = {len(answers) for _, answers, _ in rows}
+    if len(counts) != 1:
+        raise BadValue(f"every question needs the same number of answers, not {sorted(counts)}")
+    flat = joined(generation_split([(question, answer) for question, answers, _ in rows for answer in answers], lengths, tokenizer))
+    named_so = {"input_ids": "input_ids", "attention_mask": "attention_mask", "targets": "labels"}
+    tensors = {name: flat[own].unflatten(0, (len(rows), -1)) for name, own in named_so.items()}
+    labels = torch.tensor([right for *_, right in rows])
+    return Split(tensors | {"labels": labels}, tuple((question, *answers) for question, answers, _ in rows))
+
+# %% ../../nbs/core/data.ipynb #c28b
+def choices(records: list, seed: int = 0, count: int = 4) -> list:
+    "(summary, `count` names, position of its own): the others are the next names of its package; positions take turns."
+    asked = [(ring[i][3], [ring[(i + j) % len(ring)][1] for j in range(count)]) for ring in named(records) if len(ring) >= count
+             for i in range(len(ring))]
+    found, whole = [], len(asked) // count * count
+    for turn, position in enumerate(ranked([text for text, _ in asked], seed)[:whole]):
+        text, (own, *others) = asked[position]
+        right = turn % count
+        found.append((text, (*others[:right], own, *others[right:]), right))
+    return found
+
+
+def docstrings_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
+    "Tell which of four names a summary line belongs to."
+    splits = {name: choice_split(choices(part, seed), tokenizer=tokenizer) for name, part in docstring_splits(seed).items()}
+    return Data("docstrings/choice", "choice", tuple("1234"), **splits, **DOCSTRINGS)
+
 # %% ../../nbs/core/data.ipynb #c38
 MADE = {"source": "generated by lora_book.core.kinship", "license": "Apache-2.0"}
 
 
-def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3, 4), families: int = 72) -> Data:
-    "Classify how the first person named in the question is related to the second; stories are generated, balanced and distinct."
+def stories(seed: int, hops: Sequence, families: int) -> tuple:
+    "(classes, {split: ((question, story), answer)}): distinct stories, the answers balanced in each split."
     told = [row for i in range(families) for row in family_stories(random.Random(f"{seed}/{i}"), hops)]
     rows = list({text: (text, word) for text, word in told}.values())
     classes = tuple(word for word in RELATIONS if any(word == answer for _, answer in rows))
     chosen = partition([text for text, _ in rows], [classes.index(word) for _, word in rows], seed)
-    splits = {name: text_split([rows[i][0] for i in part], [classes.index(rows[i][1]) for i in part], 72, tokenizer)
-              for name, part in chosen.items()}
+    return classes, {name: [rows[i] for i in part] for name, part in chosen.items()}
+
+
+def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3, 4), families: int = 72) -> Data:
+    "Classify how the first person named in the question is related to the second; stories are generated, balanced and distinct."
+    classes, told = stories(seed, hops, families)
+    splits = {name: text_split([text for text, _ in part], [classes.index(word) for _, word in part], 72, tokenizer) for name, part in told.items()}
     return Data("kinship", "pair", classes, **splits, **MADE)
+
+
+def kinship_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
+    "Tell which of four words says how the first person asked for is related to the second, from two facts."
+    told = stories(seed, (2,), 200)[1]
+    rows = {name: [four_words(*row, i % 4, seed) for i, row in enumerate(part[:len(part) // 4 * 4])] for name, part in told.items()}
+    splits = {name: choice_split(part, (128, 24), tokenizer) for name, part in rows.items()}
+    return Data("kinship/choice", "choice", tuple("1234"), **splits, **MADE)
 
 # %% ../../nbs/core/data.ipynb #c40
 TAUGHT = ("torch", "pandas", "python")
@@ -550,7 +581,7 @@ def mnist5000(seed: int = 0) -> Data:
 
 # %% ../../nbs/core/data.ipynb #c45
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
-           "kinship": kinship, "kinship/facts": kinship_facts, "lessons": lessons,
+           "kinship": kinship, "kinship/facts": kinship_facts, "kinship/choice": kinship_choice, "lessons": lessons,
            "docstrings/choice": docstrings_choice, "docstrings/similarity": docstrings_similarity,
            "docstrings/paraphrase": docstrings_paraphrase,
            "kinship/2": functools.partial(kinship, hops=(2,), families=200),
@@ -570,7 +601,7 @@ def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None, len
     found = hub_rows(name, limit, seed)
     make = {"image": lambda images, labels: Split({"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}, transform=to_pixels),
             "generation": lambda texts, targets: generation_split(list(zip(texts, targets)), (length or 256, length or 256), tokenizer),
-            "choice": lambda asked, right: choice_split([(*row, i) for row, i in zip(asked, right)], length or 128, tokenizer)}
+            "choice": lambda asked, right: choice_split([(*row, i) for row, i in zip(asked, right)], (length or 256, 64), tokenizer)}
     build = make.get(found["kind"], lambda texts, labels: text_split(texts, labels, length or 128, tokenizer))
     splits = {part: build(*rows) for part, rows in found["rows"].items()}
     return Data(name, found["kind"], found["classes"], **splits, source=found["source"], license=found["license"])
@@ -616,7 +647,7 @@ def alike(split: Split, order: Tensor, batch_size: int) -> Iterator:
         parts = list(rows.split(batch_size))
         yield from (parts[i] for i in sorted(range(len(parts)), key=lambda i: int(window[i * batch_size])))
 
-
+# %% ../../nbs/core/data.ipynb #c53b
 def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, generator: torch.Generator | None = None,
             trim: bool = True) -> Iterator:
     "Dictionaries of tensors with up to `batch_size` rows, in an order drawn from `generator` or `seed`; `trim` cuts common padding."
@@ -626,9 +657,14 @@ def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, 
     for index in alike(split, order, batch_size) if shuffle and trim else order.split(batch_size):
         batch = {name: value[index] for name, value in split.tensors.items()}
         batch = trimmed(batch) if trim else batch
-        yield split.transform(batch) if split.transform else batch
+        yield pinned(split.transform(batch) if split.transform else batch)
 
 
+def pinned(batch: dict) -> dict:
+    "The batch in memory that a CUDA device reads by itself while the processor goes on; the batch as it is where there is none."
+    return {name: value.pin_memory() for name, value in batch.items()} if torch.cuda.is_available() else batch
+
+# %% ../../nbs/core/data.ipynb #c53c
 def trimmed(batch: dict) -> dict:
     "The batch without the last columns that no row uses: masked ones of the inputs, -100 of label rows."
     def last(used): return int(used.flatten(0, -2).any(0).cumsum(0).argmax()) + 1

@@ -80,7 +80,7 @@ HUB_DATA = {f"glue/{task}": {"path": "nyu-mll/glue", "name": task} for task in G
     "officehome": {"path": "flwrlabs/office-home"}}
 PICTURES = ("cifar10", "cifar100", "eurosat", "flowers102", "cars", "aircraft", "officehome")
 INSTEAD = {"django": "kinship/facts", "e2e": "docstrings/signature", "alpaca": "docstrings/signature", "metamath": "docstrings/signature", "clutrr": "kinship", "folio": "kinship",
-           "openbookqa": "docstrings/choice", "logiqa": "docstrings/choice", "glue/stsb": "docstrings/similarity", "trec": "docstrings/source",
+           "openbookqa": "kinship/choice", "logiqa": "kinship/choice", "glue/stsb": "docstrings/similarity", "trec": "docstrings/source",
            "glue/cola": "docstrings/source", "glue/sst2": "docstrings/source", **dict.fromkeys(PICTURES, "digits")}
 
 # %% ../../nbs/core/hub.ipynb #c11
@@ -148,7 +148,7 @@ def label_numbers(tables: dict, label: str) -> tuple:
     values = sorted({value for table in tables.values() for value in table[label]} - {-1, None})
     return tuple(map(str, values)), {value: number for number, value in enumerate(values)}
 
-
+# %% ../../nbs/core/hub.ipynb #c19b
 def options(cell: dict | list) -> tuple:
     "(answers, their names) of a cell of choices: a dictionary of texts and labels, or a list counted from 0."
     names = cell["label"] if isinstance(cell, dict) else range(len(cell))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KIN', 'RELATIONS', 'CLOSE', 'NAMES', 'FACTS', 'PLAIN', 'OWNED', 'family', 'circles', 'relations', 'walks', 'story',
-           'family_stories', 'fact', 'facts']
+           'family_stories', 'four_words', 'fact', 'facts']
 
 # %% ../../nbs/core/kinship.ipynb #c03
 import random
@@ -92,6 +92,14 @@ def family_stories(rng: random.Random, hops: Sequence) -> list:
             if word:
                 found.setdefault((KIN[word][sex[path[0]]], count), []).append(path)
     return [story(rng, sex, kin, rng.choice(found[key])) for key in sorted(found)]
+
+# %% ../../nbs/core/kinship.ipynb #c16c
+def four_words(text: tuple, word: str, right: int, seed: int = 0) -> tuple:
+    "(story and question, four words, position of `word`): the others are drawn among the words for the same sex."
+    side = next(side for side in (0, 1) if text[0].split()[2] in NAMES[side])
+    rng = random.Random(f"{seed}/{text}")
+    others = rng.sample(sorted({words[side] for words in KIN.values()} - {word}), 3)
+    return " ".join(reversed(text)), (*others[:right], word, *others[right:]), right
 
 # %% ../../nbs/core/kinship.ipynb #c18
 PLAIN, OWNED = FACTS[:2], FACTS[2:]

@@ -303,7 +303,7 @@ def tokens_of(name: str) -> str | None:
         return name
     return None if name in MODELS or name in TINY or is_image(name) else HUB_MODELS.get(name, name)
 
-
+# %% ../../nbs/core/models.ipynb #c30b
 def is_timm(name: str) -> bool:
     "Whether timm knows a model of that name; a tag after a dot chooses among its weights."
     import timm

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'WHOLE', 'ORDER', 'Row', 'rows', 'row', 'group', 'is_chain', 'printed', 'addresses', 'printed_settings',
-           'place', 'at_paper_scale', 'at_our_scale', 'settings']
+           'place', 'at_paper_scale', 'our_radius', 'at_our_scale', 'settings']
 
 # %% ../../nbs/experiments/rows.ipynb #c03
 import json
@@ -204,6 +204,12 @@ def at_paper_scale(chosen: Row, method: str) -> dict:
     return _file("sizes")["gpu"] | printed_settings(chosen, method) | chosen.recipe["own"] | chosen.recipe["own_of"].get(method, {})
 
 
+def our_radius(name: str, method: str) -> dict:
+    "The radius of a perturbed step on a stand-in, chosen as its rates are; empty where the paper's is kept."
+    found = _file("radii").get(name, {}).get(method)
+    return {"rho": found["rho"]} if found else {}
+
+
 def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
     "The stand-in's settings; no more examples than the profile allows, 0 of which means all."
     name, sizes = chosen.stand_in["name"], _file("sizes")
@@ -211,7 +217,7 @@ def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
     own |= sizes["methods"].get(name, {}).get(method, {})
     rates = _file("rates")[name]
     limits = [count for count in (own["examples"], run.examples) if count]
-    options = chosen.recipe["own_of"].get(method, {}).get("options", {})
+    options = chosen.recipe["own_of"].get(method, {}).get("options", {}) | our_radius(name, method)
     return own | {"lr": rates.get(group(method), rates["LoRA"])["lr"], "examples": min(limits, default=0), "options": options}
 
 # %% ../../nbs/experiments/rows.ipynb #c21

@@ -63,7 +63,7 @@ class Job:
         pairs = {self.row.model: self.settings["model"], self.row.data: self.settings["data"]}
         return {theirs: ours for theirs, ours in pairs.items() if theirs != ours}
 
-
+# %% ../../nbs/experiments/runner.ipynb #c06b
 def job(row_id: str, method: str, profile: str | None = None, seed: int = 0, **overrides) -> Job:
     "The job of these names. Raises UnknownName or BadValue for a name or an override that isn't one."
     profile = profile or load_settings().profile
@@ -155,8 +155,9 @@ def train(chosen: Job, model: nn.Module, data, crew: Crew, **hooks) -> list[dict
     keys = ("epochs", "lr", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "accumulate")
     if own["recompute"]:
         recompute_activations(model)
-    return fit(model, data, seed=chosen.seed, advance_every=own["reset_every_epochs"], loss=kind.loss, measure=kind.measure, accelerator=crew,
-               **{key: own[key] for key in keys}, **schedule(own, len(data.train)), **hooks)
+    return fit(model, data, seed=chosen.seed, advance_every=own["reset_every_epochs"], loss=kind.loss, measure=partial(kind.measure, crew=crew),
+               accelerator=crew, **{key: own[key] for key in keys},
+               **schedule(own, len(data.train)), **hooks)
 
 # %% ../../nbs/experiments/runner.ipynb #c17
 def trial(chosen: Job, crew: Crew | None = None, **hooks) -> dict:
@@ -170,7 +171,7 @@ def trial(chosen: Job, crew: Crew | None = None, **hooks) -> dict:
     model = adapted(model, chosen).to(crew.device)
     history = train(chosen, model, data, crew, **hooks)
     with crew.autocast():
-        test, seen = (task(own["kind"]).measure(model, part) for part in (data.test, data.train.first(own["judged"] or len(data.train))))
+        test, seen = (task(own["kind"]).measure(model, part, crew=crew) for part in (data.test, data.train.first(own["judged"] or len(data.train))))
     return {"row": chosen.row.id, "method": chosen.method, "profile": chosen.profile, "seed": chosen.seed, "settings": own,
             "stand_ins": chosen.stand_ins, "metric": own["metric"], "trained": lb.n_trainable(model), "history": history, "train": seen,
             "validation": history[-1]["validation"], "test": test, "seconds": sum(record["seconds"] for record in history),
@@ -192,7 +193,7 @@ def machine(crew: Crew) -> dict:
     return {"device": torch.cuda.get_device_name(crew.device) if cuda else crew.device.type, "processor": platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "processes": crew.num_processes}
 
-
+# %% ../../nbs/experiments/runner.ipynb #c19b
 def forget_peak() -> None:
     "Start measuring the peak of memory anew, where the system allows it."
     if torch.cuda.is_available():
@@ -237,7 +238,7 @@ def read_result(path: Path) -> dict:
         raise BadValue(f"the result {path.name} was edited: its checksum doesn't fit; move it away and run again")
     return result
 
-
+# %% ../../nbs/experiments/runner.ipynb #c24b
 def write_result(path: Path, result: dict) -> dict:
     "Store a result under a name that isn't taken, and return it as it will be read."
     if path.exists():
@@ -293,7 +294,7 @@ def take(path: Path) -> int:
             return handle
         os.close(handle)
 
-
+# %% ../../nbs/experiments/runner.ipynb #c32b
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
     "This process owns the run inside the context."
@@ -350,7 +351,7 @@ def run(row_id: str, method: str, *, profile: str | None = None, seed: int = 0, 
     return make(job(row_id, method, profile, seed, **overrides), results_folder(folder), resume=resume, save_every=save_every, progress=progress,
                 tensorboard=tensorboard)
 
-
+# %% ../../nbs/experiments/runner.ipynb #c41b
 def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
     "The result of a job: read, or made by the processes together, of which the first owns the files."
     path, kept = place / f"{chosen.name}.json", place / "checkpoints" / chosen.name
@@ -423,7 +424,7 @@ def attempt(chosen: Job, place: Path, **how) -> tuple[dict | None, str | None]:
     except torch.OutOfMemoryError:
         return None, f"{chosen.name}: the GPU's memory doesn't hold this run; try accumulate=2 or recompute=True"
 
-
+# %% ../../nbs/experiments/runner.ipynb #c46b
 def in_turn(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
     "One after the other, in this process."
     for one in todo:
