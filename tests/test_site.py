@@ -292,7 +292,8 @@ def test_formulas_are_mathml_with_their_source_as_text():
 
 @pytest.mark.parametrize("tex, expected", [
     (r"\mathbf{Ab}", "<mi>𝐀</mi><mi>𝐛</mi>"), (r"s\log n", '<mspace width="0.167em">'), (r"\lVert x \rVert", 'lspace="0"'), (r"f''", "′′"),
-    (r"\hat x", 'accent="true"'), (r"\overline{AB}", 'class="over"'), (r"\begin{aligned} a &= b \end{aligned}", 'class="aligned"')])
+    (r"\hat x", 'accent="true"'), (r"\overline{AB}", 'class="over"'), (r"\begin{aligned} a &= b \end{aligned}", 'class="aligned"'),
+    (r"\begin{aligned} a &= b \end{aligned}", "text-align: right; text-align: -webkit-right")])
 def test_formulas_are_mended(tex, expected):
     assert expected in mathml([(True, tex)])[True, tex]
 
