@@ -1,6 +1,11 @@
 """What makes a chapter run again, and what a failing chapter does to the others."""
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,3 +107,49 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
     assert not list((project / "_build").rglob("*.part"))
     page = (project / "_site/nbs/b.html").read_text()
     assert "cell:2: UserWarning: mind" in page and ">torch/nn.py:1: UserWarning" in page and "ipykernel" not in page
+
+
+def test_a_kernel_has_nothing_of_the_book_nor_of_the_chapter_before(project):
+    marked = "import os, sys, torch\nassert not any(name.split('.')[0] == 'lora_book' for name in sys.modules)\nassert not hasattr(torch, 'left')\ntorch.left = 1"
+    here = "import lora_book\nassert os.path.dirname(os.path.dirname(lora_book.__file__)) == os.path.dirname(os.getcwd()).split('/_build')[0]"
+    for name in "ab":
+        (project / f"nbs/{name}.ipynb").write_text(notebook(f"# {name} {{#sec-{name}}}\n\nClaim.", marked, here, "torch.initial_seed(), float(torch.rand(1))"))
+    (project / "settings.ini").write_text((project / "settings.ini").read_text().replace("workers = 2", "workers = 1"))
+    assert main(["--profile", "smoke", "--renderer", "offline"], project) == 0
+    drawn = [json.loads((project / f"_build/smoke/nbs/{name}.ipynb").read_text())["cells"][-1]["outputs"] for name in "ab"]
+    assert drawn[0][0]["data"] == drawn[1][0]["data"]
+
+
+@pytest.mark.parametrize("fatal", ["os.kill(os.getpid(), 9)", "os._exit(3)"])
+def test_a_chapter_whose_kernel_dies_fails_and_the_next_one_runs(project, fatal, capsys):
+    (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", f"import os\n{fatal}"))
+    (project / "settings.ini").write_text((project / "settings.ini").read_text().replace("workers = 2", "workers = 1"))
+    assert main(["--profile", "smoke", "--renderer", "offline"], project) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 chapters ready" in told.out and "nbs/a.ipynb failed" in told.err and "died" in told.err.lower()
+
+
+def test_processes_are_gone_when_the_book_is_interrupted(project):
+    (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"))
+    code = f"import sys; from pathlib import Path; from tools.book import main; sys.exit(main(['--profile', 'smoke'], Path({str(project)!r})))"
+    book = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    written = project / "_build/smoke/nbs/pid"
+    wait_for(lambda: written.is_file() and written.read_text(), 60)
+    book.send_signal(signal.SIGINT)
+    assert "finished chapters are kept" in book.communicate(timeout=60)[1] and book.returncode == 130
+    wait_for(lambda: not alive(int(written.read_text())), 20)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(happened, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it didn't happen"
+        time.sleep(0.1)

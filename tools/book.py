@@ -6,6 +6,7 @@ reaches, and constraints.txt. Then the site is rendered, by Quarto where it is i
 """
 import argparse
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from tools.execute import is_skipped
 from tools.settings import load_settings
@@ -120,7 +122,8 @@ class Run:
 
     def __init__(self, root: Path, build: Path, settings):
         self.root, self.build, self.settings = root, build, settings
-        self.children, self.failures, self.stopped = set(), [], False
+        self.failures, self.stopped = [], False
+        self.idle, self.servers = SimpleQueue(), []
 
     def chapters(self, paths: list) -> None:
         start, total = time.perf_counter(), len(paths)
@@ -131,6 +134,7 @@ class Run:
                 print(f"[{done:{len(str(total))}}/{total}] {path:<44} {state:<7} {seconds:6.1f} s", flush=True)
                 if message:
                     self.failures.append((path, message))
+        self.end()
         ready = total - len(self.failures)
         print(f"{ready} of {total} chapters ready in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -148,29 +152,52 @@ class Run:
         return path, "FAILED" if code else "ran", time.perf_counter() - start, message if code else ""
 
     def execute(self, source: Path, target: Path, key: str) -> tuple[int, str]:
+        "Have one chapter run by a server that is idle, or by a new one: exit status and message."
         target.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tools.execute", str(source.resolve()), str(target.resolve())]
-        child = subprocess.Popen(command, cwd=ROOT, env=self.environment(key), text=True, encoding="utf-8",
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.children.add(child)
-        message = child.communicate()[0]
-        self.children.discard(child)
-        return child.returncode, message
+        try:
+            server = self.idle.get_nowait()
+        except Empty:
+            server = self.started()
+        work = {"source": str(source.resolve()), "target": str(target.resolve()), "key": key}
+        try:
+            print(json.dumps(work), file=server.stdin, flush=True)
+            done = json.loads(server.stdout.readline())
+        except (OSError, ValueError):
+            server.kill()
+            return 1, "the process that runs chapters ended"
+        self.idle.put(server)
+        return done["code"], done["message"]
 
-    def environment(self, key: str) -> dict:
+    def started(self) -> subprocess.Popen:
+        "A process that runs one notebook after the other."
+        command = [sys.executable, "-m", "tools.execute", "--serve"]
+        server = subprocess.Popen(command, cwd=ROOT, env=self.environment(), text=True, encoding="utf-8",
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self.servers.append(server)
+        return server
+
+    def environment(self) -> dict:
         threads = str(self.settings.threads)
         limits = dict.fromkeys((f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), threads)
         path = [str(self.root.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {"LORA_BOOK_PROFILE": self.settings.profile, "LORA_BOOK_CELL_TIMEOUT": str(self.settings.cell_timeout),
-                 "LORA_BOOK_KEY": key, "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
-                 "PYTHONPATH": os.pathsep.join(path)}
+                 "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path)}
         offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         return {**os.environ, **limits, **given, **offline}
 
+    def end(self) -> None:
+        "Let the servers end: they've nothing more to read."
+        for server in self.servers:
+            with contextlib.suppress(OSError):
+                server.stdin.close()
+        for server in self.servers:
+            server.wait()
+
     def stop(self, *_) -> None:
         self.stopped = True
-        for child in list(self.children):
-            child.terminate()
+        for server in self.servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
         raise KeyboardInterrupt
 
 
