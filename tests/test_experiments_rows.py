@@ -15,6 +15,9 @@ from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import rows as module
 from lora_book.experiments.rows import Row, addresses, group, is_chain, place, printed, printed_settings, row, rows
 from lora_book.experiments.rows import settings as settings_of
+from lora_book.experiments.runner import BOOK
+from lora_book.experiments.runner import results as book_results
+from lora_book.experiments.tasks import prepare
 from lora_book.registry import METHODS, methods
 from lora_book.theory.tables import table
 
@@ -214,10 +217,18 @@ def test_data_files_hold_no_path_and_no_host():
         assert not re.search(r"(/home|/root|/work|/tmp|https?://)", path.read_text(encoding="utf-8"))
 
 
-def test_paraphrases_keep_the_words_that_their_label_says():
-    for split in book_data.load_data("docstrings/paraphrase").splits.values():
-        kept = [sum(w == o for w, o in zip(*map(str.split, pair))) / len(pair[0].split()) for pair in split.texts]
-        near, far = ([k for k, label in zip(kept, split.labels.tolist()) if label == want] for want in (1, 0))
-        assert len(near) == len(far) and sum(near) / len(near) > 0.75 and sum(far) / len(far) < 0.25 and max(far) < min(near)
-        assert max(len(text.split()) for text, _ in split.texts) <= 7
-        assert min(near) >= 0.7 and all(len(a.split()) == len(b.split()) for a, b in split.texts)
+@pytest.mark.parametrize(("name", "kept", "longest"), [("docstrings/paraphrase", 0.5, 16), ("docstrings/near", 0.25, 7)])
+def test_paraphrases_keep_the_words_that_their_label_says(name, kept, longest):
+    for split in book_data.load_data(name).splits.values():
+        same = [sum(w == o for w, o in zip(*map(str.split, pair))) / len(pair[0].split()) for pair in split.texts]
+        near, far = ([k for k, label in zip(same, split.labels.tolist()) if label == want] for want in (1, 0))
+        assert len(near) == len(far) and sum(near) / len(near) > 0.75 and sum(far) / len(far) < kept and min(near) >= 0.7
+        assert all(len(a.split()) == len(b.split()) <= longest for a, b in split.texts)
+
+
+def test_a_stored_result_was_made_on_the_rows_that_its_row_has_now():
+    for made in (found for found in book_results(BOOK) if found["method"] == "lora" and found["seed"] == 0):
+        own = settings_of(made["row"], "lora", made["profile"])
+        _, rows_now = prepare(own["model"], own["data"], own["kind"], limit=own["examples"], judged=own["judged"])
+        assert rows_now.hash == made["data_hash"], made["row"]
+        assert {key: made["settings"][key] for key in own if key != "seeds"} == json.loads(json.dumps({key: value for key, value in own.items() if key != "seeds"}))

@@ -7,10 +7,11 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'harvest', 'plain', 'distinct', 'seal', 'unsealed', 'corpus', 'minilm_folder', 'smollm2_folder',
            'load_tokenizer', 'to_bytes', 'from_bytes', 'byte_rows', 'encode', 'text_split', 'docstring_splits',
            'docstrings_source', 'named', 'pairs', 'docstrings_match', 'blended', 'graded', 'docstrings_similarity',
-           'near_or_far', 'docstrings_paraphrase', 'in_columns', 'begun', 'ended', 'generation_split', 'signatures',
-           'docstrings_signature', 'joined', 'choice_split', 'choices', 'docstrings_choice', 'stories', 'kinship',
-           'kinship_choice', 'fact_splits', 'kinship_facts', 'lessons', 'image_data', 'digits', 'mnist5000', 'built',
-           'hub_data', 'is_repository', 'load_data', 'alike', 'batches', 'pinned', 'trimmed']
+           'near_or_far', 'paraphrases', 'docstrings_paraphrase', 'docstrings_near', 'in_columns', 'begun', 'ended',
+           'generation_split', 'signatures', 'docstrings_signature', 'joined', 'choice_split', 'choices',
+           'docstrings_choice', 'stories', 'kinship', 'kinship_choice', 'fact_splits', 'kinship_facts', 'lessons',
+           'image_data', 'digits', 'mnist5000', 'built', 'hub_data', 'is_repository', 'load_data', 'alike', 'batches',
+           'pinned', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
 import ast
@@ -397,18 +398,28 @@ def docstrings_similarity(seed: int = 0, tokenizer: str | None = None) -> Data:
     return Data("docstrings/similarity", "regression", (), **splits, **DOCSTRINGS)
 
 # %% ../../nbs/core/data.ipynb #c32
-def near_or_far(records: list, seed: int = 0, kept: tuple = (1, 4), longest: int = 7) -> list:
-    "((summary, its blend), label): of five words one is kept (label 0) or four are (1), in turn and equally often; summaries of up to `longest` words."
+def near_or_far(records: list, seed: int = 0, kept: tuple = (2, 4), longest: int = 16) -> list:
+    "((summary, its blend), label): kept[label] of five words are kept, label 0 and 1 in turn and equally often; summaries of up to `longest` words."
     texts = [text for i in ranked([record[3] for record in records], seed) if len((text := records[i][3]).split()) <= longest]
     pairs_of = list(zip(texts, texts[1:] + texts[:1]))[:len(texts) // 2 * 2]
     return [((text, blended(text, other, round(len(text.split()) * kept[i % 2] / 5), seed)), i % 2) for i, (text, other) in enumerate(pairs_of)]
 
 
+def paraphrases(name: str, seed: int, tokenizer: str | None, **own) -> Data:
+    "The pairs of `near_or_far` as a data set."
+    rows = {part: near_or_far(records, seed, **own) for part, records in docstring_splits(seed).items()}
+    splits = {part: text_split([row[0] for row in pairs_of], [row[1] for row in pairs_of], 64, tokenizer) for part, pairs_of in rows.items()}
+    return Data(name, "pair", ("other", "same"), **splits, **DOCSTRINGS)
+
+
 def docstrings_paraphrase(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell a summary line with a fifth of its words replaced from one with four fifths replaced."
-    rows = {name: near_or_far(part, seed) for name, part in docstring_splits(seed).items()}
-    splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
-    return Data("docstrings/paraphrase", "pair", ("other", "same"), **splits, **DOCSTRINGS)
+    "Tell a summary line with a fifth of its words replaced from one with three fifths replaced."
+    return paraphrases("docstrings/paraphrase", seed, tokenizer)
+
+
+def docstrings_near(seed: int = 0, tokenizer: str | None = None) -> Data:
+    "Tell a short summary line with a fifth of its words replaced from one with four fifths replaced."
+    return paraphrases("docstrings/near", seed, tokenizer, kept=(1, 4), longest=7)
 
 # %% ../../nbs/core/data.ipynb #c34
 def in_columns(rows: Sequence, length: int, pad: int) -> tuple:
@@ -583,7 +594,7 @@ def mnist5000(seed: int = 0) -> Data:
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
            "kinship": kinship, "kinship/facts": kinship_facts, "kinship/choice": kinship_choice, "lessons": lessons,
            "docstrings/choice": docstrings_choice, "docstrings/similarity": docstrings_similarity,
-           "docstrings/paraphrase": docstrings_paraphrase,
+           "docstrings/paraphrase": docstrings_paraphrase, "docstrings/near": docstrings_near,
            "kinship/2": functools.partial(kinship, hops=(2,), families=200),
            "kinship/3": functools.partial(kinship, hops=(3,), families=200), "kinship/4": functools.partial(kinship, hops=(4,), families=200),
            "digits": digits, "mnist5000": mnist5000}
