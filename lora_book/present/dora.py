@@ -169,8 +169,8 @@ def all_ratios(n: int, blocks: list, V: Tensor | None = None) -> Tensor:
     return torch.cat([*parts, parts[1].new_ones(n - at)])
 
 # %% ../../nbs/present/dora.ipynb #c22
-class DoRA(LoRA):
-    "ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta). Liu et al. 2024, eq. 5."
+class _Lengths(LoRA):
+    "V = W0 + s·B A, the lengths of its rows, and the change that gives each row a length of its own."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, init: str = "normal", detach_norm: bool = True):
@@ -197,6 +197,27 @@ class DoRA(LoRA):
         "diag(d) V − W0, (n, m) (@eq-dora-delta)."
         return self.ratio(W0)[:, None] * self.moved(W0) - W0
 
+# %% ../../nbs/present/dora.ipynb #c22c
+class _Turning(_Lengths):
+    "How the weight moves while g, A and B do."
+
+    def tangent(self, M: dict, W0: Tensor | None = None) -> Tensor:
+        "d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B A + B M_A), (n, m); raises BadType without W0."
+        if W0 is None:
+            raise BadType("how DoRA's weight moves depends on W0: give it")
+        V, dV, lengths = self.moved(W0), super().tangent(M), self.lengths(W0)
+        along = divided((V * dV).sum(1), lengths**2)[:, None] * V
+        stretched = divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[:, None] * V
+        return self.ratio(W0)[:, None] * (dV - along) + stretched
+
+    def direction(self, M: dict, W0: Tensor) -> list:
+        "The tangent, which has no low rank."
+        return [(None, self.tangent(M, W0).detach(), 1.0)]
+
+# %% ../../nbs/present/dora.ipynb #c22d
+class DoRA(_Turning):
+    "ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta). Liu et al. 2024, eq. 5."
+
     def rank_bound(self, n: int, m: int) -> int:
         "min(n, m)."
         return min(n, m)
@@ -222,19 +243,6 @@ class DoRA(LoRA):
     def peft(self) -> LoraForm:
         "PEFT's DoRA: A, B, s and the lengths g."
         return LoraForm(self.A, self.B, self.scaling, self.magnitude)
-
-    def tangent(self, M: dict, W0: Tensor | None = None) -> Tensor:
-        "d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B A + B M_A), (n, m); raises BadType without W0."
-        if W0 is None:
-            raise BadType("how DoRA's weight moves depends on W0: give it")
-        V, dV, lengths = self.moved(W0), super().tangent(M), self.lengths(W0)
-        along = divided((V * dV).sum(1), lengths**2)[:, None] * V
-        stretched = divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[:, None] * V
-        return self.ratio(W0)[:, None] * (dV - along) + stretched
-
-    def direction(self, M: dict, W0: Tensor) -> list:
-        "The tangent, which has no low rank."
-        return [(None, self.tangent(M, W0).detach(), 1.0)]
 
 
 dora = Method(DoRA, "DoRA", "Liu et al. 2024", count=lambda n, m, r: r * (n + m) + n)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['INITS', 'SIGMA_MIN', 'loldu', 'GROWTH', 'BLOCK', 'ROWS', 'uniform', 'normal', 'check_flag', 'check_constraints',
-           'Triangles', 'Diagonal', 'LoLDU', 'project', 'Part', 'is_whole', 'times_upper_t', 'times_upper', 'in_cache',
+           'project', 'Triangles', 'Diagonal', 'LoLDU', 'Part', 'is_whole', 'times_upper_t', 'times_upper', 'in_cache',
            'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct', 'ldu_linear']
 
 # %% ../../nbs/present/loldu.ipynb #c02
@@ -57,6 +57,12 @@ def check_constraints(project: bool, eps: float | None, scale: float) -> None:
     if project and scale > 1:
         raise BadValue(f"project=True keeps sigma in (0, 1], but it starts at alpha/r = {scale:g}: "
                        "choose alpha at most r")
+
+
+def project(adapters: dict, step: int) -> None:
+    "After each step: the constraints, where they are asked for."
+    for adapter in adapters.values():
+        adapter.constrain()
 
 # %% ../../nbs/present/loldu.ipynb #c13
 class Triangles(Adapter):
@@ -128,8 +134,8 @@ class Diagonal(Triangles):
         return [(self.right, self.ordered(self.left) * self.along(M).detach(), 1.0)]
 
 # %% ../../nbs/present/loldu.ipynb #c17
-class LoLDU(Diagonal):
-    "ΔW = P L_r diag(σ z − σ0 z0) U_r (@eq-loldu-delta); z and σ train."
+class _Started(Diagonal):
+    "Checks the options and sets the start: the triangles, the pivots, z, z0, σ and the bound on z."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, init: str = "regular", keep_start: bool = False,
@@ -162,6 +168,10 @@ class LoLDU(Diagonal):
         "Take the triangles from other numbers in W0; z and σ stay."
         self.anchor(W0, self.z.dtype)
 
+# %% ../../nbs/present/loldu.ipynb #c17c
+class LoLDU(_Started):
+    "ΔW = P L_r diag(σ z − σ0 z0) U_r (@eq-loldu-delta); z and σ train."
+
     def rank_bound(self, n: int, m: int) -> int:
         "r."
         return self.r
@@ -188,12 +198,6 @@ class LoLDU(Diagonal):
             factors = Whole(rows, self.left.to(dtype), self.right.to(dtype), self.order.int(), self.inverse.int())
             return factors, torch.addcmul(widened(self.pivots) - self.sigma0 * widened(self.z0), widened(self.sigma), widened(self.z))
         return Part(rows, self.ordered(self.left).to(dtype), self.right.to(dtype)), self.change()
-
-# %% ../../nbs/present/loldu.ipynb #c18
-def project(adapters: dict, step: int) -> None:
-    "After each step: the constraints, where they are asked for."
-    for adapter in adapters.values():
-        adapter.constrain()
 
 
 loldu = Method(LoLDU, "LoLDU", "Shi et al. 2024", after=project, count=lambda n, m, r: r + 1)

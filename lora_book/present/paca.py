@@ -44,8 +44,8 @@ class Selecting(LowRank):
         return F.one_hot(self.idx, self.m).to(self.B.dtype)
 
 # %% ../../nbs/present/paca.ipynb #c15
-class Columns(Selecting):
-    "ΔW = s·B S (@eq-paca-delta): B (n, r) trains from 0, S (r, m) selects the columns `idx`. Woo et al. 2025."
+class _Changed(Selecting):
+    "The change s·B S through its columns (@eq-paca-delta)."
 
     def columns(self) -> tuple[Tensor, Tensor]:
         "All changed columns: their numbers (k,) and the matrix (n, k) that s multiplies."
@@ -64,6 +64,10 @@ class Columns(Selecting):
         "s·x[..., idx] Bᵀ, (..., n): a gather and T·r·n multiplications."
         idx, M = self.columns()
         return self.scaling * F.linear(x.index_select(-1, idx), M.to(x.dtype))
+
+# %% ../../nbs/present/paca.ipynb #c15c
+class Columns(_Changed):
+    "ΔW = s·B S (@eq-paca-delta): B (n, r) trains from 0, S (r, m) selects the columns `idx`. Woo et al. 2025."
 
     @classmethod
     def product(cls, x, W, bias, blocks):
