@@ -160,6 +160,17 @@ def test_a_chosen_rate_is_the_candidate_with_the_smallest_mean_loss():
         assert len(candidates) > 1 and entry["seed"] == 100 and entry["lr"] == float(min(means, key=means.get)), name
 
 
+def test_a_chosen_radius_is_the_candidate_with_the_smallest_loss_and_the_papers_is_kept_on_gpu():
+    radii = json.loads((DATA / "experiments" / "radii.json").read_text())
+    assert radii
+    for name, methods_ in radii.items():
+        row_id = next(i for i in RESULTS if row(i).paper == "P1" and row(i).stand_in["name"] == name)
+        for method, entry in methods_.items():
+            paper = settings_of(row_id, method, "gpu")["options"]["rho"]
+            assert entry["seed"] == 100 and len(entry["losses"]) > 1 and str(paper) in entry["losses"]
+            assert entry["rho"] == float(min(entry["losses"], key=entry["losses"].get)) == settings_of(row_id, method, "laptop")["options"]["rho"]
+
+
 def test_methods_of_a_row_share_their_rate_by_group():
     assert {group(m) for m in TEN} == {"FFT", "LoRA", "Asym"} and {m for m in TEN if group(m) == "Asym"} == set(TEN) - {"full", "lora", "lora_plus", "cola"}
     assert {m for m in METHODS if is_chain(m)} == {"cola", "rac", "c3la", "random_c3la"}
