@@ -569,3 +569,16 @@ def test_an_error_that_is_not_the_networks_is_not_disguised():
     with pytest.raises(ZeroDivisionError):
         with hub.hub_access("model", "x/y", "minilm"):
             raise ZeroDivisionError
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 999), min_size=3, max_size=3), min_size=1, max_size=9), st.booleans())
+def test_a_table_of_whole_numbers_is_read_as_it_stands(rows, ended):
+    text = "\n".join(",".join(map(str, row)) for row in rows) + "\n" * ended
+    assert book.numbers(text.encode(), 3).tolist() == rows
+
+
+@pytest.mark.parametrize("content", [b"", b"1,2.5", b"1,,2", b"1,2000", b"-1,2", b"1 2", b"1,2\n\n3,4"])
+def test_a_table_of_something_else_is_refused(content):
+    with pytest.raises(BadValue, match="whole numbers"):
+        book.numbers(content, 2)

@@ -30,6 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_book"
 DATA = (".json", ".csv", ".yml")
 SILENT = {"workers", "threads", "cell_timeout", "cache_dir", "results_dir", "source"}
+WARM = ["ipykernel.kernelapp", "torch", "pandas", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "safetensors.torch", "timm",
+        "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "sklearn.linear_model",
+        "sklearn.feature_extraction.text", "peft"]
+FEW = 4
 QUARTO_FAULTS = re.compile(
     r"Unable to resolve crossref|citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
 
@@ -123,10 +127,11 @@ class Run:
     def __init__(self, root: Path, build: Path, settings):
         self.root, self.build, self.settings = root, build, settings
         self.failures, self.stopped = [], False
-        self.idle, self.servers = SimpleQueue(), []
+        self.idle, self.servers, self.warm = SimpleQueue(), [], []
 
     def chapters(self, paths: list) -> None:
         start, total = time.perf_counter(), len(paths)
+        self.warm = WARM if total > FEW else []
         with ThreadPoolExecutor(self.settings.workers) as pool:
             jobs = [pool.submit(self.chapter, path) for path in paths]
             for done, job in enumerate(as_completed(jobs), 1):
@@ -170,7 +175,7 @@ class Run:
 
     def started(self) -> subprocess.Popen:
         "A process that runs one notebook after the other."
-        command = [sys.executable, "-m", "tools.execute", "--serve"]
+        command = [sys.executable, "-m", "tools.execute", "--serve", *self.warm]
         server = subprocess.Popen(command, cwd=ROOT, env=self.environment(), text=True, encoding="utf-8",
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self.servers.append(server)
@@ -181,7 +186,8 @@ class Run:
         limits = dict.fromkeys((f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), threads)
         path = [str(self.root.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {"LORA_BOOK_PROFILE": self.settings.profile, "LORA_BOOK_CELL_TIMEOUT": str(self.settings.cell_timeout),
-                 "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path)}
+                 "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path),
+                 "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         return {**os.environ, **limits, **given, **offline}
 

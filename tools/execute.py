@@ -4,9 +4,9 @@ SOURCE is only read, unless it is TARGET. Cells marked `#| eval: false`, `#| slo
 they are, stored outputs included; LORA_BOOK_RUN="slow gpu" runs the marked ones too. Kernel and client talk through
 files, so that no port is opened.
 
-`python -m tools.execute --serve` does so for one notebook after the other: a line of JSON in, {"source", "target",
-"key"}, and one out, {"code", "message"}. Where processes can be forked each kernel is a fork of the server, which has
-imported what chapters import from others, and nothing of the book.
+`python -m tools.execute --serve [MODULE ...]` does so for one notebook after the other: a line of JSON in, {"source",
+"target", "key"}, and one out, {"code", "message"}. Where processes can be forked each kernel is a fork of the server,
+which has imported the modules that are named, others' and slow, and nothing of the book.
 """
 # ruff: noqa: E402
 import importlib
@@ -30,7 +30,6 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 MARKS = re.compile(r"^#\|\s*(slow|gpu|eval)\s*:?\s*(\w*)", re.MULTILINE)
 SKIP = "skip-execution"
 PLACES = ((re.compile(r"\S*/site-packages/"), ""), (re.compile(r"\S*/ipykernel_\d+/\d+\.py"), "cell"))
-WARM = ("ipykernel.kernelapp", "torch", "pandas", "safetensors.torch", "timm", "transformers.models.bert.modeling_bert")
 FORKS = sys.platform == "linux"
 
 
@@ -186,10 +185,10 @@ def in_a_process(work: dict) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def serve() -> None:
+def serve(modules: list) -> None:
     "Answer each line of the standard input, until it ends."
     if FORKS:
-        for name in WARM:
+        for name in modules:
             importlib.import_module(name)
     for line in sys.stdin:
         code, message = (in_a_fork if FORKS else in_a_process)(json.loads(line))
@@ -197,4 +196,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main(*sys.argv[1:])
+    serve(sys.argv[2:]) if sys.argv[1] == "--serve" else main(*sys.argv[1:])
