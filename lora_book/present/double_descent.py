@@ -116,7 +116,7 @@ class Task:
 TASKS = {
     "digits": Task("digits", "digits_vit", None, ("attn.qkv[q,v]",), (1, 4, 8, 16, 64), (1e-3, 1e-2, 5e-2), 4, (1e-2, 5e-2),
                    32, 48, 4, 160),
-    "source": Task("docstrings/source", "minilm", "classifier", ("query", "value"), (1, 16, 384), (1e-2,), 16, (1e-2,),
+    "source": Task("docstrings/source", "minilm", "classifier", ("query", "value"), (1, 16, 384), (1e-3, 1e-2, 5e-2), 16, (1e-2,),
                    8, 32, 8, 32)}
 ALPHA = 4.0
 
