@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    "Run one command and print its lines, in the first of several processes; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C."
+    "Run one command and print its lines, in the first of several processes; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C, 141 when nobody reads on."
     args = parser().parse_args(arguments)
     try:
         for line in COMMANDS[args.command][0](args):
@@ -159,6 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     except LoraBookError as error:
         sys.stderr.write(f"lora-book: {error}\n")
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as stopped:
         sys.stderr.write(f"lora-book: {stopped or 'stopped'}; finished runs are kept, and so is the last checkpoint: the same command goes on from there\n")
         return 130

@@ -3,6 +3,9 @@ import json
 import math
 import re
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -202,3 +205,16 @@ def test_the_books_own_results_were_made_with_the_rows_present_settings():
 def test_lines_of_a_row_are_plain_text():
     lines = row_lines(address("2"), row(ROW), measured([result()]), ["laptop"])
     assert all(line == line.rstrip() and json.dumps(line) for line in lines)
+
+
+def test_a_profile_that_there_is_not_is_refused_and_one_without_results_is_missing(monkeypatch):
+    monkeypatch.delenv("LORA_BOOK_PROFILE", raising=False)
+    with pytest.raises(UnknownName, match="laptop"):
+        table_lines("2", "laptob")
+    assert any(line.rstrip().endswith("missing") for line in table_lines("2", "smoke", found=[]))
+
+
+def test_a_table_of_which_only_the_beginning_is_read_ends_without_a_traceback():
+    command = f"{sys.executable} -c 'from lora_book.cli import main; raise SystemExit(main([\"table\", \"2\"]))' | head -1"
+    done = subprocess.run(command, shell=True, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("Table 2 of P2") and not done.stderr

@@ -5,6 +5,7 @@ __all__ = ['PERCENT', 'LOWER', 'PROFILES', 'Measured', 'test_value', 'summed', '
            'oriented', 'address', 'rows_of', 'shown', 'paper_only', 'row_lines', 'table_lines']
 
 # %% ../../nbs/experiments/report.ipynb #c03
+import os
 import re
 import statistics
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from ..core.errors import BadValue
+from ..core.settings import load_settings
 from .rows import Row, printed, row, rows
 from .runner import results
 from ..theory.tables import Cell, Table, table
@@ -158,9 +160,11 @@ def table_lines(number: str, profile: str | None = None, found: list[dict] | Non
     """A paper's table beside what was measured: 2, IV or P4:IV; in one profile, or in every profile with results.
 
     `found`: results to show instead of the stored ones. An ablation shows its measured points alone and counts the others.
-    Raises UnknownName for a table that isn't kept, BadValue for one that no row reproduces."""
+    Raises UnknownName for a table that isn't kept or a profile that there isn't, BadValue for a table that no row reproduces."""
     chosen = address(number)
     own, known = rows_of(chosen), measured(found)
+    if profile and all(key[2] != profile for key in known):
+        load_settings(environ=dict(os.environ) | {"LORA_BOOK_PROFILE": profile})
     ids = {one.id for one in own}
     have = {key: value for key, value in known.items() if key[0] in ids and profile in (None, key[2])}
     profiles = sorted({key[2] for key in have}, key=lambda p: (PROFILES.index(p) if p in PROFILES else len(PROFILES), p)) or [profile or "measured"]
