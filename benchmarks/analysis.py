@@ -40,7 +40,8 @@ from lora_book.core.data import load_data  # noqa: E402
 from lora_book.core.models import load_model  # noqa: E402
 from lora_book.core.training import evaluate  # noqa: E402
 
-GOALS = {"intruders": {"seconds": 30, "copies": 2}, "plane": {"seconds": 60, "copies": 2}, "adapted plane": {"seconds": 60, "copies": 2}}
+GOALS = {"intruders": {"seconds": 30, "copies": 2}} | {name: {"seconds": 60, "copies": 2} for name in ("plane", "held plane", "path", "adapted plane")} | {
+    "fine plane": {"copies": 2}, "text plane": {"copies": 2}}
 
 
 class Alive(TorchDispatchMode):
@@ -126,8 +127,8 @@ def grid_case(model: torch.nn.Module, loss: Callable, plane: Callable, side: int
     return Case(lambda: run(side), model, lambda: run(2), lambda: loss(model))
 
 
-def random_plane(method: str | None, side: int, hold: bool = False) -> Case:
-    "A grid of the digits ViT on a random plane."
+def random_plane(method: str | None, side: int, hold: float = 0) -> Case:
+    "A grid of the digits ViT on a random plane, of whose directions a share is held."
     model, loss = digits(method)
     return grid_case(model, loss, lambda: random_directions(moved_weights(model, copy=False), hold=hold), side)
 
@@ -153,7 +154,7 @@ def sharpness() -> Case:
 
 
 CASES = {"intruders": lambda: pairs(intruder_counts), "spectra": lambda: pairs(spectra_of), "plane": lambda: random_plane(None, 21),
-         "held plane": lambda: random_plane(None, 21, hold=True), "adapted plane": lambda: random_plane("lora", 21), "path": path_plane,
+         "held plane": lambda: random_plane(None, 21, hold=0.45), "adapted plane": lambda: random_plane("lora", 21), "path": path_plane,
          "fine plane": lambda: random_plane(None, 51), "text plane": text_plane, "sharpness": sharpness}
 
 

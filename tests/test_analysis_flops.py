@@ -97,7 +97,9 @@ def test_memory_is_counted_in_bytes():
 @pytest.mark.parametrize("call, words", [
     (lambda: fl.low_rank_flops(1, 4, 4, 5), "r must"), (lambda: fl.floor_flops(0, 1, 1), "T must"), (lambda: fl.column_flops(1, 2, 2.0, 1), "m must"),
     (lambda: fl.epoch_flops(0, 1, 1), "flops"), (lambda: fl.memory_account(layer("lora", 4, 4, 1), lambda m: m(torch.ones(1, 4)), moments=-1), "moments"),
-    (lambda: fl.step_flops(layer(None, 4, 4, 1), lambda m: m(torch.ones(1, 4)).sum()), "trained")])
+    (lambda: fl.step_flops(layer(None, 4, 4, 1), lambda m: m(torch.ones(1, 4)).sum()), "trained"),
+    (lambda: fl.step_flops("model", lambda m: 1.0), "str"), (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: 1.0), "1.0"),
+    (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: m(torch.ones(2, 4))), r"\(2, 4\)"), (lambda: fl.memory_account("model", lambda m: 1.0), "str")])
 def test_bad_input_is_refused_and_named(call, words):
     with pytest.raises(lb.LoraBookError, match=words):
         call()

@@ -1,6 +1,8 @@
 """Generalisation gap: estimates against closed forms, coverage, orders by brute force, bad input."""
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +91,10 @@ class Scores(nn.Module):
         return self.map(pixel_values)
 
 
+def nine():
+    return Split({"pixel_values": torch.randn(9, 4, generator=generator(0)), "labels": torch.arange(9) % 3})
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_example_losses_are_each_rows_own_in_order(batch_size):
     model = Scores().eval()
@@ -104,7 +110,11 @@ def test_example_losses_are_each_rows_own_in_order(batch_size):
     (lambda: gg.gen_gap([1.0, 2.0], "ab"), "'ab'"), (lambda: gg.gen_gap([1.0, 2.0], [1.0, 2.0], 1.0), "level"),
     (lambda: gg.gen_gap([1.0, 2.0], [1.0, 2.0], kind="exact"), "exact"), (lambda: gg.mean_interval([1.0, 2.0], draws=0), "draws"),
     (lambda: gg.compare([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3"), (lambda: gg.rank_agreement([1, 2], [1, 2, 3]), "2 and 3"),
-    (lambda: gg.rank_agreement([1, 1], [1, 2]), "order"), (lambda: gg.gen_gap(torch.ones(2, 2), [1.0, 2.0]), r"\(2, 2\)"),
+    (lambda: gg.rank_agreement([1, 1], [1, 2]), "order"), (lambda: gg.gen_gap([None, 1.0], [1.0, 2.0]), "None"), (lambda: gg.gen_gap(3, [1.0, 2.0]), "3"),
+    (lambda: gg.rank_interval([[1, 2]], [[1, 2]]), "2 or more runs"), (lambda: gg.rank_interval([[1, 2], [1, 2, 3]], [[1, 2], [1, 2]]), "one length"),
+    (lambda: gg.rank_interval([[1, 2]] * 2, [[1, 2]] * 3), "2 and 3"), (lambda: gg.rank_interval(3, [[1, 2]] * 3), "3"),
+    (lambda: gg.rank_interval([[1, 2]] * 2, [[1, 1]] * 2), "order"), (lambda: gg.rank_interval([[1, 2]] * 2, [[1, math.nan]] * 2), "NaN"),
+    (lambda: gg.example_losses(Scores().eval(), nine(), loss=lambda s, y: s.sum()), "9 rows"), (lambda: gg.example_losses(Scores().eval(), "data"), "str"), (lambda: gg.gen_gap(torch.ones(2, 2), [1.0, 2.0]), r"\(2, 2\)"),
     (lambda: gg.example_losses(Scores(), Split({"pixel_values": torch.ones(1, 4), "labels": torch.zeros(1).long()})), "training mode"),
     (lambda: gg.example_losses(Scores().eval(), Split({"pixel_values": torch.ones(0, 4), "labels": torch.zeros(0).long()})), "without rows")])
 def test_bad_input_is_refused_and_named(call, words):
@@ -117,3 +127,44 @@ def test_an_interval_that_forgets_the_training_set_raises_false_alarms():
         return gg.mean_interval(test - train.mean()).verdict
     alarms = sum(mutant(drawn(20, 2 * i), drawn(400, 2 * i + 1)) != "no difference" for i in range(100))
     assert alarms > 25
+
+
+class Fixed(nn.Module):
+    def forward(self, pixel_values):
+        return pixel_values[:, :3]
+
+
+def test_a_model_without_parameters_has_losses_and_arrays_are_numbers_too():
+    assert gg.example_losses(Fixed().eval(), nine()).shape == (9,)
+    a, b = drawn(9, 0), drawn(7, 1)
+    assert gg.gen_gap(a.numpy(), b.numpy()) == gg.gen_gap(a, b) and gg.rank_agreement(np.array([1, 2, 3]), [1, 3, 2]).tau == gg.rank_agreement([1, 2, 3], [1, 3, 2]).tau
+
+
+@given(st.integers(2, 3), st.integers(3, 6), st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_the_interval_of_an_order_is_that_of_all_resampled_runs(runs, k, seed):
+    a, b = (torch.randn(runs, k, generator=generator(seed, which), dtype=torch.float64) for which in "ab")
+    got = gg.rank_interval(a, b, 0.8)
+    brute = [rank_correlation(a[list(at)].mean(0), b[list(at)].mean(0)) for at in itertools.product(range(runs), repeat=runs)]
+    assert math.isclose(got.mean, rank_correlation(a.mean(0), b.mean(0)), abs_tol=1e-12) and got.count == runs
+    assert np.allclose([got.low, got.high], np.quantile(brute, [0.1, 0.9]))
+    flipped = gg.rank_interval(-a, b, 0.8)
+    assert np.allclose([flipped.low, flipped.high], [-got.high, -got.low]) and gg.rank_interval(a.numpy(), b.tolist(), 0.8) == got
+
+
+def test_many_runs_are_sampled_from_the_seed_and_runs_that_agree_have_no_spread():
+    a, b = (torch.randn(9, 6, generator=generator(which), dtype=torch.float64) for which in "ab")
+    one, same, other = (gg.rank_interval(a, b, draws=40, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
+    steady = gg.rank_interval(torch.arange(5.0).expand(3, -1), torch.arange(5.0).square().expand(3, -1))
+    assert all(math.isclose(value, 1) for value in (steady.low, steady.mean, steady.high))
+    assert gg.resamples(3, 27, 0).shape == (27, 3) and gg.resamples(3, 26, 0).shape == (26, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_models_of_every_type_have_losses(dtype):
+    torch.manual_seed(0)
+    model = Scores().eval()
+    want = gg.example_losses(model, nine())
+    got = gg.example_losses(model.to(dtype), nine())
+    assert torch.allclose(got, want, atol=0.05) and got.dtype is torch.float64

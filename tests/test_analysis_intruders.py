@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,7 +127,10 @@ def test_counts_of_a_model_of_peft_are_those_of_its_merged_weights():
     (lambda W: it.intruder_dims(W, W * math.nan, 0.5), "NaN"), (lambda W: it.intruder_dims(W, W, 0.5, k=4), "k must be"),
     (lambda W: it.intruder_dims(W[None], W[None], 0.5), "stack"), (lambda W: it.intruder_dims(W.long(), W.long(), 0.5), "int64"),
     (lambda W: it.least_cosine(0), "n must"), (lambda W: it.intruder_counts({"w": (W, W)}, 0.5, portion=0), "portion"),
-    (lambda W: it.intruder_curve(torch.ones(3), [2]), "eps")])
+    (lambda W: it.intruder_curve(torch.ones(3), [2]), "eps"), (lambda W: it.intruder_curve(torch.ones(3), ["a"]), "'a'"),
+    (lambda W: it.intruder_counts({"w": (W, W)}, "a"), "'a'"), (lambda W: it.intruder_counts("w"), "str"),
+    (lambda W: it.intruder_curve([0.1], [0.5]), "0.1"), (lambda W: it.intruder_counts({"w": W}, 0.5), "Tensor"),
+    (lambda W: it.random_cosines(3, 2, None), "Generator")])
 def test_bad_input_is_refused_and_named(call, words):
     with pytest.raises(lb.LoraBookError, match=words):
         call(torch.randn(3, 4, generator=generator(0)))
@@ -136,3 +140,23 @@ def test_a_count_on_the_wrong_side_is_told_apart():
     W0, _ = pair(5, 5, 1)
     Q = torch.linalg.qr(pair(5, 5, 2)[0]).Q
     assert it.intruder_dims(W0.T, (Q @ W0).T, 0.9).tolist() == [] and len(it.intruder_dims(W0, Q @ W0, 0.9)) > 0
+
+
+@pytest.mark.parametrize("base", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tuned", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_two_types_are_compared_in_the_wider(base, tuned):
+    W0, W1 = pair(6, 5, 1)
+    got = it.largest_cosines(W0.to(base), W1.to(tuned))
+    want = it.largest_cosines(W0.to(base).double(), W1.to(tuned).double())
+    assert torch.allclose(got.double(), want, atol=1e-5) and got.dtype is torch.promote_types(torch.promote_types(base, tuned), torch.float32)
+    W0 = torch.nn.Parameter(W0.T.contiguous().T)
+    assert not W0.is_contiguous() and torch.allclose(it.largest_cosines(W0, W1), it.largest_cosines(W0.detach().contiguous(), W1))
+
+
+def test_thresholds_may_be_numbers_arrays_or_tensors():
+    W0, W1 = pair(6, 6, 2)
+    want = it.intruder_counts({"w": (W0, W1)}, [0.5, 0.75])["w"]
+    for eps in (np.array([0.5, 0.75]), torch.tensor([0.5, 0.75]), (0.5, 0.75)):
+        assert torch.equal(it.intruder_counts({"w": (W0, W1)}, eps)["w"], want)
+    for eps in (0.5, np.float32(0.5), torch.tensor(0.5)):
+        assert torch.equal(it.intruder_counts({"w": (W0, W1)}, eps)["w"], want[:1])

@@ -1,5 +1,6 @@
 """Landscapes: closed forms, invariances, promised norms, untouched models, resuming, marked points, bad input."""
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -45,6 +46,10 @@ def adapted(method="lora", **options):
     return model.eval()
 
 
+def inner(d, e):
+    return sum(float((d[name].double() * e[name].double()).sum()) for name in d)
+
+
 def bits(model):
     return {name: p.detach().clone() for name, p in model.state_dict().items()}
 
@@ -86,7 +91,7 @@ def test_directions_have_the_promised_norms(seed, scale):
             else:
                 assert torch.allclose(d.norm(dim=1), w.norm(dim=1)) and torch.isclose(e.norm(), w.norm())
     raw = ll.random_directions(weights, seed, "none").first
-    assert math.isclose(ll.inner(raw, raw) ** 0.5, sum(w.numel() for w in weights.values()) ** 0.5, rel_tol=0.5)
+    assert math.isclose(inner(raw, raw) ** 0.5, sum(w.numel() for w in weights.values()) ** 0.5, rel_tol=0.5)
 
 
 @given(st.integers(3, 7), st.integers(0, 10**6))
@@ -99,7 +104,7 @@ def test_pca_is_the_singular_value_decomposition_of_the_steps(steps, seed):
     _, S, Vh = torch.linalg.svd(M, full_matrices=False)
     for side, v in zip((plane.first, plane.second), Vh, strict=False):
         assert abs(float(torch.cat([side[k].flatten() for k in "ab"]) @ v)) > 1 - 1e-9
-    assert np.allclose(plane.explained, (S[:2] ** 2 / (S ** 2).sum()).numpy()) and abs(ll.inner(plane.first, plane.second)) < 1e-9
+    assert np.allclose(plane.explained, (S[:2] ** 2 / (S ** 2).sum()).numpy()) and abs(inner(plane.first, plane.second)) < 1e-9
     assert np.allclose(np.abs(plane.path[:-1]), np.abs((M @ Vh[:2].T).numpy()), atol=1e-9) and np.allclose(plane.path[-1], 0)
     assert (plane.path[0] >= -1e-12).all()
 
@@ -229,19 +234,111 @@ def peak_of(run, *held):
     return mode.peak
 
 
-@pytest.mark.parametrize("use, copies", [
-    (lambda model: ll.loss_surface(model, small_loss, ll.random_directions(ll.moved_weights(model, copy=False)), GRID, GRID), 1.5),
-    (lambda model: ll.random_sharpness(model, small_loss, 0.1, 3), 1.5),
-    (lambda model: ll.loss_surface(model, small_loss, ll.random_directions(ll.moved_weights(model), hold=True), GRID, GRID), None)])
-def test_a_random_plane_needs_less_than_two_copies_of_the_model(use, copies):
-    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)]).eval()
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = peak_of(lambda: use(model), *model.parameters())
-    assert size <= peak < copies * size if copies else peak > 3 * size
-
-
 def small_loss(model):
-    return model(torch.ones(1, 64)).square().mean()
+    return model(torch.ones(1, 256)).square().mean()
+
+
+def path(points=4):
+    "Snapshots of a model of 8 layers; the last has its numbers."
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)]).eval()
+    return model, [{name: p.detach() + 0.01 * (points - 1 - t) * torch.randn(p.shape, generator=generator(t, name)) for name, p in model.named_parameters()}
+                   for t in range(points)]
+
+
+def on_plane(make):
+    return lambda model, points: ll.loss_surface(model, small_loss, make(model, points), [0.5], [0.5])
+
+
+@pytest.mark.parametrize("use, most", [
+    (on_plane(lambda model, _: ll.random_directions(ll.moved_weights(model, copy=False))), 1.5),
+    (on_plane(lambda model, _: ll.random_directions(ll.moved_weights(model, copy=False), hold=0.45)), 2),
+    (on_plane(lambda _, points: ll.pca_directions(points)), 1.5), (on_plane(lambda _, points: ll.pca_directions(points, "filter")), 1.5),
+    (on_plane(lambda _, points: ll.pca_directions(points, "layer", hold=0.45)), 2),
+    (lambda model, _: ll.random_sharpness(model, small_loss, 0.1, 1), 1.5)])
+def test_a_plane_needs_less_than_two_copies_of_the_model(use, most):
+    model, points = path()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = peak_of(lambda: use(model, points), *model.parameters(), *[w for point in points for w in point.values()])
+    assert size <= peak < most * size
+
+
+@pytest.mark.parametrize("make", [lambda model, _: ll.random_directions(ll.moved_weights(model, copy=False), hold=True),
+                                  lambda _, points: ll.pca_directions(points, hold=True)])
+def test_directions_that_are_held_are_counted(make):
+    model, points = path()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = [*model.parameters(), *[w for point in points for w in point.values()]]
+    assert peak_of(lambda: on_plane(make)(model, points), *held) > 2.9 * size
+
+
+def test_a_path_in_files_needs_less_than_two_copies_of_the_model(tmp_path, monkeypatch):
+    model, points = path()
+    for t, point in enumerate(points):
+        save_file(point, tmp_path / f"{t}.safetensors")
+    whole, piece = ll.Stored.__getitem__, ll.Stored.piece
+    monkeypatch.setattr(ll.Stored, "__getitem__", lambda *at: whole(*at).clone())
+    monkeypatch.setattr(ll.Stored, "piece", lambda *at: piece(*at).clone())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    files = [tmp_path / f"{t}.safetensors" for t in range(len(points))]
+    assert size <= peak_of(lambda: ll.loss_surface(model, small_loss, ll.pca_directions(files), [0.5], [0.5]), *model.parameters()) < 1.5 * size
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 40), st.sampled_from([1, 9, 2**14]))
+@settings(max_examples=60, deadline=None)
+def test_portions_reach_each_number_once_and_are_small(shape, points, scratch):
+    seen, before = torch.zeros(shape), ll.SCRATCH
+    first = sum(1 for _ in itertools.takewhile(lambda n: n == 1, shape))
+    ll.SCRATCH = scratch
+    try:
+        for rows in ll.portions(seen.shape, points):
+            seen[rows] += 1
+            assert seen[rows].numel() <= max(max(scratch, seen.numel() // 8) / points, math.prod(shape[first + 1:]))
+    finally:
+        ll.SCRATCH = before
+    assert (seen == 1).all()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.sampled_from([1, 7, 2**14]))
+@settings(max_examples=20, deadline=None)
+def test_a_combination_is_the_sum_of_its_steps(seed, dtype, scratch):
+    shapes = {"matrix": (4, 6), "vector": (3,), "scalar": (), "position": (1, 5, 2), "empty": (0, 2)}
+    points = [{name: torch.randn(shape, generator=generator(seed, t, name)).to(dtype) for name, shape in shapes.items()} for t in range(4)]
+    for point in points:
+        point["matrix"] = point["matrix"].T
+    shares, before = torch.randn(3, generator=generator(seed), dtype=torch.float64), ll.SCRATCH
+    ll.SCRATCH = scratch
+    try:
+        made = dict(ll.Combined(points, shares))
+    finally:
+        ll.SCRATCH = before
+    for name, d in made.items():
+        want = sum(share * (point[name].double() - points[-1][name].double()) for share, point in zip(shares, points, strict=False))
+        assert d.dtype is torch.promote_types(dtype, torch.float32) and d.shape == points[0][name].shape
+        assert torch.allclose(d.double(), want, rtol=4 * torch.finfo(d.dtype).eps, atol=16 * torch.finfo(d.dtype).eps)
+
+
+@pytest.mark.parametrize("norm", ll.NORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_path_plane_gives_the_same_surface_however_much_is_held(norm, dtype):
+    points = [ll.moved_weights(net(t, dtype)) for t in range(5)]
+    model, X0, Y0 = net(4, dtype), X.to(dtype), Y.to(dtype)
+    planes = [ll.pca_directions(points, norm, hold) for hold in (0, 0.5, True)]
+    surfaces = [ll.loss_surface(model, lambda m: (m(X0) - Y0).square().mean(), plane, GRID, GRID) for plane in planes]
+    assert all(torch.equal(planes[0].first[k], plane.first[k]) for plane in planes for k in points[0])
+    assert all(np.allclose(s.losses, surfaces[-1].losses, rtol=64 * torch.finfo(dtype).eps) for s in surfaces)
+    assert not isinstance(planes[0].first, dict) and isinstance(planes[2].first, dict) and 0 < len(planes[1].first.maps[0]) < len(points[0])
+
+
+@pytest.mark.parametrize("hold", [0, True])
+def test_a_path_plane_leaves_model_and_snapshots_as_they_were_also_if_the_loss_raises(hold):
+    points, model = [ll.moved_weights(net(t)) for t in range(4)], net(3)
+    kept, before = [{k: w.clone() for k, w in point.items()} for point in points], bits(model)
+    plane = ll.pca_directions(points, hold=hold)
+    ll.loss_surface(model, loss, plane, GRID, GRID)
+    with pytest.raises(ZeroDivisionError):
+        ll.loss_surface(model, lambda m: 1 / 0, plane, GRID, GRID)
+    assert all(torch.equal(before[k], v) for k, v in bits(model).items())
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(points, kept, strict=True) for k in a)
 
 
 def test_a_direction_that_is_not_kept_has_the_bits_of_one_that_is():
@@ -351,7 +448,20 @@ def test_pictures_share_levels_and_show_what_they_are_given():
     (lambda m, p: ll.random_sharpness(m, loss, 0), "radius"), (lambda m, p: ll.random_sharpness(m, loss, 1, 0), "draws"),
     (lambda m, p: ll.surface_sharpness(ll.loss_surface(m, loss, p, [0.0], [0.0]), 1), "6 finite"),
     (lambda m, p: ll.surface_sharpness(ll.loss_surface(m, loss, p, GRID, GRID), 1), "one of them at"),
-    (lambda m, p: ll.normalised(p.first, {"w": X}), "agree"), (lambda m, p: ll.Surface.load("nowhere"), "nowhere")])
+    (lambda m, p: ll.normalised(p.first, {"w": X}), "agree"), (lambda m, p: ll.random_directions(m), "Sequential"), (lambda m, p: ll.random_directions({}), "at least one"),
+    (lambda m, p: ll.random_directions({"n": torch.arange(3)}), "int64"), (lambda m, p: ll.random_directions(p.centre, hold="a"), "'a'"),
+    (lambda m, p: ll.random_directions(p.centre, hold=1.5), "hold"), (lambda m, p: ll.pca_directions([m] * 3), "moved_weights"), (lambda m, p: ll.pca_directions(3), "list"),
+    (lambda m, p: ll.pca_directions([p.centre, {k: math.nan * w for k, w in p.centre.items()}, p.centre]), "snapshot 1"),
+    (lambda m, p: ll.pca_directions([p.centre, p.centre, {k: math.nan * w for k, w in p.centre.items()}]), "the last snapshot"),
+    (lambda m, p: ll.loss_surface(m, loss, p.centre, GRID, GRID), "dict"), (lambda m, p: ll.loss_surface(m, loss, p, "ab", GRID), "'ab'"),
+    (lambda m, p: ll.loss_surface(m, loss, ll.Directions(p.centre, {}, {}), GRID, GRID), "missing"),
+    (lambda m, p: ll.loss_surface(m, loss, ll.Directions(p.centre, {k: w.new_ones(1) for k, w in p.centre.items()}, p.second), GRID, GRID), "agree"),
+    (lambda m, p: p.coordinates({}), "missing"), (lambda m, p: ll.random_sharpness(m, loss, 0.1, weights={"w": X}), "missing"),
+    (lambda m, p: ll.loss_surface(m, lambda m: m(X), p, GRID, GRID), r"\(16, 3\)"), (lambda m, p: ll.random_sharpness(m, lambda m: None, 0.1), "None"),
+    (lambda m, p: ll.shared_levels([]), "finite"), (lambda m, p: ll.plot_contours({}), "finite"), (lambda m, p: ll.interactive({}), "finite"),
+    (lambda m, p: ll.plot_contours({"line": ll.loss_surface(m, loss, p, GRID, [0.0])}), "2 points"),
+    (lambda m, p: ll.plot_surface({"line": ll.loss_surface(m, loss, p, GRID, [0.0])}), "2 points"),
+    (lambda m, p: ll.interactive({"line": ll.loss_surface(m, loss, p, GRID, [0.0])}), "2 points"), (lambda m, p: ll.Surface.load("nowhere"), "nowhere")])
 def test_bad_input_is_refused_and_named(call, words):
     model = net()
     with pytest.raises(lb.LoraBookError, match=words):
@@ -367,3 +477,68 @@ def test_a_surface_written_into_the_model_would_be_noticed():
     before = bits(model)
     mutant(model, ll.random_directions(ll.moved_weights(model)))
     assert any(not torch.equal(before[k], v) for k, v in bits(model).items())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.words(x)))
+
+
+def test_tied_weights_move_together_under_one_name_or_two():
+    model, ids = Tied().eval(), torch.arange(5)
+    own_loss = lambda m: m(ids).square().mean()  # noqa: E731
+    one = ll.random_directions(ll.moved_weights(model), 3)
+    two = ll.random_directions(model.state_dict(), 3)
+    assert set(one.centre) == {"words.weight"} and set(two.centre) == {"words.weight", "out.weight"}
+    surfaces = [ll.loss_surface(model, own_loss, plane, [-0.5, 0.0, 0.5], [0.0, 0.3]) for plane in (one, two)]
+    moved = Tied().eval()
+    with torch.no_grad():
+        moved.words.weight.copy_(model.words.weight + 0.5 * one.first["words.weight"] + 0.3 * one.second["words.weight"])
+    assert np.array_equal(surfaces[0].losses, surfaces[1].losses) and math.isclose(surfaces[0].losses[2, 1], own_loss(moved).item(), rel_tol=1e-6)
+    assert model.out.weight is model.words.weight
+
+
+def test_statistics_of_a_normalisation_move_when_a_state_dict_names_them():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    centre = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    shift = {name: torch.ones_like(t) if name == "1.running_mean" else torch.zeros_like(t) for name, t in centre.items()}
+    surface = ll.loss_surface(model, lambda m: m(X).mean(), ll.Directions(centre, shift, shift), [0.0, 1.0], [0.0])
+    assert math.isclose(surface.losses[0, 0] - surface.losses[1, 0], 1 / (1 + 1e-5)**0.5, rel_tol=1e-6) and not model[1].running_mean.any()
+    with pytest.raises(lb.LoraBookError, match="num_batches_tracked"):
+        ll.random_directions(model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_models_of_every_type_also_with_a_plane_of_another(dtype):
+    model, wide = net(dtype=dtype), net()
+    own_loss = lambda m: m(X.to(m[0].weight.dtype)).double().square().mean()  # noqa: E731
+    for weights in (ll.moved_weights(model), model.state_dict(), ll.moved_weights(wide)):
+        surface = ll.loss_surface(model, own_loss, ll.random_directions(weights, 1), GRID, GRID)
+        exact = ll.loss_surface(wide, own_loss, ll.random_directions({k: w.double() for k, w in weights.items()}, 1), GRID, GRID)
+        assert np.allclose(surface.losses, exact.losses, rtol=0.05) or weights["0.weight"].dtype is not torch.float64
+        assert np.isfinite(surface.losses).all() and model[0].weight.dtype is dtype
+    rows = ll.random_directions(ll.moved_weights(model)).first["0.weight"]
+    assert torch.allclose(rows.double().norm(dim=1), model[0].weight.double().norm(dim=1), rtol=torch.finfo(dtype).eps)
+
+
+def test_weights_in_any_layout_give_the_same_plane():
+    model, other = net(), net()
+    other[0].weight = nn.Parameter(other[0].weight.detach().T.contiguous().T)
+    assert not other[0].weight.is_contiguous()
+    surfaces = [ll.loss_surface(m, loss, ll.random_directions(ll.moved_weights(m)), GRID, GRID).losses for m in (model, other)]
+    assert np.allclose(*surfaces, rtol=1e-12)
+    points = [{k: w + 0.1 * t * t * torch.ones_like(w) + t * torch.eye(*w.shape) if w.dim() == 2 else w for k, w in ll.moved_weights(m).items()} for m in (model, other) for t in (2, 1, 0)]
+    planes = [ll.pca_directions(points[:3]), ll.pca_directions(points[3:])]
+    assert all(torch.allclose(planes[0].first[k], planes[1].first[k]) for k in points[0])
+
+
+def test_snapshots_that_carry_gradients_are_numbers_like_others():
+    points = [dict(net(t).named_parameters()) for t in range(4)]
+    plane, plain = ll.pca_directions(points), ll.pca_directions([{k: p.detach() for k, p in point.items()} for point in points])
+    assert all(torch.equal(plane.first[k], plain.first[k]) and not plane.first[k].requires_grad for k in points[0])
+    assert np.array_equal(plane.path, plain.path)

@@ -200,3 +200,66 @@ def test_a_rank_that_forgets_to_normalise_fails_the_scale_law():
         return torch.special.entr(sp.singular_values(D)).sum(-1).exp()
     D = drawn(4, 4, 0)
     assert not torch.isclose(mutant(D), mutant(2 * D), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_changes_of_two_types_are_compared_in_the_wider(dtype):
+    D, E = drawn(5, 4, 0).to(dtype), drawn(5, 4, 1)
+    for f in (lambda a, b: sp.overlap(a, b, 2), sp.alignment, lambda a, b: sp.principal_angles(sp.leading(a, 2), sp.leading(b, 3))):
+        assert torch.allclose(f(D, E), f(D.double(), E), atol=1e-5) and f(D, E).dtype is torch.float64
+    assert sp.principal_angles(torch.eye(4, 2).to(dtype), torch.eye(4, 3).to(dtype)).tolist() == [0, 0]
+
+
+def test_a_weight_that_the_loss_does_not_reach_has_gradient_zero():
+    model, x = small(), drawn(4, 5, 0)
+    got = sp.weight_gradients(model, lambda m: m[0](x).sum())
+    assert got["0.weight"].any() and not got["2.weight"].any() and got["2.weight"].shape == (3, 6)
+
+
+def adapted_by_peft():
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(small(), LoraConfig(r=2, target_modules=["0"])).eval()
+
+
+@pytest.mark.parametrize("model, loss, words", [
+    (small(), lambda m: 1.0, "1.0"), (small(), lambda m: m(drawn(4, 5, 0)), r"\(4, 3\)"), (small(), lambda m: m(drawn(4, 5, 0)).sum().detach(), "no gradient"),
+    (nn.Tanh().eval(), lambda m: 1.0, "no linear map"), ("m", lambda m: 1.0, "str"),
+    (lb.adapt(small(), "lora", ["0"], r=2).eval(), lambda m: 1.0, "before it is adapted"), (adapted_by_peft(), lambda m: 1.0, "before it is adapted")])
+def test_gradients_that_do_not_exist_are_refused_and_flags_stay(model, loss, words):
+    flags = [p.requires_grad for p in model.parameters()] if isinstance(model, nn.Module) else []
+    with pytest.raises(lb.LoraBookError, match=words):
+        sp.weight_gradients(model, loss)
+    assert flags == ([p.requires_grad for p in model.parameters()] if flags else [])
+
+
+def test_tied_weights_have_one_gradient_under_both_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[1].weight = model[0].weight
+    got = sp.weight_gradients(model, lambda m: m(torch.ones(2, 4)).square().sum())
+    assert torch.equal(got["0.weight"], got["1.weight"]) and model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("arrays, facts, words", [({"a": [None, 1]}, {}, "object"), ({"a": ["x"]}, {}, "numbers"), ({"file": [1.0]}, {}, "file"), ({}, {"a": torch.ones(1)}, "JSON")])
+def test_what_the_files_cannot_hold_is_refused(tmp_path, arrays, facts, words):
+    with pytest.raises(lb.LoraBookError, match=words):
+        sp.store(tmp_path / "x", arrays, facts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_any_type_are_stored_as_numbers(tmp_path):
+    kept = {"half": torch.ones(2, dtype=torch.bfloat16), "trained": torch.ones(2, requires_grad=True), "one": 3.0}
+    arrays, _ = sp.restored(sp.store(tmp_path / "x", kept, {}))
+    assert arrays["half"].tolist() == arrays["trained"].tolist() == [1, 1] and float(arrays["one"]) == 3
+
+
+def test_rows_of_a_file_are_read_alone(tmp_path):
+    tensors = {"a": drawn(5, 3, 0), "b": torch.tensor(2.0), "c": drawn(4, 2, 1, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    stored = sp.Stored(tmp_path / "x.safetensors")
+    assert torch.equal(stored.piece("a", (slice(1, 3),)), tensors["a"][1:3]) and torch.equal(stored.piece("b", ...), tensors["b"])
+    assert torch.equal(stored.piece("c", (slice(None), slice(2, 9))), tensors["c"][:, 2:])
+    with pytest.raises(lb.LoraBookError, match="list"):
+        sp.spectra_of([1])
+    for U, V in ((torch.eye(3, 2), torch.eye(4, 2)), (torch.eye(3), 1), (torch.full((2, 2), math.nan), torch.eye(2))):
+        with pytest.raises(lb.LoraBookError):
+            sp.principal_angles(U, V)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .spectra import check_loss, check_module
 from ..core.adapting import base_parameters, find_record
-from ..core.errors import BadValue, check_count, check_number
+from ..core.errors import check_count, check_number
 from ..core.products import count_flops, saved_bytes
 
 # %% ../../nbs/analysis/flops.ipynb #c06
@@ -71,14 +72,14 @@ def no_flops(T: int, n: int, m: int, r: int = 1) -> int:
 # %% ../../nbs/analysis/flops.ipynb #c13
 def step_flops(model: nn.Module, loss: Callable) -> dict[str, int]:
     """{forward, backward, total}: operations of the matrix products in one loss(model) and its backward pass; the model's gradients stay as they
-    were. Raises BadValue if nothing that trains is reached."""
+    were. Raises BadType for other models and losses, BadValue if nothing that trains is reached."""
+    check_module(model)
     kept, result = {p: p.grad for p in model.parameters()}, []
     try:
         for p in kept:
             p.grad = None
         forward = count_flops(lambda: result.append(loss(model)))
-        if not result[0].requires_grad:
-            raise BadValue("the loss doesn't depend on anything that is trained, so there is no backward pass to count")
+        check_loss(result[0])
         backward = count_flops(lambda: result[0].backward())
     finally:
         for p, grad in kept.items():
@@ -98,6 +99,7 @@ def memory_account(model: nn.Module, loss: Callable, moments: int = 2) -> dict[s
     """Bytes of {weights, trained, gradients, moments, base copies, saved}: parameters and buffers; those of them that train; their gradients; an
     optimizer's `moments` (AdamW: 2, SGD with momentum: 1) of each; what an adapted model keeps of the base for what trains in place; what the
     graph of loss(model) holds for the backward pass. Raises BadType, BadValue."""
+    check_module(model)
     check_count("moments", moments, least=0)
     tensors = [*model.parameters(), *model.buffers()]
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['row_losses', 'example_losses', 'Estimate', 'sample', 'half_width', 'resampled_means', 'mean_interval', 'gen_gap',
-           'compare', 'Agreement', 'rank_agreement']
+           'compare', 'Agreement', 'rank_agreement', 'run_table', 'resamples', 'rank_interval']
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c03
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
@@ -31,16 +32,21 @@ def row_losses(scores: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def example_losses(model: nn.Module, split: Split, batch_size: int = 256, loss: Callable = row_losses) -> Tensor:
-    """The loss of every row of `split`, in its order: (rows,) float64; loss(scores, labels) -> (T,).
+    """The loss of every row of `split`, in its order: (rows,) float64; loss(scores, labels) -> (T,). Real inputs are brought to the model's type.
 
-    Raises BadType for what isn't a module, BadValue if any part of it is in training mode or the split is empty."""
+    Raises BadType for what isn't a module or a Split, BadValue if any part of it is in training mode, the split is empty or `loss` of another shape."""
     check_ready(model)
+    if not isinstance(split, Split):
+        raise BadType(f"data come as a Split, not as a {type(split).__name__}")
     if not len(split):
         raise BadValue("a split without rows has no loss")
-    device, found = next(model.parameters()).device, []
+    like, found = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0)), []
     for batch in batches(split, batch_size, shuffle=False):
-        batch = to_device(batch, device)
+        batch = to_device(batch, like.device)
+        batch |= {name: x.to(like.dtype) for name, x in batch.items() if name != "labels" and x.is_floating_point()}
         found.append(loss(logits(model, batch), batch["labels"]).double().cpu())
+        if found[-1].shape != batch["labels"].shape[:1]:
+            raise BadValue(f"loss(scores, labels) must give each of {len(batch['labels'])} rows a number, not {tuple(found[-1].shape)}")
     return torch.cat(found)
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c09
@@ -65,9 +71,12 @@ class Estimate:
 # %% ../../nbs/analysis/gen_gap.ipynb #c10
 def sample(kind: str, values: Tensor | Sequence, least: int = 2) -> Tensor:
     "`values` as a float64 vector on the CPU; raises BadType, or BadValue for fewer than `least` entries or one that isn't finite."
-    if not isinstance(values, (Tensor, Sequence)) or isinstance(values, str):
+    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(values, str):
         raise BadType(f"{kind} must be a vector of numbers, not {values!r}")
-    vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    try:
+        vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise BadType(f"{kind} must be a vector of numbers, not {values!r}") from error
     if vector.dim() != 1 or len(vector) < least:
         raise BadValue(f"{kind} must be a vector of {least} or more numbers, not of shape {tuple(vector.shape)}")
     if not torch.isfinite(vector).all():
@@ -149,3 +158,34 @@ def rank_agreement(predicted: Tensor | Sequence, measured: Tensor | Sequence) ->
         raise BadValue("a list whose entries are all equal has no order to compare")
     found = stats.kendalltau(a.numpy(), b.numpy())
     return Agreement(float(found.statistic), float(found.pvalue), len(a) * (len(a) - 1) // 2)
+
+# %% ../../nbs/analysis/gen_gap.ipynb #c19b
+def run_table(kind: str, values: Tensor | Sequence) -> Tensor:
+    "`values` as float64 of shape (runs, k), at least 2 of each; raises BadType, BadValue."
+    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(values, str):
+        raise BadType(f"{kind} must be a table of numbers, not {values!r}")
+    rows = [sample(f"each run of {kind}", row) for row in values]
+    if len(rows) < 2 or len({len(row) for row in rows}) > 1:
+        raise BadValue(f"{kind} must be 2 or more runs of one length, not {[len(row) for row in rows]}")
+    return torch.stack(rows)
+
+
+def resamples(runs: int, draws: int, seed: int) -> Tensor:
+    "Samples of `runs` runs with replacement, as indices: all runs**runs if these are at most `draws`, else `draws` random ones; (samples, runs)."
+    if runs**runs <= draws:
+        return torch.cartesian_prod(*[torch.arange(runs)] * runs)
+    return torch.randint(runs, (draws, runs), generator=generator(seed, "bootstrap", "runs"))
+
+
+def rank_interval(predicted: Tensor | Sequence, measured: Tensor | Sequence, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
+    """Kendall's τ_b (@eq-gen_gap-tau) between the means over runs of `predicted` and `measured`, both (runs, k), with an interval from runs
+    drawn with replacement, the same for both (`resamples`). Of few runs it is too short. Raises BadType, BadValue as `rank_agreement`, also
+    for unequal numbers of runs. Source: Efron 1979."""
+    check_number("level", level, above=0, below=1)
+    check_count("draws", draws)
+    a, b = run_table("predicted", predicted), run_table("measured", measured)
+    if len(a) != len(b):
+        raise BadValue(f"predicted and measured must have as many runs, not {len(a)} and {len(b)}")
+    taus = [rank_agreement(a[at].mean(0), b[at].mean(0)).tau for at in resamples(len(a), draws, seed)]
+    low, high = torch.tensor(taus, dtype=torch.float64).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Estimate(rank_agreement(a.mean(0), b.mean(0)).tau, low, high, level, len(a))

@@ -2,11 +2,13 @@
 
 # %% auto #0
 __all__ = ['weights_of', 'linear_weight', 'Stored', 'peft_class', 'linear_maps', 'merged_layer', 'weight_pairs', 'adapted_pairs',
-           'check_pair', 'check_ready', 'check_matrix', 'singular_values', 'effective_rank', 'stable_rank', 'leading',
-           'overlap', 'principal_angles', 'alignment', 'weight_gradients', 'store', 'restored', 'spectra_of']
+           'check_pair', 'check_matrix', 'alike', 'check_module', 'check_ready', 'singular_values', 'effective_rank',
+           'stable_rank', 'leading', 'overlap', 'principal_angles', 'alignment', 'check_loss', 'weight_gradients',
+           'gradients_of', 'plain_array', 'check_names', 'store', 'restored', 'spectra_of']
 
 # %% ../../nbs/analysis/spectra.ipynb #c03
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.adapter import widened
-from ..core.adapting import record_of
+from ..core.adapting import find_record, record_of
 from ..core.errors import BadType, BadValue, MissingFile, check_choice, check_count
 from ..core.hosts import Site, is_linear, is_transposed, site_name, sites
 from ..core.merging import merged_weight
@@ -65,6 +67,10 @@ class Stored(Mapping):
         if name not in self.file.keys():
             raise KeyError(name)
         return self.file.get_tensor(name)
+
+    def piece(self, name: str, rows: object) -> Tensor:
+        "tensor[rows], without reading the rest; rows: slices, or an Ellipsis for all of it."
+        return self.file.get_tensor(name) if rows is Ellipsis else self.file.get_slice(name)[rows]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file.keys())
@@ -142,15 +148,6 @@ def check_pair(name: str, W0: Tensor, W1: Tensor) -> None:
         raise BadValue(f"{name}: the base has shape {tuple(W0.shape)}, the fine-tuned weight {tuple(W1.shape)}")
 
 
-def check_ready(model: nn.Module) -> None:
-    "Raise BadType for what isn't a module, BadValue if any part of it is in training mode."
-    if not isinstance(model, nn.Module):
-        raise BadType(f"a loss is a module's, not a {type(model).__name__}'s")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise BadValue(f"{training[0]!r} is in training mode, where dropout makes the loss random; call model.eval() first")
-
-
 def check_matrix(name: str, W: Tensor) -> None:
     "Raise BadType or BadValue unless W is a finite floating-point matrix or a stack of them."
     if not isinstance(W, Tensor) or not W.is_floating_point():
@@ -159,6 +156,26 @@ def check_matrix(name: str, W: Tensor) -> None:
         raise BadValue(f"{name} must be a matrix (n, m) or a stack of them, not of shape {tuple(W.shape)}")
     if not torch.isfinite(W).all():
         raise BadValue(f"{name} holds NaN or infinite numbers")
+
+
+def alike(*tensors: Tensor) -> list[Tensor]:
+    "The tensors in the widest of their types, float32 or wider."
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return [t.to(dtype) for t in tensors]
+
+# %% ../../nbs/analysis/spectra.ipynb #c10b
+def check_module(model: object) -> None:
+    "Raise BadType for what isn't a module."
+    if not isinstance(model, nn.Module):
+        raise BadType(f"a loss is a module's, not a {type(model).__name__}'s")
+
+
+def check_ready(model: nn.Module) -> None:
+    "Raise BadType for what isn't a module, BadValue if any part of it is in training mode."
+    check_module(model)
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise BadValue(f"{training[0]!r} is in training mode, where dropout makes the loss random; call model.eval() first")
 
 # %% ../../nbs/analysis/spectra.ipynb #c16
 def singular_values(D: Tensor) -> Tensor:
@@ -197,48 +214,95 @@ def overlap(D: Tensor, E: Tensor, i: int, j: int | None = None, side: str = "lef
     U, V = leading(D, i, side), leading(E, j, side)
     if U.shape[-2] != V.shape[-2]:
         raise BadValue(f"vectors of length {U.shape[-2]} and {V.shape[-2]} have no overlap; choose the other side or equal shapes")
+    U, V = alike(U, V)
     return (U.mT @ V).square().sum((-2, -1)) / min(i, j)
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    "The angles in radians, smallest first, between the spans of U (n, i) and V (n, j), whose columns are orthonormal: (min(i, j),)."
+    "The angles in radians, smallest first, between the spans of U (n, i) and V (n, j), whose columns are orthonormal: (min(i, j),). Raises BadType, BadValue."
+    for W in (U, V):
+        check_matrix("a basis", W)
+    if U.shape[-2] != V.shape[-2]:
+        raise BadValue(f"there is no angle between vectors of length {U.shape[-2]} and {V.shape[-2]}")
+    U, V = alike(U, V)
     return torch.linalg.svdvals(U.mT @ V).clamp(max=1).acos()
 
 # %% ../../nbs/analysis/spectra.ipynb #c24
 def alignment(D: Tensor, G: Tensor) -> Tensor:
     "The cosine between D and -G (@eq-spectra-alignment) for (..., n, m): (...), from -1 to 1; NaN where D or G is 0. Raises BadType, BadValue."
     check_pair("ΔW and its gradient", D, G)
-    D, G = widened(D), widened(G)
+    D, G = alike(D, G)
     return -(D * G).sum((-2, -1)) / (torch.linalg.matrix_norm(D) * torch.linalg.matrix_norm(G))
 
 # %% ../../nbs/analysis/spectra.ipynb #c25
-def weight_gradients(model: nn.Module, loss: Callable, names: list[str] | None = None) -> dict[str, Tensor]:
-    """{name: ∂loss/∂W} of a plain model's linear maps (all, or those named as in `weights_of`), each (out, in), in loss per weight.
+def check_loss(value: object) -> None:
+    "Raise BadType unless a loss is a tensor of one number, BadValue if it doesn't depend on anything that is trained."
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise BadType(f"a loss must be a tensor of one number, not {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}")
+    if not value.requires_grad:
+        raise BadValue("the loss doesn't depend on anything that is trained, so it has no gradient and no backward pass")
 
-    loss(model) -> scalar; the model is in evaluation mode. Its flags and gradients stay as they were. Raises BadValue in training mode,
-    UnknownName for a name that isn't a linear map's weight."""
+
+def weight_gradients(model: nn.Module, loss: Callable, names: list[str] | None = None) -> dict[str, Tensor]:
+    """{name: ∂loss/∂W} of a plain model's linear maps (all, or those named as in `weights_of`), each (out, in), in loss per weight; 0 where the loss
+    doesn't reach a weight.
+
+    loss(model) -> scalar; the model is in evaluation mode. Its flags and gradients stay as they were. Raises BadValue in training mode, for an
+    adapted model or one without linear maps, UnknownName for a name that isn't a linear map's weight, and as `check_loss`."""
     check_ready(model)
+    if find_record(model) is not None or any(isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")) for module in model.modules()):
+        raise BadValue("these are the gradients of a plain model's weights; take them before it is adapted")
     maps = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
     for name in names or []:
         check_choice("weight", name, maps)
     chosen = {name: maps[name] for name in names or maps}
-    flags = {p: p.requires_grad for module in chosen.values() for p in [module.weight]}
-    try:
-        for p in flags:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            grads = torch.autograd.grad(loss(model), [module.weight for module in chosen.values()])
-    finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+    if not chosen:
+        raise BadValue("the model has no linear map")
+    grads = gradients_of(lambda: loss(model), [module.weight for module in chosen.values()])
     return {name: G.t() if is_transposed(module) else G for (name, module), G in zip(chosen.items(), grads, strict=True)}
 
+# %% ../../nbs/analysis/spectra.ipynb #c25b
+def gradients_of(loss: Callable, weights: list[nn.Parameter]) -> list[Tensor]:
+    "The gradients of loss() in the weights, zeros where it doesn't reach them; the weights' flags and gradients stay as they were."
+    flags = [p.requires_grad for p in weights]
+    try:
+        for p in weights:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            value = loss()
+            check_loss(value)
+            return list(torch.autograd.grad(value.sum(), weights, materialize_grads=True))
+    finally:
+        for p, flag in zip(weights, flags, strict=True):
+            p.requires_grad_(flag)
+
 # %% ../../nbs/analysis/spectra.ipynb #c29
+def plain_array(name: str, value: object) -> np.ndarray:
+    "A tensor, an array or nested numbers as an array of numbers; numpy has no bfloat16, which becomes float32. Raises BadType."
+    if isinstance(value, Tensor):
+        value = (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu()
+    array = np.asarray(value)
+    if array.dtype.hasobject or array.dtype.kind in "US":
+        raise BadType(f"{name!r} holds {array.dtype}, not numbers")
+    return array
+
+
+def check_names(arrays: dict) -> None:
+    "Raise BadValue for names that a .npz file can't give its arrays."
+    for name in arrays:
+        if not isinstance(name, str) or name in ("file", "allow_pickle"):
+            raise BadValue(f"an array can't be called {name!r}")
+
+# %% ../../nbs/analysis/spectra.ipynb #c29b
 def store(path: str | Path, arrays: dict, facts: dict) -> Path:
-    "Write `arrays` to path.npz and `facts`, which JSON must be able to say, to path.json with the arrays' checksum; returns the path."
+    "Write `arrays` to path.npz and `facts`, which JSON must be able to say, to path.json with the arrays' checksum; returns the path. Raises BadType for what neither holds."
     path, buffer = Path(path), io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
-    text = json.dumps({"facts": facts, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}, indent=1)
+    check_names(arrays)
+    np.savez(buffer, **{name: plain_array(name, value) for name, value in arrays.items()})
+    try:
+        text = json.dumps({"facts": facts, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}, indent=1)
+    except TypeError as error:
+        raise BadType(f"JSON can't say these facts ({error})") from error
     write_atomic(path.with_name(path.name + ".npz"), buffer.getvalue())
     write_atomic(path.with_name(path.name + ".json"), text.encode())
     return path
@@ -264,11 +328,14 @@ def restored(path: str | Path) -> tuple[dict, dict]:
 # %% ../../nbs/analysis/spectra.ipynb #c30
 def spectra_of(pairs: dict) -> dict[str, dict[str, float]]:
     "{name: norms of ΔW and its share of W0's norm, stable and effective rank} for pairs (W0, W1) of (n, m); ready for JSON."
+    if not isinstance(pairs, Mapping):
+        raise BadType(f"pairs are {{name: (W0, W1)}}, as `weight_pairs` gives them, not a {type(pairs).__name__}")
     found = {}
     for name, (W0, W1) in pairs.items():
         check_pair(name, W0, W1)
-        D = widened(W1) - widened(W0)
-        norm, base = float(torch.linalg.matrix_norm(D)), float(torch.linalg.matrix_norm(widened(W0)))
+        W0, W1 = alike(W0.detach(), W1.detach())
+        D = W1 - W0
+        norm, base = float(torch.linalg.matrix_norm(D)), float(torch.linalg.matrix_norm(W0))
         found[name] = {"norm": norm, "spectral": float(singular_values(D)[0]), "relative": norm / base if base else float("inf"),
                        "stable_rank": float(stable_rank(D)), "effective_rank": float(effective_rank(D))}
     return found
