@@ -68,7 +68,7 @@ def _made(row_id: str, words: dict) -> Row:
     paper_row = words["paper_row"].format(model=model["title"], data=data["title"])
     own = {key: words.get(key, data.get(key, model.get(key))) for key in ("kind", "metric", "head", "targets")}
     return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words["columns"]), model=model["name"],
-               data=data["name"], stand_in=_stand_in(data["stand_in"]), extras=tuple(words.get("extras", ())), needs=words.get("needs", ""),
+               data=data["name"], stand_in=_stand_in(words.get("stand_in", data["stand_in"])), extras=tuple(words.get("extras", ())), needs=words.get("needs", ""),
                recipe={"like": paper_row, "both": {}} | {key: words.get(key, {}) for key in ("printed", "own", "own_of")}, **own)
 
 # %% ../../nbs/experiments/rows.ipynb #c08
