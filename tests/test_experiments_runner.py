@@ -311,7 +311,7 @@ def asked_of_pip(cell: str, cwd: Path, monkeypatch) -> list:
     return installed
 
 
-@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem != "loldu_tables"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_chapter_of_the_experiments_opens_in_colab_with_one_cell(path):
     first = [text for text in code_cells(path) if "#| default_exp" not in text][0]
     assert first == CELL
