@@ -110,6 +110,17 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
     assert "cell:2: UserWarning: mind" in page and ">torch/nn.py:1: UserWarning" in page and "ipykernel" not in page
 
 
+def test_a_wide_table_is_printed_alike_in_a_forked_kernel_and_in_a_cold_one(project, monkeypatch):
+    (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", "import pandas as pd\npd.DataFrame({'column %d' % i: [i] for i in range(12)})"))
+    printed = []
+    for few in (0, 9):
+        monkeypatch.setattr(book, "FEW", few)
+        shutil.rmtree(project / "_build", ignore_errors=True)
+        assert main(["--profile", "smoke", "--only", "a", "--no-render"], project) == 0
+        printed.append(json.loads((project / "_build/smoke/nbs/a.ipynb").read_text())["cells"][-1]["outputs"][0]["data"])
+    assert printed[0] == printed[1] and "column 11" in "".join(printed[0]["text/plain"])
+
+
 def test_a_kernel_has_nothing_of_the_book_nor_of_the_chapter_before(project, monkeypatch):
     monkeypatch.setattr(book, "FEW", 0)
     monkeypatch.setattr(book, "WARM", ["torch"])

@@ -101,6 +101,8 @@ def become_kernel(connection_file: str, folder: Path, client: int) -> None:
         os.chdir(folder)
         sys.path.pop(0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if "pandas" in sys.modules:                     # which decides on import whether it's in a notebook
+            sys.modules["pandas"].set_option("display.max_columns", 20)
         from ipykernel.kernelapp import launch_new_instance
         launch_new_instance(argv=["-f", connection_file, f"--IPKernelApp.parent_handle={client}"])
     finally:
