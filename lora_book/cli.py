@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         arguments(commands.add_parser(name, help=help_line, description=help_line))
     return made
 
-
+# %% ../nbs/cli.ipynb #c11x
 def main(arguments: list[str] | None = None) -> int:
     "Run one command and print its lines, in the first of several processes; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C, 141 when nobody reads on."
     args = parser().parse_args(arguments)

@@ -404,7 +404,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             for p, trained, _ in swapped:
                 p.data = trained
 
-
+# %% ../../nbs/core/adapting.ipynb #c34x
 @contextmanager
 def base_buffers(root: nn.Module, buffers: dict) -> Iterator[None]:
     """Within the context the model's buffers are copies of `buffers`; afterwards they are the

@@ -151,7 +151,7 @@ def conv1d_class() -> type | None:
     module = sys.modules.get("transformers.pytorch_utils")
     return None if module is None else module.Conv1D
 
-
+# %% ../../nbs/core/hosts.ipynb #c12x
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x Wᵀ + b with a floating-point parameter W and nothing else:
     Linear or Conv1D.

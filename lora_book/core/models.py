@@ -15,6 +15,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors.torch import load as tensors_in
 from torch import Tensor, nn
 
 from .data import SMOLLM2, Split, batches, joined, load_data, minilm_folder, smollm2_folder
@@ -73,7 +74,7 @@ def minilm(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     folder = minilm_folder()
-    weights = safetensors.torch.load(verified(folder / "model.safetensors", MINILM_SHA256))
+    weights = tensors_in(verified(folder / "model.safetensors", MINILM_SHA256))
     weights.pop("embeddings.position_ids")
     keys = json.loads((folder / "config.json").read_text()) | with_dropout(dropout) | {"num_labels": n_classes or 2}
     config = BertConfig(**keys, attn_implementation="sdpa")
@@ -147,7 +148,7 @@ def cached(path: Path, card: Path) -> tuple | None:
     "(state dict, card) from the cache, or None when a file is missing, cut off or altered."
     try:
         content, facts = path.read_bytes(), json.loads(card.read_bytes())
-        return (safetensors.torch.load(content), facts) if hashlib.sha256(content).hexdigest() == facts["sha256"] else None
+        return (tensors_in(content), facts) if hashlib.sha256(content).hexdigest() == facts["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -167,7 +168,7 @@ def kept(name: str, recipe: int, data_hash: str, cache_dir: Path | None, make: C
         found = model.state_dict(), facts
     return found
 
-
+# %% ../../nbs/core/models.ipynb #c19x
 def digits_vit_weights(cache_dir: Path | None = None) -> tuple:
     "(state dict, card) of the ViT pretrained on mnist5000: from the cache, or trained now and then cached."
     data = load_data("mnist5000")

@@ -248,7 +248,7 @@ def check_own(model: nn.Module, heads: list[str]) -> None:
             if len(tied[id(p)]) > 1:
                 raise BadValue(f"the head's {head + '.' + name!r} is one tensor with {tied[id(p)]}, and PEFT would train a copy of it")
 
-
+# %% ../../nbs/core/peft.ipynb #c28x
 def heads_of(model: nn.Module, record: Record, targets: list[str]) -> list[str]:
     "The names of the modules that train in full; raises where PEFT's rules would make something else of them."
     names = outermost(record.config["head"])

@@ -51,7 +51,7 @@ class Product(torch.autograd.Function):
         super().__init_subclass__(**named)
         cls.forward.__signature__ = Signature([Parameter("inputs", Parameter.VAR_POSITIONAL)])
 
-
+# %% ../../nbs/core/products.ipynb #c07x
 class LowRankProduct(Product):
     "Y and the U_i of @eq-products-forward; called through `low_rank_linear`."
 
@@ -262,7 +262,7 @@ class Alive(TorchDispatchMode):
         "A storage was freed."
         self.bytes -= self.sizes.pop(key)
 
-
+# %% ../../nbs/core/products.ipynb #c27x
 def peak_bytes(run: Callable) -> int:
     """The most bytes that tensors made by `run()` held at once; exact, and the same on every
     machine."""

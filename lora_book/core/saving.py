@@ -315,7 +315,7 @@ def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Mo
     put(in_place, buffers, tensors)
     return model
 
-
+# %% ../../nbs/core/saving.ipynb #c21x
 @torch.no_grad()
 def put(
     in_place: dict[str, nn.Parameter], buffers: dict[str, Tensor], tensors: dict[str, Tensor]

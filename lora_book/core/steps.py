@@ -108,7 +108,7 @@ def check_step(record, optimizer: object, loss_fn: object, max_grad_norm: object
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0)
 
-
+# %% ../../nbs/core/steps.ipynb #c07x
 def check_loss(loss: object) -> None:
     "Raise unless `loss` is one number that depends on a trained parameter."
     if not isinstance(loss, Tensor):
@@ -141,7 +141,7 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
             optimizer.state.pop(p, None)
     return model
 
-
+# %% ../../nbs/core/steps.ipynb #c09x
 def check_links(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     "Raise unless every chain in the model may open another link; see `advance`."
     record, found = enabled_record(model), adapters(model)

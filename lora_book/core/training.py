@@ -73,7 +73,7 @@ def score_loss(scores: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(scores.squeeze(-1).float(), labels.float())
     return F.cross_entropy(scores.float(), labels)
 
-
+# %% ../../nbs/core/training.ipynb #c07x
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, batch_size: int = 64, loss: Callable = loss_of
@@ -95,7 +95,7 @@ def evaluate(
     model.train(training)
     return {"loss": total / len(split), "accuracy": hits / len(split)}
 
-
+# %% ../../nbs/core/training.ipynb #c07y
 def to_device(batch: dict, device: torch.device, transform: Callable | None = None) -> dict:
     """The batch's tensors on a device, then transformed there: bytes travel faster than the
     floats made of them, and from pinned memory while the processor goes on."""
@@ -363,7 +363,7 @@ class Alone:
     def wait_for_everyone(self) -> None:
         pass
 
-
+# %% ../../nbs/core/training.ipynb #c22x
 @dataclass(frozen=True)
 class Hooks:
     """What the loop calls, and where it keeps its checkpoint.
@@ -434,7 +434,7 @@ def shared_loss(model: nn.Module, parts: list, hooks: Hooks, transform) -> Tenso
             done = done + value.detach()
     return value + done
 
-
+# %% ../../nbs/core/training.ipynb #c23x
 def together(value: Tensor, halt: bool, crew) -> tuple[float, bool]:
     "The mean loss over the processes, and whether any of them was asked to stop."
     both = torch.stack([value.float(), torch.full_like(value, halt, dtype=torch.float32)])

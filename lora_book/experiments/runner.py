@@ -101,7 +101,7 @@ def missing(chosen: Job) -> list[str]:
         lacks.append(f"the hub (it can't be reached) for {chosen.settings['model']} and {chosen.settings['data']}")
     return lacks + [f"the package {name} (pip install {name})" for name in chosen.row.extras if not installed(name)]
 
-
+# %% ../../nbs/experiments/runner.ipynb #c12x
 def check_ready(chosen: Job) -> None:
     "Raise MissingFile, naming all that is missing, for a job that can't begin here."
     lacks = missing(chosen) if chosen.profile == "gpu" else []
@@ -370,7 +370,7 @@ def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
             forget(kept)
         return result
 
-
+# %% ../../nbs/experiments/runner.ipynb #c41bx
 def forget(kept: Path) -> None:
     "Remove a run's checkpoint, and the folder of checkpoints with the last one."
     shutil.rmtree(kept, ignore_errors=True)

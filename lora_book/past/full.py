@@ -27,7 +27,7 @@ class Unranked(Adapter):
     def start(self, W0: Tensor, bias: Tensor | None) -> None:
         "Make the parameters."
 
-
+# %% ../../nbs/past/full.ipynb #c10x
 class Full(Unranked):
     "ΔW = W − W0 with W free; W starts at W0."
 

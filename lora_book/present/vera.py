@@ -99,7 +99,7 @@ class VeRA(Shared):
         A = uniform(m, self.r, self.seed, "A").t().to(self.A)
         return VeraForm(A, self.B, self.scaling * self.b, bound(m) * self.d)
 
-
+# %% ../../nbs/present/vera.ipynb #c15x
 def same_seed(seed: int, name: str) -> int:
     "Every site draws from the caller's seed."
     return seed

@@ -244,7 +244,7 @@ def _stepped(maps: torch.Tensor, X: torch.Tensor, r: int) -> torch.Tensor:
     shift = 1 - values / values[values.abs().argmax()]
     return B @ (vectors * shift @ vectors.T) @ A
 
-
+# %% ../../nbs/theory/landscape.ipynb #c39x
 def reduce_rank(maps: torch.Tensor, X: torch.Tensor, tol: float = 1e-8) -> torch.Tensor:
     """A matrix with the same measurements <M_k, X> as X and a rank r with r (r+1) / 2 <= K; if X minimises a loss of
     the measurements plus a nuclear norm, so does the result. `maps`: (K, n, m), X: (n, m); singular values below
