@@ -50,8 +50,8 @@ class Links(LowRank):
         return (W0 + self.scaling * folded(self.links_B, self.links_A)).to(W0.dtype) if self.done else W0
 
 # %% ../../nbs/core/chain.ipynb #c12
-class Chain(Links):
-    "A row of links that can be advanced (@def-chain-rules); `chain_length` bounds it, `reset_every` advances it after so many steps."
+class _Counted(Links):
+    "How many links a chain has, and whether another may follow."
 
     def has_next(self) -> bool:
         "Whether another link may follow."
@@ -61,6 +61,19 @@ class Chain(Links):
         "Raise BadValue if the chain has reached its length."
         if not self.has_next():
             raise BadValue(f"the chain has all its {self.chain_length} links")
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        stored = {name: state.get(f"{prefix}links_{name}") for name in self.kept}
+        if all(links is not None and links.shape[1:] == getattr(self, f"links_{name}").shape[1:] for name, links in stored.items()):
+            self.done = len(stored[self.kept[0]])
+            for name in self.kept:
+                own = getattr(self, f"links_{name}")
+                setattr(self, f"links_{name}", own.new_zeros(self.done, *own.shape[1:]))
+        super()._load_from_state_dict(state, prefix, *args)
+
+# %% ../../nbs/core/chain.ipynb #c12c
+class Chain(_Counted):
+    "A row of links that can be advanced (@def-chain-rules); `chain_length` bounds it, `reset_every` advances it after so many steps."
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -78,12 +91,3 @@ class Chain(Links):
         "Put a new link's start into the tensors of the old one."
         self.A.copy_(A)
         self.B.copy_(B)
-
-    def _load_from_state_dict(self, state, prefix, *args):
-        stored = {name: state.get(f"{prefix}links_{name}") for name in self.kept}
-        if all(links is not None and links.shape[1:] == getattr(self, f"links_{name}").shape[1:] for name, links in stored.items()):
-            self.done = len(stored[self.kept[0]])
-            for name in self.kept:
-                own = getattr(self, f"links_{name}")
-                setattr(self, f"links_{name}", own.new_zeros(self.done, *own.shape[1:]))
-        super()._load_from_state_dict(state, prefix, *args)

@@ -43,8 +43,8 @@ class View:
         return bias if bias is None or self.rows is None else bias[self.slice]
 
 # %% ../../nbs/core/hosts.ipynb #c09
-class Site:
-    "What an adapted linear map adds to its class; `install` puts it there."
+class _Weights:
+    "The weights of a site: the base's, the resting one, and the parts that its adapters change."
 
     def blocks(self) -> list[Block]:
         "The site's adapters with their rows and their W0."
@@ -73,22 +73,13 @@ class Site:
                 self.rested.append(make_resting(self))
         return self.weight if self.rested[0] is None else self.rested[0]
 
+# %% ../../nbs/core/hosts.ipynb #c09c
+class _Reloaded(_Weights):
+    "What a site does when its weight is converted, moved or loaded."
+
     def forgets(self) -> None:
         "Drop the resting weight; the next forward pass makes it anew."
         self.rested.clear()
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """The adapted output, or the base class's own when the adapters are off or merged. One
-        input, by place or by name."""
-        if self.kept is not None or not self.switched_on:
-            return super().forward(*inputs, **named)
-        (x,) = (*inputs, *named.values())
-        x, W, bias = in_autocast(x, self.resting_weight(), self.bias)
-        blocks = self.blocks()
-        kind = type(blocks[0].adapter)
-        product = (
-            kind.product if all(block.adapter.nudge is None for block in blocks) else kind.nudged)
-        return product(x, self.logical(W), bias, blocks)
 
     def _apply(self, fn, recurse=True):
         self.forgets()
@@ -109,6 +100,23 @@ class Site:
             if not torch.equal(before, self.weight):
                 for block in self.blocks():
                     block.adapter.rebase(block.W0.detach())
+
+# %% ../../nbs/core/hosts.ipynb #c09e
+class Site(_Reloaded):
+    "What an adapted linear map adds to its class; `install` puts it there."
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """The adapted output, or the base class's own when the adapters are off or merged. One
+        input, by place or by name."""
+        if self.kept is not None or not self.switched_on:
+            return super().forward(*inputs, **named)
+        (x,) = (*inputs, *named.values())
+        x, W, bias = in_autocast(x, self.resting_weight(), self.bias)
+        blocks = self.blocks()
+        kind = type(blocks[0].adapter)
+        product = (
+            kind.product if all(block.adapter.nudge is None for block in blocks) else kind.nudged)
+        return product(x, self.logical(W), bias, blocks)
 
 # %% ../../nbs/core/hosts.ipynb #c10
 def make_resting(site: Site) -> Tensor | None:
@@ -190,7 +198,7 @@ def install(module: nn.Module, views: dict, adapters: dict) -> None:
 
 def uninstall(module: Site) -> None:
     "Undo `install`: the module is of its old class again and has its old attributes."
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
     del module.adapters
     for name in ("views", "transposed", "kept", "rested", "switched_on"):
         delattr(module, name)

@@ -46,9 +46,8 @@ HOSTS: dict[str, tuple[Callable, int, list[str]]] = {
 
 # %% ../../nbs/core/laws.ipynb #c05
 @dataclass(frozen=True)
-class Case:
-    """One method on one weight: its host, shape, rank, number format, seed and options; and the
-    tools under test."""
+class _Layer:
+    "One weight to adapt by one method: its host, shape, rank, number format and seed."
 
     method: Method
     host: str = "linear"
@@ -57,11 +56,6 @@ class Case:
     r: int = 2
     dtype: torch.dtype = torch.float64
     seed: int = 0
-    options: dict = field(default_factory=dict)
-    merge: Callable = merge
-    unmerge: Callable = unmerge
-    advance: Callable = advance
-    save: Callable = saving.save
 
     def base(self) -> Host:
         "The plain model, the same one at each call."
@@ -72,6 +66,23 @@ class Case:
             for p in host.parameters():
                 p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(self.m))
         return host.to(self.dtype)
+
+    def inputs(self) -> Tensor:
+        "A batch of shape (2, 3, m)."
+        g = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(2, 3, self.m, generator=g, dtype=torch.float64).to(self.dtype)
+
+# %% ../../nbs/core/laws.ipynb #c05c
+@dataclass(frozen=True)
+class Case(_Layer):
+    """One method on one weight: its host, shape, rank, number format, seed and options; and the
+    tools under test."""
+
+    options: dict = field(default_factory=dict)
+    merge: Callable = merge
+    unmerge: Callable = unmerge
+    advance: Callable = advance
+    save: Callable = saving.save
 
     def adapt(self, model: Host) -> Host:
         "The adapted model; as `lora_book.adapt` does it, with the method given as it is."
@@ -88,11 +99,6 @@ class Case:
                 r=self.r, alpha=2.0 * self.r, seed=self.seed, step=PlainStep(), step_options={},
                 **description["config"]["options"])
         return saving.load(model, path, again, commit)
-
-    def inputs(self) -> Tensor:
-        "A batch of shape (2, 3, m)."
-        g = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(2, 3, self.m, generator=g, dtype=torch.float64).to(self.dtype)
 
 # %% ../../nbs/core/laws.ipynb #c07
 @torch.no_grad()

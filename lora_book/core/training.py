@@ -5,7 +5,7 @@ __all__ = ['SCHEDULERS', 'BUCKET', 'rate_at', 'make_optimizer', 'loss_of', 'scor
            'optimizer_tensors', 'restore_optimizer', 'restore_model', 'write_checkpoint', 'parse_checkpoint',
            'read_checkpoint', 'difference', 'fit', 'go_on', 'check_settings', 'identity', 'own_randomness', 'start',
            'shown', 'remaining', 'one_step', 'end_epoch', 'Stopped', 'Alone', 'Hooks', 'share', 'shared_loss',
-           'together', 'joint_backward', 'buckets', 'recompute_activations']
+           'together', 'keep', 'joint_backward', 'buckets', 'recompute_activations']
 
 # %% ../../nbs/core/training.ipynb #c02
 import hashlib
@@ -233,7 +233,7 @@ def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks") -> None:
         if run["at"] % per_epoch == 0:
             end_epoch(model, optimizer, data, run, per_epoch, hooks)
         if halt or run["at"] % (hooks.save_every or per_epoch) == 0:
-            hooks.keep(model, optimizer, run)
+            keep(model, optimizer, run, hooks)
         if hooks.watch:
             hooks.watch(run)
         if halt and run["at"] < total:
@@ -394,19 +394,6 @@ class Hooks:
     def folder(self) -> Path | None:
         return None if self.checkpoint is None else folder_of(self.checkpoint)
 
-    def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
-        """Write a checkpoint: the first process does, the others hold the same numbers. Raises
-        OSError in all of them if it couldn't."""
-        error = None
-        if self.folder and self.crew.is_main_process:
-            try:
-                write_checkpoint(self.folder, model, optimizer, run)
-            except OSError as caught:
-                error = caught
-        device = next(model.parameters()).device
-        if together(torch.zeros((), device=device), error is not None, self.crew)[1]:
-            raise error or OSError("the first process couldn't write its checkpoint")
-
 # %% ../../nbs/core/training.ipynb #c23
 def share(batch: dict, process: int, processes: int, accumulate: int) -> list[tuple[dict, float]]:
     """The parts of a batch that a process computes, with their weights; all weights of all
@@ -440,6 +427,20 @@ def together(value: Tensor, halt: bool, crew) -> tuple[float, bool]:
     both = torch.stack([value.float(), torch.full_like(value, halt, dtype=torch.float32)])
     mean = crew.reduce(both, "mean").tolist() if crew.num_processes > 1 else [value.item(), halt]
     return mean[0], mean[1] > 0
+
+
+def keep(model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, hooks: Hooks) -> None:
+    """Write a checkpoint: the first process does, the others hold the same numbers. Raises
+    OSError in all of them if it couldn't."""
+    error = None
+    if hooks.folder and hooks.crew.is_main_process:
+        try:
+            write_checkpoint(hooks.folder, model, optimizer, run)
+        except OSError as caught:
+            error = caught
+    device = next(model.parameters()).device
+    if together(torch.zeros((), device=device), error is not None, hooks.crew)[1]:
+        raise error or OSError("the first process couldn't write its checkpoint")
 
 # %% ../../nbs/core/training.ipynb #c26
 BUCKET = 25_000_000

@@ -60,9 +60,8 @@ class Shared(LowRank):
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/present/vera.ipynb #c15
-class VeRA(Shared):
-    """ΔW = s·diag(b) B diag(d) A (@eq-vera-delta); A and B are drawn once for all layers and
-    frozen, b and d train. Kopiczko et al. 2024."""
+class _Vectors(Shared):
+    "The trained vectors b (n,) and d (r,), and the change s·diag(b) B diag(d) A (@eq-vera-delta)."
 
     def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8,
                  alpha: float | None = None, seed: int = 0, dtype: torch.dtype | None = None,
@@ -90,6 +89,11 @@ class VeRA(Shared):
     def tangent(self, M: dict) -> Tensor:
         "The product of `direction`, (n, m)."
         return sum(s * (B @ A) for A, B, s in self.direction(M))
+
+# %% ../../nbs/present/vera.ipynb #c15c
+class VeRA(_Vectors):
+    """ΔW = s·diag(b) B diag(d) A (@eq-vera-delta); A and B are drawn once for all layers and
+    frozen, b and d train. Kopiczko et al. 2024."""
 
     def peft(self) -> VeraForm:
         "PEFT's VeRA, whose layers of all widths cut one A: √(6/m), which differs by width, is in d."
