@@ -561,7 +561,7 @@ def plot_surface(surfaces: dict) -> plt.Figure:
     return fig
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c34
-VIEWER = """(function (id, data, paths) {
+_DRAWING = """
   var box = document.getElementById(id), yaw, tilt, zoom, from = null, canvases = box.querySelectorAll("canvas");
   function shade(t) {
     var stops = [[68, 1, 84], [33, 145, 140], [253, 231, 37]], k = t < 0.5 ? 0 : 1, f = 2 * t - k;
@@ -587,7 +587,10 @@ VIEWER = """(function (id, data, paths) {
     g.clearRect(0, 0, w, h);
     faces.forEach(function (face) { trace(g, face.at); g.closePath(); g.fillStyle = g.strokeStyle = shade(face.t); g.fill(); g.stroke(); });
     if (path.length) { trace(g, path.map(at)); g.lineWidth = 4 * dots; g.strokeStyle = "#fff"; g.stroke(); g.lineWidth = 2 * dots; g.strokeStyle = "#000"; g.stroke(); }
-  }
+  }"""
+
+# %% ../../nbs/analysis/loss_landscape.ipynb #c34b
+_TURNING = """
   function all() { canvases.forEach(function (canvas, k) { draw(canvas, data[k], paths[k]); }); }
   function turn(dx, dy, closer) { yaw += dx; tilt = Math.min(1.5, Math.max(0, tilt + dy)); zoom = Math.min(4, Math.max(0.5, zoom * closer)); all(); }
   function reset() { yaw = -0.7; tilt = 0.55; zoom = 1; all(); }
@@ -603,7 +606,9 @@ VIEWER = """(function (id, data, paths) {
     e.preventDefault();
   });
   reset();
-})"""
+"""
+
+VIEWER = "(function (id, data, paths) {" + _DRAWING + _TURNING + "})"
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c35
 def heights(surface: Surface, low: float, high: float) -> list:

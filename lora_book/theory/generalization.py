@@ -171,25 +171,12 @@ def hoeffding_bound(n_samples: int, delta: float, loss_bound: float, correction:
     return loss_bound * math.sqrt(math.log(1 / delta) / (2 * n_samples)) + correction
 
 # %% ../../nbs/theory/generalization.ipynb #c43
-def _low_rank(n, m, r, k):
-    return r * (n + m)
-
-
-def _frozen_a(n, m, r, k):
-    return r * n
-
-
-def _chain(n, m, r, k):
-    return min(k * r * (n + m), n * m)
-
-
-def _frozen_chain(n, m, r, k):
-    return n * min(k * r, m)
-
-
-COUNTS = {"full": lambda n, m, r, k: n * m, "lora": _low_rank, "lora_plus": _low_rank, "cola": _chain,
-          "asymmetric": _frozen_a, "rac": _frozen_chain, "cla": _frozen_a, "c3la": _frozen_chain,
-          "random_cla": _frozen_a, "random_c3la": _frozen_chain}
+_ROWS = {("full",): lambda n, m, r, k: n * m,
+         ("lora", "lora_plus"): lambda n, m, r, k: r * (n + m),
+         ("asymmetric", "cla", "random_cla"): lambda n, m, r, k: r * n,
+         ("cola",): lambda n, m, r, k: min(k * r * (n + m), n * m),
+         ("rac", "c3la", "random_c3la"): lambda n, m, r, k: n * min(k * r, m)}
+COUNTS = {method: count for methods, count in _ROWS.items() for method in methods}
 
 
 def _shapes(shapes: object, r: int) -> list:
