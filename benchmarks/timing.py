@@ -26,16 +26,16 @@ def seconds(run: Callable) -> float:
     return time.process_time() - start
 
 
-def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: int = 1) -> dict:
-    "{name: ratios}, one a round; the contenders come in a new order every round."
+def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: int = 1, clock: Callable = seconds) -> dict:
+    "{name: ratios}, one a round; the contenders come in a new order every round. clock(run): the time that a run takes."
     names, found = [name for name in runs if name != base], {name: [] for name in runs if name != base}
     for run in [*runs.values()] * warm:
         run()
     for _ in range(rounds):
         order.shuffle(names)
-        before = seconds(runs[base])
+        before = clock(runs[base])
         for name in names:
-            own, after = seconds(runs[name]), seconds(runs[base])
+            own, after = clock(runs[name]), clock(runs[base])
             found[name].append(2 * own / (before + after))
             before = after
     return found

@@ -19,6 +19,7 @@ DEFAULTS = {
              "cache_dir": ".lora_book/cache", "results_dir": ".lora_book/results"},
     "profile.smoke": {"examples": "200", "epochs": "1", "seeds": "1", "batch_size": "32", "dtype": "float32"},
     "profile.laptop": {"examples": "1200", "epochs": "3", "seeds": "3", "batch_size": "32", "dtype": "float32"},
+    "profile.workstation": {"examples": "0", "epochs": "5", "seeds": "3", "batch_size": "32", "dtype": "bfloat16"},
     "profile.gpu": {"examples": "0", "epochs": "30", "seeds": "3", "batch_size": "32", "dtype": "bfloat16"}}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 LEAST = {"workers": 1, "threads": 1, "cell_timeout": 1, "examples": 0, "epochs": 1, "seeds": 1, "batch_size": 1}

@@ -21,7 +21,7 @@ from ..theory.tables import Cell, Table, table
 # %% ../../nbs/experiments/report.ipynb #c05
 PERCENT = ("accuracy", "matthews", "pearson", "spearman", "exact_match", "token_accuracy")
 LOWER = ("perplexity", "loss")
-PROFILES = ("gpu", "laptop", "smoke")
+PROFILES = ("gpu", "workstation", "laptop", "smoke")
 
 
 @dataclass(frozen=True)

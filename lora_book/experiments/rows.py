@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'WHOLE', 'ORDER', 'Row', 'rows', 'row', 'group', 'is_chain', 'printed', 'addresses', 'printed_settings',
-           'place', 'at_paper_scale', 'our_radius', 'at_our_scale', 'settings']
+           'place', 'at_paper_scale', 'our_radius', 'our_rates', 'at_our_scale', 'settings']
 
 # %% ../../nbs/experiments/rows.ipynb #c03
 import json
@@ -210,12 +210,17 @@ def our_radius(name: str, method: str) -> dict:
     return {"rho": found["rho"]} if found else {}
 
 
+def our_rates(name: str, profile: str) -> dict:
+    "{group: its rate} on a stand-in; chosen anew where it is taken whole."
+    return _file("rates")[name] | (_file("rates_whole").get(name, {}) if profile == "workstation" else {})
+
+
 def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
     "The stand-in's settings; no more examples than the profile allows, 0 of which means all."
     name, sizes = chosen.stand_in["name"], _file("sizes")
-    own = sizes["stand_in"] | sizes["profiles"].get(run.profile, sizes["profiles"]["laptop"])[name]
+    own = sizes["stand_in"] | (sizes["profiles"]["laptop"] | sizes["profiles"].get(run.profile, {}))[name]
     own |= sizes["methods"].get(name, {}).get(method, {})
-    rates = _file("rates")[name]
+    rates = our_rates(name, run.profile)
     limits = [count for count in (own["examples"], run.examples) if count]
     options = chosen.recipe["own_of"].get(method, {}).get("options", {}) | our_radius(name, method)
     return own | {"lr": rates.get(group(method), rates["LoRA"])["lr"], "examples": min(limits, default=0), "options": options}
