@@ -243,3 +243,20 @@ def test_a_stored_result_was_made_on_the_rows_that_its_row_has_now():
         _, rows_now = prepare(own["model"], own["data"], own["kind"], limit=own["examples"], judged=own["judged"])
         assert rows_now.hash == made["data_hash"], made["row"]
         assert {key: made["settings"][key] for key in own if key != "seeds"} == json.loads(json.dumps({key: value for key, value in own.items() if key != "seeds"}))
+
+
+def test_rows_that_share_a_stand_in_share_its_runs():
+    same = {}
+    for made in book_results(BOOK):
+        key = json.dumps([made["settings"], made["method"], made["seed"], made["profile"]], sort_keys=True)
+        same.setdefault(key, []).append((made["row"], made["test"], made["validation"]))
+    shared = [runs for runs in same.values() if len(runs) > 1]
+    assert {"roberta_base/mrpc", "mgpo/t5_base/mrpc"} in [{row_id for row_id, *_ in runs} for runs in shared]
+    assert all(run[1:] == runs[0][1:] for runs in shared for run in runs)
+
+
+def test_no_result_is_stored_of_a_stand_in_whose_rates_were_not_tried():
+    rates = json.loads((DATA / "experiments" / "rates.json").read_text())
+    made = {(row(found["row"]).stand_in["name"], group(found["method"])) for found in book_results(BOOK)}
+    assert len(made) > 5 and all("losses" in rates[name][own] for name, own in made)
+    assert "paraphrase" not in {name for name, _ in made}
