@@ -39,7 +39,7 @@ def shaken(model: nn.Module) -> nn.Module:
     "The model with what trains moved from its start."
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.requires_grad):
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            p.add_((0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))).to(p.device))
     return model
 
 
