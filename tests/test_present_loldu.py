@@ -14,7 +14,7 @@ from lora_book.core.laws import BrokenLaw, Case, check
 from lora_book.core.ldu import leading, unpermute
 from lora_book.core.products import saved_bytes
 from lora_book.present import loldu as chapter
-from lora_book.present.loldu import INITS, SIGMA_MIN, LoLDU, loldu, times_upper, times_upper_t
+from lora_book.present.loldu import INITS, SIGMA_MIN, LoLDU, column_strips, loldu, row_strips, times
 
 some = settings(max_examples=25, deadline=None)
 inits = st.sampled_from(sorted(INITS))
@@ -214,6 +214,23 @@ def test_the_triangular_blocks_agree_with_the_definition(n, m):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
 
 
+def test_the_factors_strips_are_cut_once_and_follow_the_factors():
+    W, x = draw(0, 12, 12), draw(1, 5, 12)
+    net, adapter = adapted(W, r=12)
+    start, first = net(x), adapter.made
+    assert torch.equal(net(x), start) and adapter.made is first
+    adapter._apply(torch.clone)
+    assert torch.equal(net(x), start) and adapter.made is not first, "the buffers were moved"
+    twin = copy.deepcopy(net)
+    lb.adapters(twin)["0"].right.zero_()
+    assert torch.equal(twin(x), net[0].bias.expand(5, 12)) and torch.equal(net(x), start), "a copy's strips are the copy's"
+    other = draw(2, 12, 12)
+    adapter.rebase(other)
+    with torch.no_grad():
+        adapter.z.copy_(adapter.pivots)
+    assert torch.allclose(net(x), x @ other.T + net[0].bias, atol=1e-12)
+
+
 @pytest.mark.parametrize("rows, r", [("", 4), ("", 2), ("[q,v]", 4), ("[k]", 3)])
 def test_second_derivatives(rows, r):
     class Fused(nn.Module):
@@ -241,11 +258,11 @@ def test_products_with_triangles_are_products(r, more, block, seed):
     U = draw(seed, r, m).triu()
     before, chapter.BLOCK = chapter.BLOCK, block
     try:
-        assert torch.allclose(times_upper(draw(1, T, r), U, torch.empty(T, m).double()), draw(1, T, r) @ U)
-        assert torch.allclose(times_upper_t(draw(2, T, m), U, torch.empty(T, r).double()), draw(2, T, m) @ U.T)
+        assert torch.allclose(times(draw(1, T, r), column_strips(U), torch.empty(T, m).double()), draw(1, T, r) @ U)
+        assert torch.allclose(times(draw(2, T, m), row_strips(U), torch.empty(T, r).double()), draw(2, T, m) @ U.T)
         if r > block:
             full = torch.ones(r, m).double()
-            assert not torch.allclose(times_upper(draw(1, T, r), full, torch.empty(T, m).double()), draw(1, T, r) @ full), "nothing was skipped"
+            assert not torch.allclose(times(draw(1, T, r), column_strips(full), torch.empty(T, m).double()), draw(1, T, r) @ full), "nothing was skipped"
     finally:
         chapter.BLOCK = before
 
