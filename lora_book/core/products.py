@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['rows_of', 'add_product', 'copy_pays', 'summed', 'Product', 'LowRankProduct', 'pulled', 'low_rank_input_grad',
-           'applied', 'low_rank_linear', 'patched', 'ColumnProduct', 'column_input_grad', 'column_linear',
-           'saved_bytes', 'addmm_flops', 'count_flops', 'Alive', 'peak_bytes', 'NudgedProduct', 'nudged_linear']
+           'factor_grads', 'applied', 'low_rank_linear', 'patched', 'ColumnProduct', 'column_input_grad',
+           'column_linear', 'saved_bytes', 'addmm_flops', 'count_flops', 'Alive', 'peak_bytes', 'NudgedProduct',
+           'nudged_linear']
 
 # %% ../../nbs/core/products.ipynb #c03
 import weakref
@@ -82,10 +83,7 @@ class LowRankProduct(Product):
         G = W.new_zeros(ctx.shape) if G is None else G
         Vs = pulled(G, ctx.blocks, factors, GU) if any(needs[5::2]) or needs[0] and not ctx.copy else GU
         GX = low_rank_input_grad(G, W, ctx.blocks, factors, Vs, ctx.copy) if needs[0] else None
-        grads = []
-        for i, ((rows, scale), V, U) in enumerate(zip(ctx.blocks, Vs, us, strict=True)):
-            grads.append(V.t() @ X if needs[5 + 2 * i] else None)
-            grads.append(scale * (rows_of(G, rows).t() @ U) if needs[6 + 2 * i] else None)
+        grads = factor_grads(G, X, ctx.blocks, Vs, us, needs[5:])
         return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, None, *grads
 
 # %% ../../nbs/core/products.ipynb #c08
@@ -103,6 +101,16 @@ def low_rank_input_grad(G, W, blocks: list, factors: list, Vs: list, copy: bool)
     for V, A in zip(Vs, factors[::2], strict=True):
         GX = GX if V is None else GX.addmm_(V, A)
     return GX
+
+
+def factor_grads(G: Tensor, X: Tensor, blocks: list, Vs: list, us: list, needs: tuple) -> list:
+    """∂L/∂A_i and ∂L/∂B_i of @eq-products-backward, in turn, from the V_i and U_i; None for those
+    that `needs` doesn't ask for."""
+    grads = []
+    for i, ((rows, scale), V, U) in enumerate(zip(blocks, Vs, us, strict=True)):
+        grads.append(V.t() @ X if needs[2 * i] else None)
+        grads.append(scale * (rows_of(G, rows).t() @ U) if needs[2 * i + 1] else None)
+    return grads
 
 # %% ../../nbs/core/products.ipynb #c10
 def applied(function: type[torch.autograd.Function], *inputs) -> tuple:
