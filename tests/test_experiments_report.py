@@ -15,8 +15,11 @@ from scipy import stats
 from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import report
 from lora_book.experiments.report import (
+    PROFILES,
     Measured,
     address,
+    aligned,
+    judged_rows,
     margin,
     measured,
     oriented,
@@ -29,9 +32,10 @@ from lora_book.experiments.report import (
     tau,
     verdict,
 )
-from lora_book.experiments.rows import printed, row, rows
+from lora_book.experiments.rows import printed, row, rows, whole
 from lora_book.experiments.rows import settings as settings_of
-from lora_book.experiments.runner import BOOK, results
+from lora_book.experiments.runner import BOOK, finished, job, results
+from lora_book.experiments.tasks import WRITTEN
 from lora_book.theory.tables import Cell
 
 ROW = "vit_tiny/cifar10"
@@ -192,7 +196,48 @@ def test_tau_is_one_with_itself_minus_one_reversed_and_blind_to_order(values, rn
 
 def test_the_books_own_results_are_told_by_their_profile():
     for (row_id, method, profile), one in measured().items():
-        assert profile in ("smoke", "laptop", "gpu") and row(row_id) and method and (profile == "gpu") == (not one.stand_ins)
+        assert profile in PROFILES and row(row_id) and method and (profile == "gpu") == (not one.stand_ins)
+
+
+def test_the_results_of_whole_stand_ins_were_made_with_the_settings_of_the_registry():
+    made = [found for found in results(BOOK) if found["profile"] == "workstation"]
+    jobs = [job(found["row"], found["method"], "workstation", found["seed"]) for found in made]
+    for found, own in zip(made, jobs, strict=True):
+        assert finished(BOOK / f"{own.name}.json", own) == found and found["stand_ins"] == own.stand_ins
+    other = job(jobs[0].row.id, jobs[0].method, "workstation", jobs[0].seed, lr=1.0)
+    with pytest.raises(BadValue, match="other settings .*lr"):
+        finished(BOOK / f"{other.name}.json", other)
+
+
+def test_a_row_of_whole_stand_ins_has_every_method_with_every_seed():
+    made = {}
+    for found in results(BOOK):
+        if found["profile"] == "workstation":
+            made.setdefault((found["row"], found["method"]), []).append(found["seed"])
+    wanted = {(row_id, method): list(settings_of(row_id, method, "workstation")["seeds"]) for row_id, _ in made for method in row(row_id).methods}
+    assert made and {key: sorted(seeds) for key, seeds in made.items()} == wanted
+
+
+def test_a_measurement_on_all_test_rows_knows_how_many_they_were():
+    for (*_, profile), one in measured(results(BOOK)).items():
+        if profile == "workstation":
+            assert one.judged == whole(settings_of(one.row, one.method, profile)["data"])["test"] > 0
+            assert all(abs(value * one.judged / 100 - round(value * one.judged / 100)) < 1e-6 for value in one.values if one.metric == "accuracy")
+    known = {"settings": {"judged": 0, "data": "kinship/facts"}}
+    assert judged_rows(known | {"metric": "accuracy"}) == whole("kinship/facts")["test"] > judged_rows(known | {"metric": "exact_match"}) == WRITTEN
+    assert judged_rows({"settings": {"judged": 0, "data": "glue/mrpc"}, "metric": "accuracy"}) == 0
+
+
+words = st.text("abc é±", min_size=1, max_size=30).map(str.strip).filter(bool)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(words, words, words), min_size=1, max_size=6), st.tuples(*[st.integers(0, 40)] * 3))
+def test_aligned_columns_begin_at_one_place_and_lose_no_cell(lines, least):
+    text = aligned(list(map(list, lines)), list(least))
+    starts = [2 + sum(max(low, *(len(line[k]) + 2 for line in lines)) for k, low in enumerate(least[:at])) for at in range(3)]
+    for line, cells in zip(text, lines, strict=True):
+        assert all(line[start:].startswith(cell) for start, cell in zip(starts, cells))
 
 
 def test_the_books_own_results_were_made_with_the_rows_present_settings():

@@ -13,6 +13,7 @@ from lora_book.core import hub as book_hub
 from lora_book.core import models as book_models
 from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import rows as module
+from lora_book.experiments.report import PROFILES
 from lora_book.experiments.rows import Row, addresses, group, is_chain, place, printed, printed_settings, row, rows
 from lora_book.experiments.rows import settings as settings_of
 from lora_book.experiments.runner import BOOK
@@ -67,7 +68,7 @@ def test_a_row_stands_in_a_printed_table_and_its_methods_in_the_registry(row_id)
 @settings(max_examples=60, deadline=None)
 @given(row_id=any_row, data=st.data())
 def test_settings_are_complete_and_possible_in_every_profile(row_id, data):
-    chosen, profile = row(row_id), data.draw(st.sampled_from(["smoke", "laptop", "gpu"]))
+    chosen, profile = row(row_id), data.draw(st.sampled_from(PROFILES))
     method = data.draw(st.sampled_from(chosen.methods))
     if profile != "gpu" and not chosen.stand_in:
         with pytest.raises(BadValue, match="diffusers"):
@@ -118,7 +119,7 @@ def test_no_number_that_a_table_prints_is_typed_again():
 @given(row_id=st.sampled_from(POINTS), data=st.data())
 def test_a_point_of_an_ablation_varies_what_its_heading_says(row_id, data):
     chosen, method = row(row_id), data.draw(st.sampled_from(row(row_id).methods))
-    for profile in ("laptop", "gpu"):
+    for profile in ("laptop", "workstation", "gpu"):
         own, base = settings_of(row_id, method, profile), chosen.recipe["both"]
         assert all(own[key] == value for key, value in base.items())
     if chosen.paper == "P2":
@@ -146,18 +147,49 @@ def test_a_stand_in_is_offline_and_has_sizes_and_rates(name):
     files_ = {part: json.loads((DATA / "experiments" / f"{part}.json").read_text()) for part in ("names", "sizes", "rates")}
     stand_in = files_["names"]["stand_ins"][name]
     assert stand_in["data"] in book_data.OFFLINE and stand_in["model"] in book_models.MODELS
-    assert all(name in files_["sizes"]["profiles"][profile] for profile in ("smoke", "laptop"))
-    assert {"FFT", "LoRA", "Asym"} <= set(files_["rates"][name])
+    assert all(name in files_["sizes"]["profiles"][profile] for profile in ("smoke", "laptop", "workstation"))
+    assert files_["sizes"]["whole"][stand_in["data"]]["test"] > 0 and {"FFT", "LoRA", "Asym"} <= set(files_["rates"][name])
 
 
-def test_a_chosen_rate_is_the_candidate_with_the_smallest_mean_loss():
-    rates = json.loads((DATA / "experiments" / "rates.json").read_text())
-    chosen = [(name, entry) for name, groups in rates.items() for entry in groups.values() if "losses" in entry]
+@pytest.mark.parametrize("name", sorted({row(i).stand_in["name"] for i in RESULTS if row(i).stand_in}))
+def test_a_stand_in_is_whole_on_a_workstation(name):
+    for row_id in (i for i in RESULTS if row(i).stand_in.get("name") == name):
+        for method in row(row_id).methods:
+            whole_, small = (settings_of(row_id, method, profile) for profile in ("workstation", "laptop"))
+            assert whole_["examples"] == whole_["judged"] == 0 and whole_["dtype"] == "bfloat16" and small["examples"] > 0
+            assert all(whole_[key] == small[key] for key in module.ORDER if key not in ("lr", "epochs", "batch_size", "examples", "judged", "dtype"))
+
+
+@pytest.mark.parametrize("name", sorted(json.loads((DATA / "experiments" / "sizes.json").read_text())["whole"]))
+def test_the_rows_of_whole_stand_ins_are_counted(name):
+    assert module.whole(name) == {split: len(found) for split, found in book_data.load_data(name).splits.items()}
+
+
+def test_data_of_the_hub_is_not_counted():
+    assert module.whole("glue/mrpc") == {}
+
+
+def test_rates_of_whole_stand_ins_are_used_there_alone():
+    rates, whole_rates = (json.loads((DATA / "experiments" / f"{name}.json").read_text()) for name in ("rates", "rates_whole"))
+    assert whole_rates
+    for name, groups in whole_rates.items():
+        row_id = next(i for i in RESULTS if row(i).stand_in.get("name") == name and row(i).table == "2")
+        for method in TEN:
+            entry, before = groups[group(method)], rates[name][group(method)]["lr"]
+            assert settings_of(row_id, method, "workstation")["lr"] == entry["lr"] and settings_of(row_id, method, "laptop")["lr"] == before
+            assert all(max(map(float, losses)) / min(map(float, losses)) <= 10.1 and len(losses) == 3 and any(float(lr) == before for lr in losses)
+                       for losses in entry["losses"].values())
+
+
+@pytest.mark.parametrize("name", ["rates", "rates_whole"])
+def test_a_chosen_rate_is_the_candidate_with_the_smallest_mean_loss(name):
+    rates = json.loads((DATA / "experiments" / f"{name}.json").read_text())
+    chosen = [(own, entry) for own, groups in rates.items() for entry in groups.values() if "losses" in entry]
     assert len(chosen) >= 3
-    for name, entry in chosen:
+    for own, entry in chosen:
         candidates = list(next(iter(entry["losses"].values())))
         means = {lr: sum(losses[lr] for losses in entry["losses"].values()) for lr in candidates}
-        assert len(candidates) > 1 and entry["seed"] == 100 and entry["lr"] == float(min(means, key=means.get)), name
+        assert len(candidates) > 1 and entry["seed"] == 100 and entry["lr"] == float(min(means, key=means.get)), own
 
 
 def test_a_chosen_radius_is_the_candidate_with_the_smallest_loss_and_the_papers_is_kept_on_gpu():
@@ -181,7 +213,7 @@ def test_methods_of_a_row_share_their_rate_by_group():
 def test_a_place_is_the_papers_on_gpu_and_the_stand_ins_elsewhere(row_id):
     chosen = row(row_id)
     assert place(chosen, "gpu")["model"] == chosen.model and place(chosen, "gpu")["data"] == chosen.data
-    for profile in ("smoke", "laptop"):
+    for profile in ("smoke", "laptop", "workstation"):
         assert place(chosen, profile).get("model") == chosen.stand_in.get("model")
 
 
@@ -195,7 +227,7 @@ def test_rows_of_multiple_choice_adapt_a_generator_and_nothing_beside_it():
     chosen = [i for i in RESULTS if row(i).kind == "choice"]
     assert chosen == ["tinyllama/openbookqa", "tinyllama/logiqa"]
     for row_id in chosen:
-        for profile in ("smoke", "laptop", "gpu"):
+        for profile in PROFILES:
             own = settings_of(row_id, "lora", profile)
             assert (own["kind"], own["head"], own["metric"]) == ("choice", None, "accuracy")
             assert own["model"] == ("tinyllama" if profile == "gpu" else "byte_llama")
@@ -256,7 +288,8 @@ def test_rows_that_share_a_stand_in_share_its_runs():
 
 
 def test_no_result_is_stored_of_a_stand_in_whose_rates_were_not_tried():
-    rates = json.loads((DATA / "experiments" / "rates.json").read_text())
-    made = {(row(found["row"]).stand_in["name"], group(found["method"])) for found in book_results(BOOK)}
-    assert len(made) > 5 and all("losses" in rates[name][own] for name, own in made)
-    assert "paraphrase" not in {name for name, _ in made}
+    rates = {name: json.loads((DATA / "experiments" / f"{name}.json").read_text()) for name in ("rates", "rates_whole")}
+    made = {(row(found["row"]).stand_in["name"], group(found["method"]), found["profile"]) for found in book_results(BOOK)}
+    tried = {profile: rates["rates_whole" if profile == "workstation" else "rates"] for profile in PROFILES}
+    assert len(made) > 5 and all("losses" in tried[profile][name][own] for name, own, profile in made)
+    assert "paraphrase" not in {name for name, *_ in made}

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'WHOLE', 'ORDER', 'Row', 'rows', 'row', 'group', 'is_chain', 'printed', 'addresses', 'printed_settings',
-           'place', 'at_paper_scale', 'our_radius', 'our_rates', 'at_our_scale', 'settings']
+           'place', 'at_paper_scale', 'whole', 'our_radius', 'our_rates', 'at_our_scale', 'settings']
 
 # %% ../../nbs/experiments/rows.ipynb #c03
 import json
@@ -202,6 +202,11 @@ def place(chosen: Row, profile: str) -> dict:
 def at_paper_scale(chosen: Row, method: str) -> dict:
     "The paper's settings: what it prints, then what its text says, then what is particular to the method."
     return _file("sizes")["gpu"] | printed_settings(chosen, method) | chosen.recipe["own"] | chosen.recipe["own_of"].get(method, {})
+
+# %% ../../nbs/experiments/rows.ipynb #c20b
+def whole(data: str) -> dict[str, int]:
+    "{split: its rows} of a stand-in's data, taken whole; empty for data that isn't the book's own."
+    return _file("sizes")["whole"].get(data, {})
 
 
 def our_radius(name: str, method: str) -> dict:
