@@ -107,24 +107,24 @@ def memory(name: str, build: Callable) -> tuple[Callable, dict]:
     return step, {"held": held, "peak": torch.cuda.max_memory_allocated() - before, "trained": trained}
 
 
-def one_model(model: str, names: list, rounds: int, order: random.Random) -> tuple[dict, dict]:
+def one_model(model: str, names: list, rounds: int, order: random.Random, weigh: Callable, clock: Callable) -> tuple[dict, dict]:
     "{contender: its ratios to the floor, one a round}, {contender: its figures}; two contenders at a time lie on the device."
-    floor, figures = memory("floor", MODELS[model])
-    times, ratios, figures = [milliseconds(floor) for _ in range(rounds)], {}, {"floor": figures}
+    floor, figures = weigh("floor", MODELS[model])
+    times, ratios, figures = [clock(floor) for _ in range(rounds)], {}, {"floor": figures}
     figures["floor"]["milliseconds"] = round(statistics.median(times), 3)
     for name in names:
-        step, figures[name] = memory(name, MODELS[model])
-        ratios |= one_build({"floor": floor, name: step}, "floor", rounds, order, warm=2, clock=milliseconds)
+        step, figures[name] = weigh(name, MODELS[model])
+        ratios |= one_build({"floor": floor, name: step}, "floor", rounds, order, warm=2, clock=clock)
         del step
         gc.collect()
     return ratios, figures
 
 
-def measured(model: str, methods: list, builds: int, rounds: int) -> list:
-    "The rows of one model."
+def measured(model: str, methods: list, builds: int, rounds: int, weigh: Callable = memory, clock: Callable = milliseconds) -> list:
+    "The rows of one model. weigh(contender, build): its step and figures; clock(step): the time that a step takes."
     names, order, found = [*IN_PEFT, *(m for m in methods if m not in WITHOUT.get(model, ()))], random.Random(0), {}
     for _ in range(builds):
-        ratios, figures = one_model(model, names, rounds, order)
+        ratios, figures = one_model(model, names, rounds, order, weigh, clock)
         for name, own in ratios.items():
             found.setdefault(name, []).append(own)
     rows = [{"name": "floor", "model": model, "r": RANK, "ratio": 1.0, **figures["floor"]}]

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_book as lb
-from benchmarks import chains, layer, merge, steps, timing
+from benchmarks import chains, gpu, layer, merge, steps, timing
+from lora_book.analysis.benchmarks import calls
 from lora_book.core.merging import rounding, write_sum
-from lora_book.core.products import Alive, count_flops, peak_bytes
+from lora_book.core.products import Alive, count_flops, peak_bytes, saved_bytes
 
 STORED = sorted((Path(lb.__file__).parent / "data" / "benchmarks").glob("*.json"))
 torch.set_num_threads(1)
@@ -118,6 +120,68 @@ def test_the_merge_benchmark_times_what_merge_writes():
     assert all(torch.equal(model[i].weight, total) for i, total in enumerate(sums))
 
 
+# Whole steps
+
+def linear_shapes():
+    "(m, n) of every linear map of the small model."
+    return [(part.in_features, part.out_features) for part in gpu.small()[0].modules() if isinstance(part, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("name", ["floor", *gpu.IN_PEFT, *gpu.METHODS])
+def test_a_step_changes_what_trains_and_nothing_else(name):
+    step, model = gpu.contender(name, gpu.small, "cpu")
+    trains = {key for key, p in model.named_parameters() if p.requires_grad}
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    step(), step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == trains if name not in ("full", "floor") else moved <= trains    # in bfloat16 one step is too small for a weight of 1
+    assert bool(moved) == bool(trains) == (name != "floor") and all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_of_the_floor_and_what_training_adds_to_it():
+    flops = {name: count_flops(gpu.contender(name, gpu.small, "cpu")[0]) for name in ("floor", "full", "lora", "asymmetric", "cla")}
+    beyond, tokens, r = {name: own - flops["floor"] for name, own in flops.items()}, 2 * 16, gpu.RANK
+    assert beyond["full"] == 2 * tokens * sum(m * n for m, n in linear_shapes())
+    assert beyond["lora"] == 6 * tokens * r * sum(m + n for m, n in linear_shapes())
+    assert beyond["cla"] < beyond["asymmetric"] < beyond["lora"]
+
+
+def test_rows_hold_a_ratio_to_the_floor_and_to_peft():
+    time = {}
+    for name in ("floor", "PEFT LoRA", "PEFT DoRA", "cla", "dora"):
+        step, _ = gpu.contender(name, gpu.small, "cpu")
+        time[name] = [calls(step) for _ in range(3)][-1]   # the first step makes the optimizer's state
+    rows = gpu.measured("small", ["cla", "dora"], 1, 2, lambda name, build: (gpu.contender(name, build, "cpu")[0], {"peak": len(name)}), calls)
+    found = {row["name"]: row for row in rows}
+    assert list(found) == ["floor", *gpu.IN_PEFT, "cla", "dora"] and found["floor"]["milliseconds"] == time["floor"]
+    for name, own in time.items():
+        assert found[name]["ratio"] == round(own / time["floor"], 3) and found[name]["peak"] == len(name)
+    for name, key, peer in (("cla", "to_lora", "PEFT LoRA"), ("dora", "to_lora", "PEFT LoRA"), ("dora", "to_peer", "PEFT DoRA")):
+        assert set(found[name][key]) == {"ratio", "low", "high"} and len(set(found[name][key].values())) == 1
+        assert found[name][key]["ratio"] == pytest.approx(time[name] / time[peer], rel=0, abs=0.000501)   # three digits
+    assert not any("to_lora" in found[name] for name in ("floor", *gpu.IN_PEFT)) and "to_peer" not in found["cla"]
+
+
+@pytest.mark.parametrize("texts, length", [(2, 16), (3, 40)])
+def test_lora_keeps_a_shared_input_once_and_none_that_attention_keeps(texts, length):
+    held = {}
+    for name in ("lora", "cla"):
+        model = gpu.contender(name, gpu.small, "cpu")[1]
+        x = torch.randn(texts, length, 64, dtype=torch.bfloat16).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            held[name] = saved_bytes(partial(model, inputs_embeds=x), layer.tensors(model))
+    inputs, copies = 2 * (64 + 64 + 128), sum(gpu.RANK * m for m, _ in linear_shapes())   # of q, k, v; of gate, up; of down; in two layers
+    assert held["lora"] - held["cla"] == 2 * (texts * length * inputs + copies)
+
+
+@given(times=st.integers(0, 5))
+@settings(max_examples=6, deadline=None)
+def test_calls_are_counted_but_for_views_and_memory(times):
+    x = torch.ones(3, 4)
+    assert calls(lambda: [x.t()[0].view(3, 1) for _ in range(times)] + [torch.empty(3)] + [x.sum().item()]) == 1
+    assert calls(lambda: [(x + 1) @ x.t() for _ in range(times)]) == 2 * times
+
+
 # Reckoning
 
 def test_a_ratio_is_against_the_two_runs_beside_it(monkeypatch):
@@ -141,8 +205,9 @@ def test_the_interval_holds_the_middle_and_ignores_one_bad_round(builds):
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_results_name_their_setting_and_no_host(path):
     stored = json.loads(path.read_text())
-    assert {"torch", "python", "processor", "cores", "threads", "rounds"} <= stored["setting"].keys() <= {
-        "torch", "python", "processor", "cores", "threads", "rounds", "builds"}
+    needed = {"torch", "python", "processor", "cores", "threads", "rounds"} | ({"device", "dtype"} if path.stem.startswith("gpu-") else set())
+    assert needed <= stored["setting"].keys() <= needed | {"builds"}
+    assert re.fullmatch(r"NVIDIA [A-Z]+\d+[\w ]*", stored["setting"].get("device", "NVIDIA H100"))   # a model, as the driver calls it
     for row in stored["rows"]:
         assert row["name"] and row["ratio"] > 0
         assert row["ratio"] == 1 or row["low"] <= row["ratio"] <= row["high"]
