@@ -113,7 +113,7 @@ def run_arguments(own: argparse.ArgumentParser) -> None:
     "The arguments of `lora-book run`."
     own.add_argument("row", metavar="ROW", help="a row's id, e.g. vit_tiny/cifar10")
     own.add_argument("--method", nargs="+", metavar="ID", action="extend", help="methods; default: the row's own")
-    own.add_argument("--profile", help="smoke, laptop, gpu, or a profile of settings.ini; default: the one in settings.ini")
+    own.add_argument("--profile", help="smoke, laptop, workstation, gpu, or a profile of settings.ini; default: the one in settings.ini")
     own.add_argument("--seeds", type=seed_list, metavar="0,1,2", help="default: the profile's")
     own.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from checkpoints (default), or begin anew")
     own.add_argument("--out", metavar="FOLDER", help="where the results go; default: results_dir of settings.ini")

@@ -267,7 +267,7 @@ def chosen_chapters(paths: list, only: list | None) -> list:
 
 def main(arguments: list | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="tools.book", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", help="smoke, laptop or gpu (default: settings.ini)")
+    parser.add_argument("--profile", help="smoke, laptop, workstation or gpu (default: settings.ini)")
     parser.add_argument("--only", action="append", metavar="CHAPTER",
                         help="execute this chapter alone; the others show what they have")
     parser.add_argument("--renderer", choices=("offline", "quarto"),

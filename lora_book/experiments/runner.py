@@ -107,7 +107,7 @@ def check_ready(chosen: Job) -> None:
     lacks = missing(chosen) if chosen.profile == "gpu" else []
     if lacks:
         raise MissingFile(f"{chosen.row.id} in the profile gpu needs {'; '.join(lacks)}. "
-                          "Without them: --profile smoke or laptop, with stand-ins")
+                          "Without them: --profile smoke, laptop or workstation, with stand-ins")
     check_choice("dtype", chosen.settings["dtype"], ("float32", "float64", "bfloat16"))
 
 # %% ../../nbs/experiments/runner.ipynb #c15
