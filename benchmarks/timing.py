@@ -4,8 +4,12 @@ A contender's run stands between two runs of the base; their mean is what it's d
 this process: waiting for a core doesn't count. Where a tensor lies in memory moves a matrix product's time by some percent, so contenders and
 inputs are built anew several times, and a ratio is the median over builds of the median over rounds. Its interval (95 %) comes from drawing
 builds, and rounds within them, with replacement.
+
+Memory that a run frees stays with the process. Else the C library gives it back to the system after some steps and keeps it after others, as
+the end of the heap happens to lie, and a step that must fetch thousands of pages again is up to a tenth slower, the floor's as anybody's.
 """
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -17,6 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    "Have freed memory stay with this process; whether the C library can (glibc)."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
 def seconds(run: Callable) -> float:
@@ -43,6 +55,7 @@ def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: in
 
 def timed(build: Callable, base: str, builds: int, rounds: int) -> dict:
     "{name: [[ratio of a round, ...] of a build, ...]} for the contenders that `build(seed)` makes, a dict of functions; all but the base."
+    keep_memory()
     order, found = random.Random(0), {}
     for seed in range(builds):
         runs = build(seed)
