@@ -163,15 +163,16 @@ def test_rows_hold_a_ratio_to_the_floor_and_to_peft():
 
 
 @pytest.mark.parametrize("texts, length", [(2, 16), (3, 40)])
-def test_lora_keeps_a_shared_input_once_and_none_that_attention_keeps(texts, length):
+def test_lora_keeps_a_shared_input_once_and_none_that_attention_keeps_and_peft_keeps_each(texts, length):
     held = {}
-    for name in ("lora", "cla"):
+    for name in ("lora", "PEFT LoRA", "cla"):
         model = gpu.contender(name, gpu.small, "cpu")[1]
         x = torch.randn(texts, length, 64, dtype=torch.bfloat16).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             held[name] = saved_bytes(partial(model, inputs_embeds=x), layer.tensors(model))
-    inputs, copies = 2 * (64 + 64 + 128), sum(gpu.RANK * m for m, _ in linear_shapes())   # of q, k, v; of gate, up; of down; in two layers
-    assert held["lora"] - held["cla"] == 2 * (texts * length * inputs + copies)
+    ours, each = 2 * (64 + 64 + 128), sum(m for m, _ in linear_shapes())   # of q, k, v; of gate, up; of down; in two layers
+    assert held["lora"] - held["cla"] == 2 * (texts * length * ours + gpu.RANK * each)   # and A in bfloat16
+    assert held["PEFT LoRA"] - held["cla"] == 2 * (texts * length * each + gpu.RANK * each)
 
 
 @given(times=st.integers(0, 5))
