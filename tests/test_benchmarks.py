@@ -221,3 +221,20 @@ def test_every_method_with_a_goal_is_stored():
     for row in rows:
         if row["name"] in exact:
             assert {key: row[key] for key in ("saved", "peak", "flops")} == exact[row["name"]], row["name"]
+
+
+def test_freed_memory_stays_with_the_process_where_the_c_library_can():
+    import platform
+    import resource
+    assert timing.keep_memory() == (platform.libc_ver()[0] == "glibc")
+    if not timing.keep_memory():
+        pytest.skip("the C library isn't glibc")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(2 ** 21)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 512, "8 MB are 2048 pages, and they should have been there already"
