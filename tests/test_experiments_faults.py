@@ -90,7 +90,7 @@ print(ended(first))
 def forked(code: str, **words) -> subprocess.CompletedProcess:
     "Run a script whose children are forked, so that one import serves them all."
     text = (FORKS + code).format(tests=str(ROOT / "tests"), **{key: str(w) if isinstance(w, Path) else w for key, w in words.items()})
-    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     return subprocess.run([sys.executable, "-c", text], env=own, capture_output=True, text=True, timeout=300)
 
 

@@ -264,7 +264,7 @@ def flat(tree) -> list:
 def test_two_processes_compute_what_one_computes():
     code = TOGETHER.format(tests=str(ROOT / "tests"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code]
-    own = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     processes, found = json.loads(done.stdout.split("FOUND")[1].splitlines()[0])
