@@ -20,6 +20,7 @@ from tools.colab import CELL, MARK, opened
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW, SMALL = "vit_tiny/cifar10", {"examples": 40, "judged": 24, "epochs": 2, "batch_size": 16}
+torch.set_num_threads(1)         # as the workers of a grid have it: the same sums in the same order
 TIMES = ("seconds", "wall_seconds", "peak_memory", "machine", "commit", "versions")
 
 
