@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from interface_tools import CHAINS, adapted, inputs, largest, move, moved, net, trained
 from test_core_peft import EXPORTED, IDS, off_by, peft
 from test_core_training import RUN, made, model_of, told
-from test_laws import COUNTS
+from test_laws import COUNTS, cases
 
 import lora_book as lb
 from lora_book.core.data import batches, load_data
-from lora_book.core.laws import HOSTS, Case, check, randomise
+from lora_book.core.laws import Case, check, randomise
 from lora_book.core.models import load_model
 from lora_book.core.training import fit
 from lora_book.experiments import runner
@@ -40,19 +39,13 @@ class OnDevice(Case):
         return super().inputs().to(DEVICE)
 
 
-@st.composite
-def cases(draw, method_id, dtype):
-    n, m = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    return OnDevice(METHODS[method_id], draw(st.sampled_from(list(HOSTS))), n, m, draw(st.integers(1, min(n, m))), dtype, draw(st.integers(0, 10**6)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("method_id", METHODS)
 def test_every_law_holds_on_the_device(method_id, dtype):
     @settings(max_examples=6, deadline=None)
     @given(case=cases(method_id, dtype))
     def run(case):
-        assert check(case, COUNTS.get(method_id, METHODS[method_id].count)) > 8
+        assert check(OnDevice(**vars(case)), COUNTS.get(method_id, METHODS[method_id].count)) > 8
 
     run()
 
