@@ -248,7 +248,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def refused(model, path, error, match, **options):
+def assert_refused(model, path, error, match, **options):
     "to_peft raises, writes nothing and changes nothing."
     before = state(model)
     with pytest.raises(error, match=match) as caught:
@@ -259,13 +259,13 @@ def refused(model, path, error, match, **options):
 
 def test_what_is_no_small_product_is_refused(tmp_path):
     path = tmp_path / "x"
-    refused(load_model("tiny_bert"), path, ValueError, "isn't adapted")
-    refused(adapted("tiny_bert", "full"), path, TypeError, "in place")
-    refused(adapted("tiny_bert", "full", target_modules=["query"]), path, TypeError, "merge")
-    refused(adapted("tiny_bert", "bitfit", target_modules=["query"]), path, TypeError, "bias")
-    refused(adapted("tiny_bert", "linear_probe", n_classes=2, head=["classifier"]), path, TypeError, "no layer")
-    refused(adapted("tiny_bert", "linear_probe", target_modules=["query"]), path, TypeError, "query")
-    refused(lb.adapt(nn.Linear(4, 4), "lora", ".*", r=2), path, TypeError, "no layer")
+    assert_refused(load_model("tiny_bert"), path, ValueError, "isn't adapted")
+    assert_refused(adapted("tiny_bert", "full"), path, TypeError, "in place")
+    assert_refused(adapted("tiny_bert", "full", target_modules=["query"]), path, TypeError, "merge")
+    assert_refused(adapted("tiny_bert", "bitfit", target_modules=["query"]), path, TypeError, "bias")
+    assert_refused(adapted("tiny_bert", "linear_probe", n_classes=2, head=["classifier"]), path, TypeError, "no layer")
+    assert_refused(adapted("tiny_bert", "linear_probe", target_modules=["query"]), path, TypeError, "query")
+    assert_refused(lb.adapt(nn.Linear(4, 4), "lora", ".*", r=2), path, TypeError, "no layer")
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
@@ -284,10 +284,10 @@ def test_heads_that_peft_would_misread_are_refused(tmp_path):
             super().__init__()
             self.my_fc, self.fc, self.tied = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
-    refused(lb.adapt(Two(), "lora", ["my_fc"], r=2, head=["fc"]), tmp_path / "x", ValueError, "my_fc")
+    assert_refused(lb.adapt(Two(), "lora", ["my_fc"], r=2, head=["fc"]), tmp_path / "x", ValueError, "my_fc")
     tied = Two()
     tied.tied.weight = tied.fc.weight
-    refused(lb.adapt(tied, "lora", ["my_fc"], r=2, head=["tied"]), tmp_path / "x", ValueError, "one tensor")
+    assert_refused(lb.adapt(tied, "lora", ["my_fc"], r=2, head=["tied"]), tmp_path / "x", ValueError, "one tensor")
 
 
 class Normed(nn.Module):
@@ -309,15 +309,15 @@ def test_buffers_of_a_head_go_along_and_other_moved_buffers_are_refused(tmp_path
     assert torch.allclose(loaded(x), model(x), atol=1e-6)
     assert torch.allclose(lb.from_peft(Normed(), tmp_path / "a").eval()(x), model(x), atol=1e-6)
     model.norm.train()(x)
-    refused(model, tmp_path / "x", TypeError, "norm.running_mean")
+    assert_refused(model, tmp_path / "x", TypeError, "norm.running_mean")
     listed = nn.ModuleDict({"fc": nn.Linear(4, 4), "heads": nn.ModuleList([nn.Linear(4, 2)])})
-    refused(lb.adapt(listed, "lora", ["fc"], r=2, head=["heads"]), tmp_path / "x", TypeError, "ModuleList")
+    assert_refused(lb.adapt(listed, "lora", ["fc"], r=2, head=["heads"]), tmp_path / "x", TypeError, "ModuleList")
 
 
 def test_a_disabled_model_is_refused(tmp_path):
     model = adapted("tiny_bert", "lora")
     with lb.disabled(model):
-        refused(model, tmp_path / "x", ValueError, "disabled")
+        assert_refused(model, tmp_path / "x", ValueError, "disabled")
     with pytest.raises(TypeError, match="path"):
         lb.to_peft(model, 3)
 
@@ -358,7 +358,7 @@ def with_method(make, name, targets=None):
 
 
 def test_factors_that_do_not_make_the_change_are_refused(tmp_path):
-    refused(with_method(Liar, "tiny_bert"), tmp_path / "x", TypeError, "don't multiply")
+    assert_refused(with_method(Liar, "tiny_bert"), tmp_path / "x", TypeError, "don't multiply")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -368,7 +368,7 @@ def test_row_lengths_are_exported_as_dora(name, tmp_path):
     lb.to_peft(model, tmp_path)
     assert config(tmp_path)["use_dora"]
     assert off_by(output(in_peft(name, tmp_path), name), model_out) < 2e-6
-    refused(model, tmp_path / "x", TypeError, "don't multiply", as_lora=True)
+    assert_refused(model, tmp_path / "x", TypeError, "don't multiply", as_lora=True)
 
 
 @torch.no_grad()
@@ -441,10 +441,10 @@ def test_reads_a_classifiers_head_and_ignores_a_name_the_model_lacks(tmp_path):
 def test_settings_of_methods_that_are_not_here_yet_are_unknown_names(tmp_path, monkeypatch):
     written(tmp_path, target_modules=QV, r=2, use_dora=True)
     monkeypatch.delitem(METHODS, "dora", raising=False)
-    not_read(tmp_path, KeyError, "dora", load_model("tiny_bert"))
+    assert_not_read(tmp_path, KeyError, "dora", load_model("tiny_bert"))
 
 
-def not_read(path, error, match, model=None):
+def assert_not_read(path, error, match, model=None):
     "from_peft raises and leaves the model bit for bit as it was."
     model = load_model("tiny_bert", n_classes=3) if model is None else model
     before = state(model)
@@ -485,7 +485,7 @@ def edited(good, path, settings=None, tensors=None):
     ({"modules_to_save": ["classifier", "pooler"]}, ValueError, "pooler"), ({"use_dora": True}, (KeyError, ValueError), "dora|fit"),
 ])
 def test_settings_that_cannot_be_honoured_are_refused(settings, error, match, good, tmp_path):
-    not_read(edited(good, tmp_path, settings), error, match)
+    assert_not_read(edited(good, tmp_path, settings), error, match)
 
 
 FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
@@ -504,32 +504,32 @@ FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weigh
     (lambda t: t.update({FIRST.replace("lora_A.weight", "lora_embedding_A"): t[FIRST].clone()}), "embedding"),
 ])
 def test_tensors_that_do_not_fit_are_refused(change, match, good, tmp_path):
-    not_read(edited(good, tmp_path, tensors=change), (ValueError, TypeError, KeyError), match)
+    assert_not_read(edited(good, tmp_path, tensors=change), (ValueError, TypeError, KeyError), match)
 
 
 def test_missing_and_damaged_files_are_refused(good, tmp_path):
-    not_read(tmp_path / "nothing", FileNotFoundError, CONFIG)
+    assert_not_read(tmp_path / "nothing", FileNotFoundError, CONFIG)
     path = edited(good, tmp_path / "a")
     (path / WEIGHTS).unlink()
     (path / "adapter_model.bin").write_bytes(b"a pickle")
-    not_read(path, FileNotFoundError, "pickle")
+    assert_not_read(path, FileNotFoundError, "pickle")
     whole = (good / WEIGHTS).read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
         (path / WEIGHTS).write_bytes(whole[:cut])
-        not_read(path, ValueError, "damaged")
+        assert_not_read(path, ValueError, "damaged")
     path = edited(good, tmp_path / "b")
     for text in ("", "{", "[1]", '"x"', "null"):
         (path / CONFIG).write_text(text)
-        not_read(path, ValueError, "damaged|settings")
+        assert_not_read(path, ValueError, "damaged|settings")
 
 
 def test_models_that_cannot_take_it_are_refused(good):
-    not_read(good, ValueError, "adapted already", lb.adapt(load_model("tiny_bert", n_classes=3), "lora", r=2))
-    not_read(good, KeyError, "nearest", load_model("tiny_gpt2"))
-    not_read(good, ValueError, "fit", load_model("tiny_bert", n_classes=4))
+    assert_not_read(good, ValueError, "adapted already", lb.adapt(load_model("tiny_bert", n_classes=3), "lora", r=2))
+    assert_not_read(good, KeyError, "nearest", load_model("tiny_gpt2"))
+    assert_not_read(good, ValueError, "fit", load_model("tiny_bert", n_classes=4))
     broken = load_model("tiny_bert", n_classes=3)
     broken.bert.encoder.layer[0].attention.self.query.weight.data[0, 0] = float("inf")
-    not_read(good, ValueError, "NaN or infinite", broken)
+    assert_not_read(good, ValueError, "NaN or infinite", broken)
 
 
 def test_training_goes_on_where_peft_stopped(tmp_path):

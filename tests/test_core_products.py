@@ -46,7 +46,7 @@ def changed(W, rows, changes):
     return W
 
 
-def agree(ours, theirs, leaves, tolerance):
+def assert_agree(ours, theirs, leaves, tolerance):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     pairs = [(ours, theirs), *zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, theirs)), strict=True)]
     for a, b in pairs:
@@ -61,7 +61,7 @@ def test_low_rank_linear_is_its_definition(dtype, case):
     rows = case[3]
     ours = low_rank_linear(x, W, bias, list(zip(rows, A, B, scales, strict=True)))
     theirs = F.linear(x, changed(W, rows, [s * b @ a for a, b, s in zip(A, B, scales, strict=True)]), bias)
-    agree(ours, theirs, [x, *A, *B], WIDE[dtype])
+    assert_agree(ours, theirs, [x, *A, *B], WIDE[dtype])
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -72,7 +72,7 @@ def test_column_linear_is_its_definition(dtype, case):
     rows, m = case[3], case[1]
     ours = column_linear(x, W, bias, list(zip(rows, idx, B, scales, strict=True)))
     theirs = F.linear(x, changed(W, rows, [s * b @ F.one_hot(i, m).to(dtype) for i, b, s in zip(idx, B, scales, strict=True)]), bias)
-    agree(ours, theirs, [x, *B], WIDE[dtype])
+    assert_agree(ours, theirs, [x, *B], WIDE[dtype])
 
 
 @given(case=layers())
@@ -103,7 +103,7 @@ def test_any_one_input_may_be_the_only_one_that_learns(seed, part):
     if part != "A":
         pairs.append((column_linear(x, W, bias, [(None, idx[0], B[0], 0.5)]), F.linear(x, W + 0.5 * B[0] @ F.one_hot(idx[0], 4).double(), bias)))
     for ours, theirs in pairs:
-        agree(ours, theirs, [named[part]], 1e-12)
+        assert_agree(ours, theirs, [named[part]], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -171,4 +171,4 @@ def test_no_gradient_keeps_nothing():
 def test_a_mutant_with_its_scale_forgotten_is_caught():
     x, W, bias, A, B, _, _ = numbers((6, 5, (7, 5), [None], [2], True, False, 0), torch.float64)
     with pytest.raises(AssertionError):
-        agree(low_rank_linear(x, W, bias, [(None, A[0], B[0], 1.0)]), F.linear(x, W + 0.5 * B[0] @ A[0], bias), [x, A[0], B[0]], 1e-12)
+        assert_agree(low_rank_linear(x, W, bias, [(None, A[0], B[0], 1.0)]), F.linear(x, W + 0.5 * B[0] @ A[0], bias), [x, A[0], B[0]], 1e-12)

@@ -22,7 +22,7 @@ METHODS = lb.methods()
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def refused(folder, *words, base=None) -> None:
+def assert_refused(folder, *words, base=None) -> None:
     "Loading raises a ValueError, TypeError or KeyError of the package, and the model is what it was."
     model = net() if base is None else base
     before = snapshot(model)
@@ -79,7 +79,7 @@ def test_a_tied_target_comes_back_and_stays_tied(method, tmp_path):
     other = tied()
     with torch.no_grad():
         other.embedding.weight[0, 0] += 1
-    refused(tmp_path, "base", base=other)
+    assert_refused(tmp_path, "base", base=other)
     with lb.disabled(fresh):
         assert torch.equal(fresh(ids), tied()(ids))
 
@@ -140,7 +140,7 @@ def test_moved_statistics_are_saved(tmp_path):
     assert torch.equal(fresh(inputs()), model(inputs()))
     other = make()
     other[1].running_mean.add_(1.0)
-    refused(tmp_path, "base", base=other)
+    assert_refused(tmp_path, "base", base=other)
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2", "tiny_vit", "tiny_llama", "tiny_t5"])
@@ -148,8 +148,8 @@ def test_real_architectures(name, tmp_path):
     model = move(lb.adapt(load_model(name), "lora", r=2))
     lb.save(model, tmp_path)
     assert numbers(lb.load(load_model(name), tmp_path)) == numbers(model)
-    refused(tmp_path, "base", base=load_model(name, seed=1))
-    refused(tmp_path, "architecture")
+    assert_refused(tmp_path, "base", base=load_model(name, seed=1))
+    assert_refused(tmp_path, "architecture")
 
 
 @pytest.fixture(scope="module")
@@ -174,38 +174,38 @@ def test_no_byte_can_change(saved, suffix, tmp_path):
     @settings(max_examples=60, deadline=None)
     def altered(at, flip):
         victim.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
-        refused(tmp_path, base=base)
+        assert_refused(tmp_path, base=base)
 
     @given(length=st.integers(0, len(whole) - 1))
     @settings(max_examples=30, deadline=None)
     def truncated(length):
         victim.write_bytes(whole[:length])
-        refused(tmp_path, base=base)
+        assert_refused(tmp_path, base=base)
 
     altered()
     truncated()
     for wrong in (whole + b"\0", whole + b"\n", b" " + whole, whole.replace(b"\n", b"\r\n") if suffix == ".json" else whole * 2):
         victim.write_bytes(wrong)
-        refused(tmp_path, base=base)
+        assert_refused(tmp_path, base=base)
     victim.write_bytes(whole)
-    lb.load(base, tmp_path)
+    assert numbers(lb.load(base, tmp_path)) == numbers(moved("cola"))
 
 
 def test_files_that_are_missing_or_no_files(saved, tmp_path):
-    refused(tmp_path / "nowhere", "nowhere")
-    refused(tmp_path)
-    refused(None)
-    refused(3)
-    refused(saved / "adapter.json")
+    assert_refused(tmp_path / "nowhere", "nowhere")
+    assert_refused(tmp_path)
+    assert_refused(None)
+    assert_refused(3)
+    assert_refused(saved / "adapter.json")
     for name in ("adapter.json", "adapter.safetensors"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_bytes((saved / name).read_bytes())
-        refused(folder, "adapter.")
+        assert_refused(folder, "adapter.")
     (tmp_path / "mixed").mkdir()
     lb.save(moved("lora"), tmp_path / "mixed")
     (tmp_path / "mixed" / "adapter.json").write_bytes((saved / "adapter.json").read_bytes())
-    refused(tmp_path / "mixed")
+    assert_refused(tmp_path / "mixed")
 
 
 def test_other_files_beside_them_are_left_alone(saved, tmp_path):
@@ -237,22 +237,22 @@ def rewritten(saved: Path, folder: Path, **changes) -> Path:
     {"sites": ["first", "qkv[q", "proj"]}, {"sites": ["norm"]}, {"head": ["hed"]}, {"head": KeyError}, {"config": {}}, {"config": KeyError}, {"dtype": "nonsense"}, {"dtype": "int64"},
     {"options": {"rank": 3}}, {"options": []}, {"step_options": 3}, {"steps": -1}, {"steps": "1"}, {"in_place": ["first.weight"]}, {"in_place": ["nope"]}, {"sha256": "0"}, {"sha256": KeyError}, {"step": "sma"}, {"seed": None}])
 def test_an_edited_description_with_a_new_checksum(saved, tmp_path, changes):
-    refused(rewritten(saved, tmp_path / "edited", **changes))
+    assert_refused(rewritten(saved, tmp_path / "edited", **changes))
 
 
 def test_another_architecture_shape_or_base(saved):
-    refused(saved, "architecture", base=net(width=12))
-    refused(saved, "architecture", base=nn.Sequential(net()))
-    refused(saved, "base", base=net(seed=1))
+    assert_refused(saved, "architecture", base=net(width=12))
+    assert_refused(saved, "architecture", base=nn.Sequential(net()))
+    assert_refused(saved, "base", base=net(seed=1))
     changed = net()
     with torch.no_grad():
         changed.norm.bias[0] = 1e-7
-    refused(saved, "base", base=changed)
-    refused(saved, base=net(classes=5))
+    assert_refused(saved, "base", base=changed)
+    assert_refused(saved, base=net(classes=5))
     renamed = net()
     renamed.other = renamed.proj
     del renamed.proj
-    refused(saved, "architecture", base=renamed)
+    assert_refused(saved, "architecture", base=renamed)
 
 
 @every_method
@@ -284,7 +284,7 @@ def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tm
     description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {"sha256": hashlib.sha256(data).hexdigest()}
     (tmp_path / "good" / "adapter.safetensors").write_bytes(data)
     (tmp_path / "good" / "adapter.json").write_bytes(canonical(description))
-    refused(tmp_path / "good", "NaN")
+    assert_refused(tmp_path / "good", "NaN")
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
@@ -313,7 +313,7 @@ def test_a_base_of_another_type_with_the_same_numbers_is_the_same_base(tmp_path)
     lb.save(model, tmp_path)
     wide = lb.load(net().double(), tmp_path)
     assert largest(wide(inputs(torch.float64)), model(inputs())) < 1e-5
-    refused(tmp_path, "base", base=net().bfloat16())
+    assert_refused(tmp_path, "base", base=net().bfloat16())
 
 
 def test_heads_are_saved_with_the_adapter(tmp_path):

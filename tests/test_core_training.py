@@ -140,7 +140,7 @@ def halfway(tmp_path_factory) -> bytes:
     return (folder / "checkpoint.safetensors").read_bytes()
 
 
-def refused(folder, method="cola", data=None, words=(), options=None, **changes):
+def assert_refused(folder, method="cola", data=None, words=(), options=None, **changes):
     model = model_of(method, **(options or {}))
     before = snapshot(model)
     with pytest.raises(lb.LoraBookError) as caught:
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_refused(halfway, tmp_path):
     @settings(max_examples=30, deadline=None)
     def damaged(at, flip, cut):
         file.write_bytes(halfway[:at] if cut else halfway[:at] + bytes([halfway[at] ^ flip]) + halfway[at + 1:])
-        refused(tmp_path, words=["damaged"])
+        assert_refused(tmp_path, words=["damaged"])
 
     damaged()
 
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused(halfway, tmp_path):
                                      {"options": {"seed": 1}}, {"options": {"chain_length": 3}}])
 def test_a_checkpoint_of_another_run_is_refused(halfway, tmp_path, changes):
     (tmp_path / "checkpoint.safetensors").write_bytes(halfway)
-    refused(tmp_path, words=["settings"], **changes)
+    assert_refused(tmp_path, words=["settings"], **changes)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):

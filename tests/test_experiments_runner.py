@@ -147,7 +147,7 @@ def start_cluster(ray) -> None:
         ray.shutdown()
         if "timed out during startup" not in str(error):
             raise
-        pytest.skip("Ray's cluster didn't start in the time that Ray allows: this machine is busy")
+        raise pytest.skip.Exception("Ray's cluster didn't start in the time that Ray allows: this machine is busy") from error
 
 
 def test_a_grid_through_ray_gives_the_same_results(tmp_path, made):
