@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import lora_book as lb
-from benchmarks.layer import PEERS, RANK, RIVAL, in_peft
-from benchmarks.timing import command_line, one_build, quotients, setting, store, summary
+from benchmarks.layer import PEERS, RANK, beside_peers, in_peft
+from benchmarks.timing import command_line, one_build, setting, store, summary
 
 METHODS = ("full", "lora", "asymmetric", "rac", "cla", "c3la", "paca", "dora", "vera", "adalora", "loldu", "mgpo", "sam")
 IN_PEFT = ("PEFT LoRA", "PEFT LoRA-FA", "PEFT DoRA", "PEFT VeRA")
@@ -128,12 +128,8 @@ def measured(model: str, methods: list, builds: int, rounds: int, weigh: Callabl
         for name, own in ratios.items():
             found.setdefault(name, []).append(own)
     rows = [{"name": "floor", "model": model, "r": RANK, "ratio": 1.0, **figures["floor"]}]
-    for name, own in found.items():
-        row = {"name": name, "model": model, "r": RANK, **summary(own), **figures[name]}
-        for key, peer in (("to_lora", "PEFT LoRA"), ("to_peer", RIVAL.get(name))):
-            row |= {key: summary(quotients(own, found[peer]))} if peer in found and name not in PEERS else {}
-        rows.append(row)
-    return rows
+    return rows + [{"name": name, "model": model, "r": RANK, **summary(own), **figures[name], **beside_peers(name, found)}
+                   for name, own in found.items()]
 
 
 def main() -> None:

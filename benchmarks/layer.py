@@ -111,14 +111,17 @@ def layer_exact(methods: list, tokens: int, m: int, n: int) -> dict:
     return {name: own | {key: own[key] - floor[key] for key in ("saved", "flops")} for name, own in found.items()}
 
 
+def beside_peers(name: str, found: dict) -> dict:
+    "One of our contenders over PEFT's LoRA and over PEFT's own version of it, where they were measured; nothing for PEFT's."
+    peers = {} if name in PEERS else {"to_lora": "PEFT LoRA", "to_peer": RIVAL.get(name)}
+    return {key: summary(quotients(found[name], found[peer])) for key, peer in peers.items() if peer in found}
+
+
 def rows(found: dict, figures: dict, **same: object) -> list:
     "One row a contender: its ratio to the floor, to PEFT's LoRA and to PEFT's own version of it."
     made, goals = [], AT.get((same["tokens"], same.get("m"), same.get("n")), {})
     for name, own in found.items():
-        row = {"name": name, **same, **summary(own), **figures.get(name, {}), "goal": goals.get(name)}
-        for key, peer in (("to_lora", "PEFT LoRA"), ("to_peer", RIVAL.get(name))):
-            row |= {key: summary(quotients(own, found[peer]))} if peer in found and name not in PEERS else {}
-        made.append(row)
+        made.append({"name": name, **same, **summary(own), **figures.get(name, {}), "goal": goals.get(name), **beside_peers(name, found)})
     return made
 
 

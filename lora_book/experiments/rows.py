@@ -216,8 +216,9 @@ def our_radius(name: str, method: str) -> dict:
 
 
 def our_rates(name: str, profile: str) -> dict:
-    "{group: its rate} on a stand-in; chosen anew where it is taken whole."
-    return _file("rates")[name] | (_file("rates_whole").get(name, {}) if profile == "workstation" else {})
+    "{group: its rate} on a stand-in; the profile's own where it has some, in the file that the sizes name."
+    own = _file("sizes")["rates"].get(profile)
+    return _file("rates")[name] | (_file(own).get(name, {}) if own else {})
 
 
 def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
