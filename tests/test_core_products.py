@@ -48,7 +48,8 @@ def changed(W, rows, changes):
 
 def assert_agree(ours, theirs, leaves, tolerance):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    pairs = [(ours, theirs), *zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, theirs)), strict=True)]
+    G = torch.arange(ours.numel()).sin().view(ours.shape).to(ours.dtype)  # the same for both: y.sin() would pass an error in a large y on to G
+    pairs = [(ours, theirs), *zip(*(torch.autograd.grad(y, leaves, G) for y in (ours, theirs)), strict=True)]
     for a, b in pairs:
         assert a.shape == b.shape and (a - b).abs().sum() <= tolerance * (1 + b.abs().sum())
 
@@ -139,8 +140,9 @@ def test_what_is_kept_and_what_is_computed(T, n, m, data):
     assert saved_bytes(full, exclude=(W, A, B)) == 4 * T * (m + r)
     assert saved_bytes(lambda: low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]), exclude=(W, A, B)) == 4 * T * r
     assert saved_bytes(columns, exclude=(W, B, idx)) == 4 * T * r
-    assert count_flops(full) == 2 * T * (n * m + r * m + r * n)
-    assert count_flops(lambda: full().sum().backward()) == 2 * T * (2 * n * m + 3 * r * m + 3 * r * n)
+    added = m * n if T >= 2 * m else T * n
+    assert count_flops(full) == 2 * (T * n * m + r * T * m + r * added)
+    assert count_flops(lambda: full().sum().backward()) == 2 * (2 * T * n * m + r * T * (3 * m + 2 * n) + r * added)
 
 
 @given(T=st.integers(1, 40), n=st.integers(1, 12), m=st.integers(1, 12), data=st.data())
@@ -152,10 +154,11 @@ def test_what_a_frozen_factor_spares(T, n, m, data):
     frozen_a = count_flops(lambda: low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]).sum().backward())
     assert frozen_a == 4 * T * n * m + 2 * r * (T * m + T * n + (2 * m * n if copy else T * (2 * n + m)))
     frozen_b = count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B.detach(), 1.0)]).sum().backward())
-    assert frozen_b == 4 * T * n * m + 2 * T * r * (2 * n + 3 * m)
+    changed_out = r * (m * n if T >= 2 * m else T * (m + n))
+    assert frozen_b == 4 * T * n * m + 2 * r * T * (n + 2 * m) + 2 * changed_out
     trained = low_rank_linear(x, W, None, [(None, A, B, 1.0)]).detach(), low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]).detach()
     with torch.no_grad():
-        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)])) == 2 * (T * n * m + r * T * (m + n))
+        assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)])) == 2 * (T * n * m + changed_out)
         assert count_flops(lambda: low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)])) == 2 * (T * n * m + r * (m * n if copy else T * (m + n)))
         assert torch.equal(low_rank_linear(x, W, None, [(None, A, B, 1.0)]), trained[0])
         assert torch.equal(low_rank_linear(x, W, None, [(None, A.detach(), B, 1.0)]), trained[1])

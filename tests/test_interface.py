@@ -48,6 +48,24 @@ def test_the_contract_s_names_are_there():
 
 
 @every_method
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8), (40, 8)], ids=str)
+def test_what_follows_a_layer_may_change_its_output_in_place(method, shape):
+    def results(inplace):
+        torch.manual_seed(0)
+        model = lb.adapt(nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace)), method, ["0"], r=2)
+        g = torch.Generator().manual_seed(1)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in leaves:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+        x = torch.randn(shape, generator=g).requires_grad_()
+        y = model(x)
+        return [y.detach().clone(), *torch.autograd.grad(y.square().sum(), [x, *leaves])]
+
+    assert all(torch.equal(a, b) for a, b in zip(results(False), results(True), strict=True))
+
+
+@every_method
 def test_adapt_works_in_place_and_names_its_sites(method):
     base = net()
     model = lb.adapt(base, method, TARGETS, r=2, head="head")

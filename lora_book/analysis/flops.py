@@ -35,9 +35,9 @@ def dense_flops(T: int, n: int, m: int, r: int = 1) -> int:
 
 
 def low_rank_flops(T: int, n: int, m: int, r: int) -> int:
-    "6Tr(m+n) beyond the floor: s·B A with both factors trained and never multiplied out."
+    "2Tr(3m+2n) + 2rmn beyond the floor: s·B A with both factors trained, added to the weight in the forward pass for T >= 2m; 6Tr(m+n) where it isn't."
     check_sizes(T, n, m, r)
-    return 6 * T * r * (m + n)
+    return 2 * T * r * (3 * m + 2 * n) + 2 * r * m * n if T >= 2 * m else 6 * T * r * (m + n)
 
 
 def frozen_factor_flops(T: int, n: int, m: int, r: int) -> int:
