@@ -3,12 +3,13 @@ import copy
 import warnings
 
 import pytest
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_book as lb
@@ -65,7 +66,7 @@ def test_copies_files_and_conversions_keep_an_adapted_model(method):
         twin.classifier.weight.add_(1)
     assert torch.equal(scores(model), want), "a copy shares no numbers"
     fresh = adapted(method, size=0)
-    fresh.load_state_dict(safetensors.torch.load(safetensors.torch.save(model.state_dict())))
+    fresh.load_state_dict(from_bytes(to_bytes(model.state_dict())))
     assert torch.equal(scores(fresh), want)
     assert scores(copy.deepcopy(model).double()).dtype == torch.float64
     assert gap([scores(copy.deepcopy(model).double())], [want]) < 1e-4
