@@ -319,7 +319,7 @@ def test_the_told_steps_determine_the_answer_in_every_family(seed):
     sex, parents, partner = kinship.family(random.Random(seed))
     kin, answers = kinship.relations(parents, partner), {}
     assert all(sex[a] != sex[b] for a, b in partner.items()) and all((b, a) in kin for a, b in kin)
-    for path in (path for person in sex for hops in (2, 3) for path in kinship.walks(kin, (person,), hops)):
+    for path in (path for person in sex for hops in (2, 3) for path in kinship.walks(kinship.near(kin), (person,), hops)):
         answers.setdefault(tuple(kin[step] for step in zip(path, path[1:])), set()).add(kin.get((path[0], path[-1])))
     assert all(len(found) == 1 for found in answers.values())
 
