@@ -112,6 +112,7 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
 
 def test_a_wide_table_is_printed_alike_in_a_forked_kernel_and_in_a_cold_one(project, monkeypatch):
     (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", "import pandas as pd\npd.DataFrame({'column %d' % i: [i] for i in range(12)})"))
+    monkeypatch.setattr(book, "WARM", ["ipykernel.kernelapp", "pandas"])
     printed = []
     for few in (0, 9):
         monkeypatch.setattr(book, "FEW", few)

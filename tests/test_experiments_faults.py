@@ -88,9 +88,9 @@ print(ended(first))
 
 
 def forked(code: str, **words) -> subprocess.CompletedProcess:
-    "Run a script whose children are forked, so that one import serves them all."
+    "Run a script whose children are forked, so that one import serves them all. It may look for a CUDA device only in a way that lets its children have it."
     text = (FORKS + code).format(tests=str(ROOT / "tests"), **{key: str(w) if isinstance(w, Path) else w for key, w in words.items()})
-    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    own = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     return subprocess.run([sys.executable, "-c", text], env=own, capture_output=True, text=True, timeout=300)
 
 
@@ -102,10 +102,9 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_numbers(whole, tmp_path
     assert (tmp_path / f"{NAME}.lock").exists(), "the dead owner's lock should have been left behind"
     steps = []
     real = runner.train
-    counted = pytest.MonkeyPatch()
-    counted.setattr(runner, "train", lambda *args, **hooks: real(*args, **(hooks | {"watch": lambda position: steps.append(position["at"])})))
-    assert numbers(long(tmp_path)) == whole
-    counted.undo()
+    with pytest.MonkeyPatch.context() as counted:
+        counted.setattr(runner, "train", lambda *args, **hooks: real(*args, **(hooks | {"watch": lambda position: steps.append(position["at"])})))
+        assert numbers(long(tmp_path)) == whole
     assert 0 < len(steps) < 20 and steps[-1] == 20, "it should have gone on from a checkpoint"
     assert not list(tmp_path.glob("*.lock")) and not (tmp_path / "checkpoints" / NAME).exists()
 

@@ -139,9 +139,10 @@ def test_one_failure_does_not_stop_a_grid(tmp_path, made):
     assert numbers(again[0]) == numbers(made) and again[1] == told[1][1]
 
 
-def test_a_grid_through_ray_gives_the_same_results(tmp_path, made):
+def test_a_grid_through_ray_gives_the_same_results(tmp_path, made, monkeypatch):
     ray = pytest.importorskip("ray", reason="the engine ray needs the package ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")        # which Ray's processes take on
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         found = runner.grid(ROW, ["lora", "c3la"], [0], profile="smoke", folder=tmp_path, engine="ray", **SMALL)
     finally:
@@ -198,16 +199,35 @@ def test_other_ways_to_compute_the_same_run(made, tmp_path, own):
 
 
 TOGETHER = """
-import json, sys
+import json, os, socket, sys, traceback
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
 import test_experiments_runner as t
-from lora_book.experiments.runner import Crew
-crew = Crew()
-found = [t.all_together(crew), t.judged_together(crew)]
-if crew.is_main_process:
-    print("FOUND" + json.dumps([crew.num_processes, found]))
+prepared = t.prepared()
+alone = [t.all_together(None), t.judged_together(None, prepared)]
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+
+def rank(number):
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    crew = t.runner.Crew()
+    found = [t.all_together(crew), t.judged_together(crew, prepared)]
+    if crew.is_main_process:
+        print("FOUND" + json.dumps([crew.num_processes, found, alone]), flush=True)
+
+ranks = []
+for number in range(2):
+    ranks.append(os.fork())
+    if ranks[-1] == 0:
+        try:
+            rank(number)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+        os._exit(0)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks))
 """
 CASES = [("lora", {}), ("mgpo", {}), ("lora", {"step": "sam"}), ("cola", {"reset_every": 2}), ("full", {}), ("adalora", {})]
 
@@ -228,12 +248,17 @@ JUDGED = [("tiny_bert", "docstrings/source", "text"), ("tiny_vit", "digits", "im
           ("tiny_llama", "kinship/choice", "choice"), ("tiny_llama", "kinship/facts", "causal")]
 
 
-def judged_together(crew) -> list:
+def prepared() -> list:
+    "(kind, model, rows) for every kind of task."
+    from lora_book.experiments.tasks import prepare
+    return [(kind, *prepare(model_name, data, kind, limit=23, judged=23)) for model_name, data, kind in JUDGED]
+
+
+def judged_together(crew, prepared: list) -> list:
     "The measures of every kind of task on 1, 5 and 23 rows in batches of 4: fewer batches than processes, an odd one over, a short last one."
-    from lora_book.experiments.tasks import ALONE, prepare, task
+    from lora_book.experiments.tasks import ALONE, task
     found = []
-    for model_name, data, kind in JUDGED:
-        model, rows = prepare(model_name, data, kind, limit=23, judged=23)
+    for kind, model, rows in prepared:
         measures = [task(kind).measure(model, rows.test.first(count), 4, crew or ALONE) for count in (1, 5, 23)]
         found.append([{name: value for name, value in sorted(one.items())} for one in measures])
     return found
@@ -252,19 +277,15 @@ def flat(tree) -> list:
 
 
 def test_two_processes_compute_what_one_computes():
-    code = TOGETHER.format(tests=str(ROOT / "tests"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code]
-    own = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=300)
+    "Forked from one that has computed alone, with the environment that torchrun gives its processes."
+    own = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, "-c", TOGETHER.format(tests=str(ROOT / "tests"))], env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    processes, found = json.loads(done.stdout.split("FOUND")[1].splitlines()[0])
+    processes, found, alone = json.loads(done.stdout.split("FOUND")[1].splitlines()[0])
     assert processes == 2
-    assert flat(found[0]) == pytest.approx(flat(all_together(None)), rel=1e-4, abs=1e-5)
-    one_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
-    wanted = judged_together(None)
-    torch.set_num_threads(one_thread)
-    assert found[1] == wanted, "whole batches are judged as one process judges them: the same numbers to the last bit"
+    assert flat(found[0]) == pytest.approx(flat(alone[0]), rel=1e-4, abs=1e-5)
+    assert found[1] == alone[1], "whole batches are judged as one process judges them: the same numbers to the last bit"
 
 
 @given(rows=st.integers(1, 40), processes=st.integers(1, 4), accumulate=st.integers(1, 4), data=st.data())
