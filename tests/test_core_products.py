@@ -1,11 +1,14 @@
 """The fused products against their definitions: values, gradients of both orders, bytes kept and operations, exactly."""
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core.products import column_linear, count_flops, low_rank_linear, saved_bytes
+import lora_book as lb
+from lora_book.core.products import LowRankProduct, column_linear, count_flops, low_rank_linear, product, saved_bytes
 
 WIDE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -175,3 +178,43 @@ def test_a_mutant_with_its_scale_forgotten_is_caught():
     x, W, bias, A, B, _, _ = numbers((6, 5, (7, 5), [None], [2], True, False, 0), torch.float64)
     with pytest.raises(AssertionError):
         assert_agree(low_rank_linear(x, W, bias, [(None, A[0], B[0], 1.0)]), F.linear(x, W + 0.5 * B[0] @ A[0], bias), [x, A[0], B[0]], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@given(T=st.integers(0, 6), n=st.integers(1, 6), r=st.integers(0, 4), scale=st.floats(-3, 3, width=16, allow_subnormal=False))
+@settings(max_examples=30, deadline=None)
+def test_a_scaled_product_reads_no_new_memory(dtype, T, n, r, scale):
+    g = torch.Generator().manual_seed(T + 7 * n + 49 * r)
+    U, M = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((T, r), (r, n)))
+    torch.use_deterministic_algorithms(True)            # fills new memory with NaN
+    try:
+        assert T == 0 or torch.empty(T, n, dtype=dtype).isnan().all()
+        found = product(U, M, scale)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    size = (U.double().abs() @ M.double().abs()).max().item() if T else 0.0
+    assert found.shape == (T, n) and found.dtype == dtype
+    assert T == 0 or (found.double() - scale * (U.double() @ M.double())).abs().max() <= 8 * torch.finfo(dtype).eps * abs(scale) * size
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(), st.text()), max_size=6))
+def test_arguments_are_bound_as_they_were_given(inputs):
+    bound = inspect.signature(LowRankProduct.forward).bind(*inputs)
+    bound.apply_defaults()
+    assert bound.args == tuple(inputs) and bound.kwargs == {}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_site_looks_its_weight_up_where_it_lies_and_only_when_asked(merged):
+    fused = torch.nn.Linear(4, 9)
+    W, b = fused.weight.detach().clone(), fused.bias.detach().clone()
+    model = lb.adapt(torch.nn.ModuleDict({"qkv": fused}), "lora", ["qkv[q,v]"], r=2)
+    for adapter in lb.adapters(model).values():
+        torch.nn.init.ones_(adapter.B)
+    if merged:
+        lb.merge(model)
+    q, v = model["qkv"].blocks()
+    assert not {"W0", "b0"} & vars(q).keys()
+    for block, rows in ((q, slice(0, 3)), (v, slice(6, 9))):
+        assert block.rows == rows and torch.equal(block.W0, W[rows]) and torch.equal(block.b0, b[rows])
+        assert block.W0.data_ptr() == model["qkv"].base_weight()[rows].data_ptr()

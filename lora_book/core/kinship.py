@@ -56,7 +56,7 @@ def relations(parents: dict, partner: dict) -> dict:
     "{(a, b): what a is to b} for every pair of people that has a word for it."
     return {(a, b): word for b in parents for word, group in circles(parents, partner, b).items() for a in group}
 
-
+# %% ../../nbs/core/kinship.ipynb #c08w
 def near(kin: dict) -> dict:
     "{a: the people to whom a is a close relation}."
     found = {}

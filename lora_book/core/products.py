@@ -76,6 +76,7 @@ class ByPlace(Signature):
     "The signature of a function that takes its arguments by place, without defaults."
 
     def bind(self, *args) -> Given:
+        "The arguments as they are."
         return Given(args)
 
 
