@@ -2,12 +2,15 @@
 
     python -m benchmarks.layer [--tokens 2048] [--shape 768x768] [--methods lora,cla] [--builds N] [--rounds N] [--out FILE]
     python -m benchmarks.layer --model            # BERT 6x384, every linear map adapted, batch 8, length 64
+    python -m benchmarks.layer --methods full,lora --peers "PEFT LoRA" --builds 60 --rounds 3 --out FILE --append     # one more run into FILE
 
 The floor is the same network with everything frozen and gradients still flowing to the input. `benchmarks.timing` says what a ratio and its
 interval are. Saved bytes, peak bytes and FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
 """
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -64,10 +67,10 @@ def in_peft(name: str, model: nn.Module, targets: list, r: int) -> nn.Module:
     return shaken(made)
 
 
-def contenders(methods: list, m: int, n: int, r: int = RANK) -> dict:
+def contenders(methods: list, peers: list, m: int, n: int, r: int = RANK) -> dict:
     "{name: model}: the floor, PEFT's and ours."
-    peers = {name: in_peft(name, nn.Sequential(frozen(m, n)), ["0"], r) for name in PEERS}
-    return {"floor": nn.Sequential(frozen(m, n))} | peers | {method: adapted(method, m, n, r) for method in methods}
+    theirs = {name: in_peft(name, nn.Sequential(frozen(m, n)), ["0"], r) for name in peers}
+    return {"floor": nn.Sequential(frozen(m, n))} | theirs | {method: adapted(method, m, n, r) for method in methods}
 
 
 def step(model: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -83,11 +86,11 @@ def numbers(seed: int, *shapes: tuple) -> list:
     return [torch.randn(shape, generator=g) for shape in shapes]
 
 
-def layer_runs(methods: list, tokens: int, m: int, n: int, seed: int) -> dict:
+def layer_runs(methods: list, peers: list, tokens: int, m: int, n: int, seed: int) -> dict:
     "One step of each contender as a function, on fresh inputs."
     x, g = numbers(seed, (tokens, m), (tokens, n))
     x.requires_grad_()
-    return {name: partial(step, model, x, g) for name, model in contenders(methods, m, n).items()}
+    return {name: partial(step, model, x, g) for name, model in contenders(methods, peers, m, n).items()}
 
 
 def exact(run: Callable, forward: Callable, known: list) -> dict:
@@ -101,12 +104,12 @@ def tensors(model: nn.Module) -> list:
     return [*model.parameters(), *model.buffers(), *(site.resting_weight() for _, site in sites(model))]
 
 
-def layer_exact(methods: list, tokens: int, m: int, n: int) -> dict:
+def layer_exact(methods: list, peers: list, tokens: int, m: int, n: int) -> dict:
     "{name: exact figures}; saved bytes and operations beyond the floor's."
     x, g = numbers(0, (tokens, m), (tokens, n))
     x.requires_grad_()
     found = {name: exact(partial(step, model, x, g), partial(model, x), tensors(model))
-             for name, model in contenders(methods, m, n).items()}
+             for name, model in contenders(methods, peers, m, n).items()}
     floor = found["floor"]
     return {name: own | {key: own[key] - floor[key] for key in ("saved", "flops")} for name, own in found.items()}
 
@@ -125,10 +128,10 @@ def rows(found: dict, figures: dict, **same: object) -> list:
     return made
 
 
-def one_layer(methods: list, tokens: int, m: int, n: int, builds: int, rounds: int) -> list:
+def one_layer(methods: list, peers: list, tokens: int, m: int, n: int, builds: int, rounds: int) -> list:
     "The rows of one shape."
-    found = timed(partial(layer_runs, methods, tokens, m, n), "floor", builds, rounds)
-    return rows(found, layer_exact(methods, tokens, m, n), tokens=tokens, m=m, n=n, r=RANK)
+    found = timed(partial(layer_runs, methods, peers, tokens, m, n), "floor", builds, rounds)
+    return rows(found, layer_exact(methods, peers, tokens, m, n), tokens=tokens, m=m, n=n, r=RANK)
 
 
 def bert(seed: int = 0) -> nn.Module:
@@ -161,16 +164,25 @@ def whole_model(methods: list, builds: int, rounds: int) -> list:
     return rows(timed(partial(model_runs, methods), "floor", builds, rounds), {}, model="BERT 6x384", tokens=512, r=RANK)
 
 
+def runs(path: Path, found: list) -> list:
+    "The rows that the file holds and, as its next run, those found now."
+    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+    number = 1 + max((row["run"] for row in before), default=0)
+    return before + [{"run": number} | row for row in found]
+
+
 def main() -> None:
     "Run what the command line asks for, print a table, and write it as JSON."
     parser = command_line(__doc__, ",".join(METHODS))
     parser.add_argument("--model", action="store_true")
+    parser.add_argument("--peers", default=",".join(PEERS), help="PEFT's methods beside one layer")
+    parser.add_argument("--append", action="store_true", help="add the rows to those in FILE, as one more run")
     args = parser.parse_args()
     torch.set_num_threads(1)
     methods, (m, n) = args.methods.split(","), map(int, args.shape.split("x"))
     found = (whole_model([method for method in methods if method not in ("loldu", "full")], args.builds, args.rounds) if args.model
-             else one_layer(methods, args.tokens, m, n, args.builds, args.rounds))
-    store(found, args.out, setting(builds=args.builds, rounds=args.rounds))
+             else one_layer(methods, args.peers.split(","), args.tokens, m, n, args.builds, args.rounds))
+    store(runs(args.out, found) if args.append else found, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 
 if __name__ == "__main__":

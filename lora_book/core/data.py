@@ -293,10 +293,13 @@ PAD, END = 0, 1
 
 def to_bytes(texts: Sequence, length: int) -> Tensor:
     "UTF-8 bytes plus 2, then END, padded with PAD to (rows, length); raises BadValue rather than cut a text."
-    rows = [[byte + 2 for byte in text.encode()] + [END] for text in texts]
-    if (longest := max(map(len, rows))) > length:
+    rows = [text.encode() for text in texts]
+    ends = np.array([[len(row)] for row in rows])
+    if (longest := ends.max() + 1) > length:
         raise BadValue(f"a text needs {longest} numbers, the length is {length}")
-    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+    letters = np.frombuffer(b"".join(row.ljust(length) for row in rows), np.uint8).reshape(len(rows), length)
+    at = np.arange(length)
+    return torch.from_numpy(np.where(at < ends, letters.astype(np.int64) + 2, np.where(at == ends, END, PAD)))
 
 
 def from_bytes(ids: Tensor) -> str:
@@ -318,8 +321,8 @@ def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
     if tokenizer == "bytes":
         return byte_rows(texts, length)
     first, second = zip(*texts) if isinstance(texts[0], tuple) else (texts, None)
-    return dict(load_tokenizer(tokenizer)(list(first), list(second) if second else None, padding="max_length", truncation=True,
-                                          max_length=length, return_tensors="pt"))
+    rows = load_tokenizer(tokenizer)(list(first), list(second) if second else None, padding="max_length", truncation=True, max_length=length)
+    return {name: torch.from_numpy(np.array(numbers, np.int64)) for name, numbers in rows.items()}
 
 # %% ../../nbs/core/data.ipynb #c23
 def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | None = None) -> Split:
@@ -468,15 +471,13 @@ def docstrings_signature(seed: int = 0, tokenizer: str | None = None) -> Data:
 
 def joined(split: Split, padding: int = PAD) -> Split:
     "A generation split for a causal model: source then target in one row of input_ids; labels are -100 outside the target."
-    rows = [(source[mask.bool()], target[target != -100])
-            for source, mask, target in zip(split["input_ids"], split["attention_mask"], split["labels"])]
-    width = max(len(source) + len(target) for source, target in rows)
-    ids, labels = torch.full((len(rows), width), padding), torch.full((len(rows), width), -100)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, (source, target) in enumerate(rows):
-        cut, end = len(source), len(source) + len(target)
-        ids[i, :end], labels[i, cut:end], mask[i, :end] = torch.cat([source, target]), target, 1
-    return replace(split, tensors={"input_ids": ids, "attention_mask": mask, "labels": labels})
+    given, written = split["attention_mask"].bool(), split["labels"] != -100
+    cuts, ends = given.sum(1, keepdim=True), given.sum(1, keepdim=True) + written.sum(1, keepdim=True)
+    at = torch.arange(int(ends.max())).expand(len(ends), -1)
+    ids, labels = torch.full(at.shape, padding), torch.full(at.shape, -100)
+    ids[at < cuts] = split["input_ids"][given]
+    ids[(at >= cuts) & (at < ends)] = labels[(at >= cuts) & (at < ends)] = split["labels"][written]
+    return replace(split, tensors={"input_ids": ids, "attention_mask": (at < ends).long(), "labels": labels})
 
 # %% ../../nbs/core/data.ipynb #c28
 def choice_split(rows: Sequence, lengths: tuple = (160, 96), tokenizer: str | None = None) -> Split:

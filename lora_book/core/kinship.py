@@ -6,7 +6,7 @@ __all__ = ['KIN', 'RELATIONS', 'CLOSE', 'NAMES', 'FACTS', 'PLAIN', 'OWNED', 'fam
 
 # %% ../../nbs/core/kinship.ipynb #c03
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 # %% ../../nbs/core/kinship.ipynb #c05
 KIN = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"), "spouse": ("wife", "husband"),
@@ -66,14 +66,12 @@ def near(kin: dict) -> dict:
     return found
 
 
-def walks(close: dict, path: tuple, hops: int) -> Iterator:
+def walks(close: dict, path: tuple, hops: int) -> list:
     "Every path of `hops` close relations, as `near` gives them, that continues `path` and meets nobody twice."
-    if hops == 0:
-        yield path
-        return
-    for b in close.get(path[-1], ()):
-        if b not in path:
-            yield from walks(close, (*path, b), hops - 1)
+    paths = [path]
+    for _ in range(hops):
+        paths = [(*path, b) for path in paths for b in close.get(path[-1], ()) if b not in path]
+    return paths
 
 # %% ../../nbs/core/kinship.ipynb #c14
 NAMES = (("Ada", "Bea", "Cleo", "Dora", "Edith", "Flora", "Grace", "Hilda", "Ines", "Judith", "Klara", "Lena", "Mina", "Nora", "Olga", "Paula"),

@@ -3,6 +3,7 @@ import posixpath
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from .config import Problems
@@ -12,8 +13,17 @@ FETCHING = {**dict.fromkeys(("script", "img", "iframe", "source", "video", "audi
 REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.IGNORECASE)
 
 
+class Seen(NamedTuple):
+    "What a page defines, what it points to, what it fetches, and its pictures without a text."
+
+    ids: list
+    links: list
+    fetched: list
+    blind: list
+
+
 class _Page(HTMLParser):
-    "What a page defines, what it points to and what it fetches."
+    "Collects what `Seen` has."
 
     def __init__(self):
         super().__init__()
@@ -39,12 +49,15 @@ class _Page(HTMLParser):
             self.fetched += re.findall(r"(?:url\(\s*['\"]?|@import\s+['\"])([^)'\"]+)", data)
 
 
-def audit(site: Path, sources: dict, problems: Problems) -> None:
-    "Look at every page of `sources` (address -> source file named in a message)."
-    pages = {}
-    for url in sources:
-        pages[url] = _Page()
-        pages[url].feed((site / url).read_text(encoding="utf-8"))
+def look(html: str) -> Seen:
+    "What is on a page."
+    page = _Page()
+    page.feed(html)
+    return Seen(page.ids, page.links, page.fetched, page.blind)
+
+
+def audit(site: Path, pages: dict, sources: dict, problems: Problems) -> None:
+    "Judge every page by what was seen on it, both by address; `sources` has the files named in messages."
     for url, page in pages.items():
         where = sources[url]
         for name in sorted({name for name in page.ids if page.ids.count(name) > 1}):

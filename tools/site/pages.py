@@ -31,7 +31,8 @@ class Site:
         for (path, (level, ident, number, _)), html in zip(flat, titles[len(book.pages):]):
             self.outline[path].append((level, ident, number, html))
 
-    def render(self, page: Page) -> str:
+    def render(self, page: Page, blocks: list) -> str:
+        "The page with these blocks, as HTML."
         index = self.book.pages.index(page)
         before = self.book.pages[index - 1] if index else None
         after = self.book.pages[index + 1] if index + 1 < len(self.book.pages) else None
@@ -40,7 +41,7 @@ class Site:
         return TEMPLATE.substitute(
             full=full, up=page.up, book=escape(self.book.title), subtitle=escape(self.book.subtitle),
             home=page.up + self.book.pages[0].url, sidebar=self.sidebar(page), contents=self.contents(page),
-            header=self.header(page), body=write(_claim(page)),
+            header=self.header(page), body=write(_claim(page, blocks)),
             neighbours=self.neighbour(page, before, "prev", "Previous") + self.neighbour(page, after, "next", "Next"))
 
     def name(self, page: Page) -> str:
@@ -99,11 +100,11 @@ class Site:
         return f'<a class="{rel}" rel="{rel}" href="{page.up}{other.url}"><small>{word}</small>{self.name(other)}</a>'
 
 
-def _claim(page: Page) -> list:
+def _claim(page: Page, blocks: list) -> list:
     "A chapter's first paragraph is its claim."
-    if page.is_notebook and page.blocks and page.blocks[0]["t"] == "Para":
-        return [{"t": "Div", "c": [attr("", ("claim",)), page.blocks[:1]]}, *page.blocks[1:]]
-    return page.blocks
+    if page.is_notebook and blocks and blocks[0]["t"] == "Para":
+        return [{"t": "Div", "c": [attr("", ("claim",)), blocks[:1]]}, *blocks[1:]]
+    return blocks
 
 
 def exported(cells: list, everything: list) -> tuple[str, list]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import audit, cells, code, config, links, maths, pages, search
 from .numbering import Numbering
+from .spread import spread
 from .tree import each, read_aloud, save
 
 
@@ -26,9 +27,9 @@ def render(root: Path, build: Path | None, out: Path, partial: bool = False, dra
 def prepare(book: config.Book) -> tuple[dict, dict]:
     "Read, fill, number and resolve all pages in place; the files beside them, and what each notebook exports."
     numbering, exports, files = Numbering(book.problems), {}, {}
-    for page in book.pages:
-        markdown, shown, every = cells.assemble(page, book.problems)
-        blocks, meta, complaints = read_aloud(markdown)
+    assembled = [cells.assemble(page, book.problems) for page in book.pages]
+    read = spread(read_aloud, [markdown for markdown, *_ in assembled])
+    for page, (_, shown, every), (blocks, meta, complaints) in zip(book.pages, assembled, read):
         for line, complaint in complaints:
             book.problems.add(page.path, line, complaint)
         page.blocks, pictures = cells.fill(page, blocks, shown, book.code_fold, book.problems)
@@ -45,16 +46,19 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     "Write the site into `folder` and look at what was written."
     files["assets/search.js"] = search.script(book)
     maths.convert(book)
-    for page in book.pages:
-        page.blocks = code.colour(page.blocks)
     site = pages.Site(book, exports)
-    for page in book.pages:
-        save(folder / page.url, site.render(page))
+
+    def written(page: config.Page) -> audit.Seen:
+        html = site.render(page, code.colour(page.blocks))
+        save(folder / page.url, html)
+        return audit.look(html)
+
+    seen = dict(zip((page.url for page in book.pages), spread(written, book.pages)))
     for name, content in files.items():
         save(folder / name, content)
     for name in ("style.css", "book.js"):
         save(folder / "assets" / name, (pages.ASSETS / name).read_bytes())
-    audit.audit(folder, {page.url: page.path for page in book.pages}, book.problems)
+    audit.audit(folder, seen, {page.url: page.path for page in book.pages}, book.problems)
 
 
 def _pictures(book: config.Book, made: dict) -> dict:
