@@ -128,3 +128,12 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, monkeypa
     with pytest.raises(OSError, match="disk full"):
         book.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("profile, given, wanted", [("smoke", None, 2), ("laptop", None, 3), ("workstation", None, 3), ("laptop", "1", 2), ("smoke", "7", 7)])
+def test_a_chapters_experiments_repeat_with_the_profiles_seeds_and_never_once(profile, given, wanted, monkeypatch):
+    monkeypatch.setenv("LORA_BOOK_PROFILE", profile)
+    monkeypatch.delenv("LORA_BOOK_SEEDS", raising=False)
+    if given:
+        monkeypatch.setenv("LORA_BOOK_SEEDS", given)
+    assert list(book.repeats()) == list(range(wanted))

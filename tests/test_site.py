@@ -1,6 +1,7 @@
 """The offline renderer on small books: what it shows, and what it refuses."""
 import base64
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from tools.site.audit import FETCHING, REMOTE
 from tools.site.frames import marked
 from tools.site.maths import mathml
 from tools.site.render import render
+from tools.site.spread import FORKS, spread
 
 PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
 BIB = """
@@ -384,6 +386,31 @@ def test_problems_are_printed_and_the_last_good_site_stays(tmp_path, capsys):
     assert "Claim." in page(root, "nbs/a.html")
     assert main(["--root", str(root), "--draft"]) == 1
     assert "See @sec-b" in words(page(root, "nbs/a.html")) and not list(root.glob("_site?*"))
+
+
+def test_a_book_of_many_pages_is_shared_out_and_judged_as_a_whole(tmp_path, monkeypatch):
+    chapters = {f"nbs/p{n}.ipynb": [md(f"# Page {n} {{#sec-p{n}}}\n\nClaim {n}, after @sec-p{(n + 1) % 12}.\n\n```python\ndef f{n}(): return {n}\n```")] for n in range(12)}
+    root = write(tmp_path, chapters)
+    assert main(["--root", str(root)]) == 0
+    shared = {file.relative_to(root / "_site"): file.read_bytes() for file in (root / "_site").rglob("*") if file.is_file()}
+    assert all(f"Claim {n}" in words(page(root, f"nbs/p{n}.html")) for n in range(12))
+    monkeypatch.setattr("tools.site.spread.FEW", 99)
+    assert main(["--root", str(root)]) == 0
+    assert shared == {file.relative_to(root / "_site"): file.read_bytes() for file in (root / "_site").rglob("*") if file.is_file()}
+    monkeypatch.undo()
+    faults = {3: "[away](p4.ipynb#nowhere)", 10: "[gone](p99.html)", 11: "[]{#twice} []{#twice}"}
+    found = problems(write(tmp_path / "faulty", chapters | {f"nbs/p{n}.ipynb": [md(f"# Page {n} {{#sec-p{n}}}\n\n{text}")] for n, text in faults.items()}))
+    assert "nbs/p3.ipynb" in found and "nbs/p10.ipynb" in found and "nbs/p11.ipynb: twice" in found and "nbs/p5.ipynb" not in found
+
+
+def test_work_is_shared_out_in_order_and_a_failure_comes_back():
+    assert spread(lambda n: (n * n, os.getpid()), [3, 1, 2]) == [(n * n, os.getpid()) for n in (3, 1, 2)]
+    found = spread(lambda n: (n * n, os.getpid()), list(range(30)))
+    assert [square for square, _ in found] == [n * n for n in range(30)]
+    if FORKS and len(os.sched_getaffinity(0)) > 1:
+        assert os.getpid() not in {who for _, who in found}
+    with pytest.raises(ZeroDivisionError):
+        spread(lambda n: 1 // (n - 17), list(range(30)))
 
 
 def test_executed_notebooks_come_from_the_build_folder(tmp_path):

@@ -9,6 +9,7 @@ files, so that no port is opened.
 which has imported the modules that are named, others' and slow, and nothing of the book.
 """
 # ruff: noqa: E402
+import gc
 import importlib
 import json
 import os
@@ -188,10 +189,13 @@ def in_a_process(work: dict) -> tuple[int, str]:
 
 
 def serve(modules: list) -> None:
-    "Answer each line of the standard input, until it ends."
+    "Answer each line of the standard input, until it ends. What the forks inherit is kept from their garbage collectors."
     if FORKS:
         for name in modules:
             importlib.import_module(name)
+        nbformat.validate(nbformat.v4.new_notebook())   # builds the validator that reading and writing use
+        gc.collect()
+        gc.freeze()
     for line in sys.stdin:
         code, message = (in_a_fork if FORKS else in_a_process)(json.loads(line))
         print(json.dumps({"code": code, "message": message}), flush=True)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'DTYPES', 'LEAST', 'Settings', 'read_ini', 'find_settings', 'own_keys', 'sections', 'to_count', 'typed',
-           'load_settings', 'write_atomic']
+           'load_settings', 'repeats', 'write_atomic']
 
 # %% ../../nbs/core/settings.ipynb #c03
 import configparser
@@ -117,6 +117,11 @@ def load_settings(path: Path | str | None = None, environ: Mapping | None = None
         raise unknown("profile", profile, profiles)
     keys = table["book"] | table[f"profile.{profile}"] | given
     return Settings(**typed(keys, source.parent if source else Path.home()), source=source)
+
+# %% ../../nbs/core/settings.ipynb #c16b
+def repeats() -> range:
+    "The seeds of a chapter's own small experiments: as many as the profile has, at least two."
+    return range(max(2, load_settings().seeds))
 
 # %% ../../nbs/core/settings.ipynb #c20
 def write_atomic(path: Path | str, content: bytes) -> Path:
