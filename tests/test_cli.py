@@ -66,6 +66,7 @@ def test_broken_settings_are_an_error_and_no_traceback(tmp_path, monkeypatch, ca
 RUN = ["run", "vit_tiny/cifar10", "--profile", "smoke", "--seeds", "0"]
 
 
+@pytest.mark.slow
 def test_a_row_is_run_and_each_line_says_how_far_it_is(tmp_path, capsys):
     assert main([*RUN, "--method", "c3la", "lora", "--out", str(tmp_path)]) == 0
     stand_ins, first, second, where = capsys.readouterr().out.splitlines()

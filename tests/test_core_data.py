@@ -43,6 +43,7 @@ def is_balanced(labels, classes: int) -> bool:
 
 # Determinism
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_gets_the_same_rows():
     names = ("docstrings/source", "docstrings/signature", "kinship/2")
     code = f"from lora_book.core.data import load_data; print([load_data(n, limit=60).hash for n in {names!r}])"

@@ -94,6 +94,7 @@ def forked(code: str, **words) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", text], env=own, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_same_numbers(whole, tmp_path):
     kills = torch.randint(4, 8, (3,)).tolist()
     done = forked(KILLS, folder=tmp_path, kills=kills)
@@ -109,6 +110,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_numbers(whole, tmp_path
     assert not list(tmp_path.glob("*.lock")) and not (tmp_path / "checkpoints" / NAME).exists()
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_job_at_once(tmp_path):
     done = forked(TWICE, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

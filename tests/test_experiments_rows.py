@@ -269,6 +269,7 @@ def test_paraphrases_keep_the_words_that_their_label_says(name, kept, longest):
         assert all(len(a.split()) == len(b.split()) <= longest for a, b in split.texts)
 
 
+@pytest.mark.slow
 def test_a_stored_result_was_made_on_the_rows_that_its_row_has_now():
     for made in (found for found in book_results(BOOK) if found["method"] == "lora" and found["seed"] == 0):
         own = settings_of(made["row"], "lora", made["profile"])

@@ -139,6 +139,7 @@ def test_one_failure_does_not_stop_a_grid(tmp_path, made):
     assert numbers(again[0]) == numbers(made) and again[1] == told[1][1]
 
 
+@pytest.mark.slow
 def test_a_grid_through_ray_gives_the_same_results(tmp_path, made, monkeypatch):
     ray = pytest.importorskip("ray", reason="the engine ray needs the package ray")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")        # which Ray's processes take on
@@ -276,6 +277,7 @@ def flat(tree) -> list:
     return [x for value in tree for x in flat(value)] if isinstance(tree, list) else [tree]
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_computes():
     "Forked from one that has computed alone, with the environment that torchrun gives its processes."
     own = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
