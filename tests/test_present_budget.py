@@ -1,10 +1,12 @@
 """VeRA and AdaLoRA: shared draws, budgets, scores and pruning, checked against definitions and Hugging Face PEFT."""
 import copy
+import math
+from fractions import Fraction
 
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
@@ -158,6 +160,14 @@ def test_the_budget_is_pefts_and_never_rises(first, begin, width, final, data):
     got = [budget_at(step, first, last, begin, begin + width) for step in range(begin + width + final + 3)]
     assert got == [theirs.budget_schedule(step)[0] for step in range(len(got))]
     assert got[:begin + 1] == [first] * (begin + 1) and got[begin + width:] == [last] * (final + 3) and got == sorted(got, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@example(first=28, last=1, width=9, step=3)       # in floating point 27·(6/9)³ is less than 8
+@given(first=st.integers(1, 5000), last=st.integers(1, 5000), width=st.integers(1, 5000), step=st.integers(0, 5000))
+def test_the_budget_is_the_cubic_rounded_down_exactly(first, last, width, step):
+    last, step = min(first, last), min(step, width)
+    assert budget_at(step, first, last, 0, width) == math.floor(last + (first - last) * Fraction(width - step, width) ** 3)
 
 
 def with_gradients(seed, sizes=((4, 5, 3), (6, 2, 2), (3, 7, 3)), **options):

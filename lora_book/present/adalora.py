@@ -51,9 +51,11 @@ class Triplets(LowRank):
 # %% ../../nbs/present/adalora.ipynb #c12
 def budget_at(step: int, first: int, last: int, begin: int, end: int) -> int:
     """How many triplets `step` may keep: `first` up to step `begin`, `last` from step `end` on, a
-    cubic fall between (@eq-adalora-budget)."""
-    left = min(1.0, max(0.0, (end - step) / (end - begin)))
-    return int(last + (first - last) * left**3)
+    cubic fall between (@eq-adalora-budget), rounded down: in whole numbers, because a fraction that
+    falls a hair short in floating point costs a triplet."""
+    whole = end - begin
+    left = min(max(end - step, 0), whole)
+    return last + (first - last) * left**3 // whole**3
 
 
 @dataclass(frozen=True)
