@@ -315,7 +315,7 @@ def byte_rows(texts: Sequence, length: int) -> dict:
     ids = to_bytes(lines, max(length, 1 + max(len(line.encode()) for line in lines)))[:, :length]
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
-
+# %% ../../nbs/core/data.ipynb #c23
 def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
     "Texts, or pairs of texts, as input_ids, attention_mask (and token_type_ids) of shape (rows, length), padded and cut."
     if tokenizer == "bytes":
@@ -324,7 +324,7 @@ def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
     rows = load_tokenizer(tokenizer)(list(first), list(second) if second else None, padding="max_length", truncation=True, max_length=length)
     return {name: torch.from_numpy(np.array(numbers, np.int64)) for name, numbers in rows.items()}
 
-# %% ../../nbs/core/data.ipynb #c23
+
 def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | None = None) -> Split:
     "A split of tokenised texts or pairs with their labels."
     return Split(encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)}, tuple(texts))
