@@ -178,6 +178,8 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="PEFT's methods beside one layer")
     parser.add_argument("--append", action="store_true", help="add the rows to those in FILE, as one more run")
     args = parser.parse_args()
+    if args.append and not args.out:
+        parser.error("--append needs the file to append to: --out FILE")
     torch.set_num_threads(1)
     methods, (m, n) = args.methods.split(","), map(int, args.shape.split("x"))
     found = (whole_model([method for method in methods if method not in ("loldu", "full")], args.builds, args.rounds) if args.model

@@ -214,6 +214,18 @@ def test_stored_results_name_their_setting_and_no_host(path):
         assert row["ratio"] == 1 or row["low"] <= row["ratio"] <= row["high"]
 
 
+def test_a_run_is_appended_behind_those_that_the_file_holds(tmp_path, monkeypatch, capsys):
+    path, row = tmp_path / "runs.json", {"name": "lora", "ratio": 1.1}
+    for number in (1, 2, 3):
+        timing.store(layer.runs(path, [row, row | {"name": "full"}]), path, {})
+        rows = json.loads(path.read_text())["rows"]
+        assert [(own["run"], own["name"]) for own in rows] == [(run, name) for run in range(1, number + 1) for name in ("lora", "full")]
+    monkeypatch.setattr("sys.argv", ["layer", "--append"])
+    with pytest.raises(SystemExit):
+        layer.main()
+    assert "--out FILE" in capsys.readouterr().err
+
+
 def test_every_method_with_a_goal_is_stored():
     rows = json.loads((STORED[0].parent / "layer-2048.json").read_text())["rows"]
     assert {row["name"]: row["goal"] for row in rows if row["goal"]} == layer.GOALS
