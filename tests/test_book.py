@@ -168,3 +168,69 @@ def wait_for(happened, seconds: float) -> None:
     while not happened():
         assert time.monotonic() < end, "it didn't happen"
         time.sleep(0.1)
+
+
+QUARTO = """#!{python}
+import pathlib, shutil, sys
+assert sys.argv[1] == "render"
+copy = pathlib.Path(sys.argv[2])
+(copy / "_site").mkdir()
+shutil.copy(copy / "nbs/a.ipynb", copy / "_site")
+(copy / "_site/index.html").write_text({page!r})
+(copy / "_site/style.css").write_text({style!r})
+print({said!r}, file=sys.stderr)
+sys.exit({status})
+"""
+
+
+@pytest.fixture
+def rendered(project, monkeypatch):
+    "Render the project, its first chapter executed, by a stand-in for Quarto that says what it's told; the exit status."
+    table = {"output_type": "execute_result", "execution_count": 1, "metadata": {}, "data": {"text/html": ["<b>\n", "~</b>"], "text/plain": ["b"]}}
+    executed = json.loads((project / "nbs/a.ipynb").read_text())
+    executed["cells"][1]["outputs"] = [table]
+    (project / "_build/smoke/nbs").mkdir(parents=True)
+    (project / "_build/smoke/nbs/a.ipynb").write_text(json.dumps(executed))
+    (project / "_site").mkdir()
+    (project / "_site/index.html").write_text("before")
+
+    def render(said: str = "", status: int = 0, page: str = "<p>now</p>", style: str = "") -> int:
+        program = project.parent / f"{project.name}-bin" / "quarto"
+        program.parent.mkdir()
+        program.write_text(QUARTO.format(python=sys.executable, said=said, status=status, page=page, style=style))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        return book.render(project, project / "_build/smoke", project / "_site", None, partial=False)
+
+    return render
+
+
+def test_quarto_renders_what_was_executed_where_it_is_on_the_path(project, rendered, capsys):
+    sources = {path: path.read_bytes() for path in (project / "nbs").rglob("*.ipynb")}
+    assert rendered("[1/2] index.qmd") == 0
+    out = capsys.readouterr().out
+    assert "rendering with quarto" in out and str(project / "_site/index.html") in out
+    assert (project / "_site/index.html").read_text() == "<p>now</p>" and sources == {path: path.read_bytes() for path in sources}
+    output, = json.loads((project / "_site/a.ipynb").read_text())["cells"][1]["outputs"]
+    assert output["data"] == {"text/markdown": "~~~~~~~~~{=html}\n<b>\n~</b>\n~~~~~~~~~\n"}
+
+
+@pytest.mark.parametrize("told", [
+    {"said": "\33[33mWARN: nbs/a.html: Unable to resolve crossref @fig-nope\33[39m"},
+    {"said": "\33[33mWARN: Unable to resolve link target: nbs/nope.ipynb\33[39m"},
+    {"said": "[WARNING] Citeproc: citation nokey not found"},
+    {"said": "[WARNING] Could not convert TeX math \\frac{1, rendering as TeX:"},
+    {"said": "ERROR: no such format", "status": 1},
+    {"page": '<link href="https://fonts.example/a.css" rel="stylesheet">'}, {"page": '<script src="//cdn.example/a.js"></script>'},
+    {"style": '@import"https://fonts.example/a.css";'}, {"style": "a { background: url(https://example.org/a.png) }"}])
+def test_a_fault_that_quarto_only_warns_of_fails_and_leaves_the_site(project, rendered, told, capsys):
+    assert rendered(**told) == 1
+    said = capsys.readouterr().err
+    assert told.get("said", "would be fetched from elsewhere") in said
+    assert (project / "_site/index.html").read_text() == "before"
+
+
+def test_quarto_is_asked_for_and_not_there(project, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert book.render(project, project / "_build/smoke", project / "_site", "quarto", partial=False) == 1
+    assert "quarto isn't on PATH" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from .config import Problems
 FETCHING = {**dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src"),
             "object": "data", "image": "href", "use": "href"}
 REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.IGNORECASE)
+IN_CSS = re.compile(r"(?:url\(\s*['\"]?|@import\s*['\"])([^)'\"]+)")
 
 
 class Seen(NamedTuple):
@@ -46,7 +47,7 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.lasttag == "style":
-            self.fetched += re.findall(r"(?:url\(\s*['\"]?|@import\s+['\"])([^)'\"]+)", data)
+            self.fetched += IN_CSS.findall(data)
 
 
 def look(html: str) -> Seen:
@@ -71,6 +72,16 @@ def audit(site: Path, pages: dict, sources: dict, problems: Problems) -> None:
                 problems.add(where, target[:80], "dead link: no such file")
         for target in page.links:
             _follow(site, url, target, pages, where, problems)
+
+
+def elsewhere(site: Path) -> list:
+    "What the pages and the styles of a site that another renderer wrote would fetch from other hosts, a line each."
+    found = set()
+    for path in sorted({*site.rglob("*.html"), *site.rglob("*.css")}):
+        text = path.read_text(encoding="utf-8")
+        fetched = look(text).fetched if path.suffix == ".html" else IN_CSS.findall(text)
+        found |= {f"{path.relative_to(site).as_posix()}: {target[:80]}: would be fetched from elsewhere" for target in fetched if REMOTE.match(target)}
+    return sorted(found)
 
 
 def _path(url: str, target: str) -> str:
