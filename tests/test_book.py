@@ -234,14 +234,3 @@ def test_quarto_is_asked_for_and_not_there(project, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert book.render(project, project / "_build/smoke", project / "_site", "quarto", partial=False) == 1
     assert "quarto isn't on PATH" in capsys.readouterr().err
-
-
-def test_quarto_gets_a_figure_apart_from_the_value_beside_it():
-    picture, value, table = ({"output_type": "execute_result", "data": {kind: ["x"]}} for kind in ("image/png", "text/plain", "text/html"))
-    text = {"cell_type": "markdown", "id": "c0", "source": ["# A"]}
-    plain, alone, both = ({"cell_type": "code", "id": f"c{n}", "source": ["#| label: fig-a\n", "1"][n == 1:], "outputs": outputs}
-                          for n, outputs in ((1, [value, picture]), (2, [picture]), (3, [value, picture, table])))
-    cells = book.for_quarto({"cells": [text, plain, alone, both]})["cells"]
-    assert cells[:3] == [text, plain, alone] and cells[3] == both | {"outputs": [picture]}
-    assert cells[4]["id"] not in {cell["id"] for cell in cells[:4]} and cells[4]["source"] == ["#| echo: false"]
-    assert [list(output["data"]) for output in cells[4]["outputs"]] == [["text/plain"], ["text/markdown"]] and len(cells) == 5

@@ -352,6 +352,7 @@ def test_a_page_with_a_fault_is_refused(tmp_path, text, label, message):
     (code("plot()", shown(png=PNG)), "cell 1", "without alt text"),
     (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()"), "fig-a", "shows none"),
     (code("#| label: fig-a\n#| fig-alt: A\nplot()", shown(png=PNG)), "fig-a", "needs #| fig-cap"),
+    (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()", shown(plain="3"), shown(png=PNG)), "fig-a", "print it"),
     (code("#| export\nx = 1"), "cell 1", "as '#| export: true'"),
     (code("#| layout-ncol: 2\nx = 1"), "cell 1", "'layout-ncol' isn't supported"),
     (code("#| label: fig-a: b\nx = 1"), "cell 1", "aren't YAML"),

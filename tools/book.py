@@ -229,23 +229,9 @@ def as_markdown(output: dict) -> dict:
     return output | {"data": {"text/markdown": f"{fence}{{=html}}\n{html}\n{fence}\n"}}
 
 
-def apart(cell: dict) -> list:
-    "A figure's cell with its pictures alone, and a cell after it with what else it shows: in one cell Quarto has them as two figures."
-    pictures = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
-    others = [output for output in cell["outputs"] if output not in pictures]
-    if not (pictures and others and re.search(r"^#\| label: fig-", "".join(cell["source"]), re.MULTILINE)):
-        return [cell]
-    return [cell | {"outputs": pictures}, cell | {"id": f"{cell['id']}-values", "source": ["#| echo: false"], "outputs": others}]
-
-
 def for_quarto(notebook: dict) -> dict:
-    "An executed notebook as Quarto needs it: HTML as Markdown, a figure's cell apart from what else it shows."
-    cells = []
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            cells += apart(cell | {"outputs": list(map(as_markdown, cell["outputs"]))})
-        else:
-            cells.append(cell)
+    "An executed notebook whose outputs of HTML are Markdown."
+    cells = [cell | {"outputs": list(map(as_markdown, cell["outputs"]))} if cell["cell_type"] == "code" else cell for cell in notebook["cells"]]
     return notebook | {"cells": cells}
 
 

@@ -77,7 +77,7 @@ def audit(site: Path, pages: dict, sources: dict, problems: Problems) -> None:
 def elsewhere(site: Path) -> list:
     "What the pages and the styles of a site that another renderer wrote would fetch from other hosts, a line each."
     found = set()
-    for path in sorted({*site.rglob("*.html"), *site.rglob("*.css")}):
+    for path in (path for kind in ("*.html", "*.css") for path in site.rglob(kind)):
         text = path.read_text(encoding="utf-8")
         fetched = look(text).fetched if path.suffix == ".html" else IN_CSS.findall(text)
         found |= {f"{path.relative_to(site).as_posix()}: {target[:80]}: would be fetched from elsewhere" for target in fetched if REMOTE.match(target)}

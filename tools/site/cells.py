@@ -187,6 +187,8 @@ class _Filler:
         outside = [block for kind, block in outputs if block not in inside]
         if not inside:
             self.problem("this cell is labelled as a figure or table but shows none")
+        elif label.startswith(("fig-", "tbl-")) and any(_kind(output.get("data", {})) == "text/plain" for output in self.cell.outputs):
+            self.problem("this cell returns a value beside its figure or table, which Quarto would number as another one: print it")
         if label.startswith(("fig-", "tbl-")) and name not in self.captions:
             self.problem(f"a labelled figure or table needs #| {name}")
         classes = ("float", "tbl" if wanted == "tabular" else "fig")
