@@ -164,9 +164,19 @@ def whole_model(methods: list, builds: int, rounds: int) -> list:
     return rows(timed(partial(model_runs, methods), "floor", builds, rounds), {}, model="BERT 6x384", tokens=512, r=RANK)
 
 
-def runs(path: Path, found: list) -> list:
-    "The rows that the file holds and, as its next run, those found now."
-    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+def stored_runs(path: Path, how: dict) -> list:
+    "The rows of the runs that the file holds; a ValueError if they were measured in another setting."
+    if not path.is_file():
+        return []
+    stored = json.loads(path.read_text())
+    apart = sorted(key for key in stored["setting"].keys() | how.keys() if stored["setting"].get(key) != how.get(key))
+    if apart:
+        raise ValueError(f"{path} was measured in another setting: {', '.join(apart)}")
+    return stored["rows"]
+
+
+def another_run(before: list, found: list) -> list:
+    "The rows of the runs before and, as the next run, those found now."
     number = 1 + max((row["run"] for row in before), default=0)
     return before + [{"run": number} | row for row in found]
 
@@ -181,10 +191,15 @@ def main() -> None:
     if args.append and not args.out:
         parser.error("--append needs the file to append to: --out FILE")
     torch.set_num_threads(1)
+    how = setting(builds=args.builds, rounds=args.rounds)
+    try:
+        before = stored_runs(args.out, how) if args.append else []
+    except ValueError as error:
+        parser.error(str(error))
     methods, (m, n) = args.methods.split(","), map(int, args.shape.split("x"))
     found = (whole_model([method for method in methods if method not in ("loldu", "full")], args.builds, args.rounds) if args.model
              else one_layer(methods, args.peers.split(","), args.tokens, m, n, args.builds, args.rounds))
-    store(runs(args.out, found) if args.append else found, args.out, setting(builds=args.builds, rounds=args.rounds))
+    store(another_run(before, found) if args.append else found, args.out, how)
 
 
 if __name__ == "__main__":

@@ -215,15 +215,28 @@ def test_stored_results_name_their_setting_and_no_host(path):
 
 
 def test_a_run_is_appended_behind_those_that_the_file_holds(tmp_path, monkeypatch, capsys):
-    path, row = tmp_path / "runs.json", {"name": "lora", "ratio": 1.1}
+    path, row, how = tmp_path / "runs.json", {"name": "lora", "ratio": 1.1}, {"torch": "2", "builds": 3}
     for number in (1, 2, 3):
-        timing.store(layer.runs(path, [row, row | {"name": "full"}]), path, {})
+        timing.store(layer.another_run(layer.stored_runs(path, how), [row, row | {"name": "full"}]), path, how)
         rows = json.loads(path.read_text())["rows"]
         assert [(own["run"], own["name"]) for own in rows] == [(run, name) for run in range(1, number + 1) for name in ("lora", "full")]
     monkeypatch.setattr("sys.argv", ["layer", "--append"])
     with pytest.raises(SystemExit):
         layer.main()
     assert "--out FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "named"), [({"torch": "3"}, "torch"), ({"device": "H100"}, "device"), ({"torch": "3", "builds": 4}, "builds, torch")])
+def test_a_run_in_another_setting_is_not_appended(tmp_path, monkeypatch, capsys, more, named):
+    path, how = tmp_path / "runs.json", {"torch": "2", "builds": 3}
+    timing.store(layer.another_run([], [{"name": "lora", "ratio": 1.1}]), path, how)
+    before = path.read_bytes()
+    monkeypatch.setattr(layer, "setting", lambda **given: how | more)
+    monkeypatch.setattr(layer, "one_layer", lambda *given: pytest.fail("measured, though the run can't be stored"))
+    monkeypatch.setattr("sys.argv", ["layer", "--append", "--out", str(path)])
+    with pytest.raises(SystemExit):
+        layer.main()
+    assert f"another setting: {named}" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_every_method_with_a_goal_is_stored():
