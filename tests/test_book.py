@@ -175,12 +175,16 @@ import pathlib, shutil, sys
 assert sys.argv[1] == "render"
 copy = pathlib.Path(sys.argv[2])
 (copy / "_site").mkdir()
+(copy / "_site/nbs").mkdir()
 shutil.copy(copy / "nbs/a.ipynb", copy / "_site")
 (copy / "_site/index.html").write_text({page!r})
 (copy / "_site/style.css").write_text({style!r})
 print({said!r}, file=sys.stderr)
 sys.exit({status})
 """
+
+
+SOURCE = '<dl class="source"><div><dt>Source of this chapter</dt><dd><a href="a.ipynb" download>nbs/a.ipynb</a></dd></div></dl>'
 
 
 @pytest.fixture
@@ -211,8 +215,10 @@ def test_quarto_renders_what_was_executed_where_it_is_on_the_path(project, rende
     out = capsys.readouterr().out
     assert "rendering with quarto" in out and str(project / "_site/index.html") in out
     assert (project / "_site/index.html").read_text() == "<p>now</p>" and sources == {path: path.read_bytes() for path in sources}
-    output, = json.loads((project / "_site/a.ipynb").read_text())["cells"][1]["outputs"]
-    assert output["data"] == {"text/markdown": "~~~~~~~~~{=html}\n<b>\n~</b>\n~~~~~~~~~\n"}
+    title, code = json.loads((project / "_site/a.ipynb").read_text())["cells"]
+    assert code["outputs"][0]["data"] == {"text/markdown": ["~~~~~~~~~{=html}\n", "<b>\n", "~</b>\n", "~~~~~~~~~\n"]}
+    assert (project / "_site/nbs/a.ipynb").read_bytes() == (project / "_build/smoke/nbs/a.ipynb").read_bytes()
+    assert title["source"][:4] == ["# A {#sec-a}\n", "\n", "~~~~~~~~~{=html}\n", f"{SOURCE}\n"] and title["source"][-1] == "Claim."
 
 
 @pytest.mark.parametrize("told", [

@@ -22,10 +22,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from tools.execute import is_skipped
+from tools.quarto import render_quarto
 from tools.settings import load_settings
 from tools.site import config
 from tools.site.__main__ import main as render_offline
-from tools.site.audit import elsewhere
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_book"
@@ -35,8 +35,6 @@ WARM = ["ipykernel.kernelapp", "torch", "pandas", "matplotlib.pyplot", "matplotl
         "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "sklearn.linear_model",
         "sklearn.feature_extraction.text", "peft"]
 FEW = 4
-QUARTO_FAULTS = re.compile(
-    r"Unable to resolve (crossref|link)|citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
 
 
 # What a chapter depends on
@@ -220,40 +218,6 @@ def fresh(source: Path, target: Path) -> None:
 
 
 # Rendering
-
-def as_markdown(output: dict) -> dict:
-    "An output that has HTML, as Markdown that holds it: beside HTML of its own Quarto's page has two libraries fetched from another host."
-    if "text/html" not in output.get("data", {}):
-        return output
-    fence, html = "~" * 9, "".join(output["data"]["text/html"])
-    return output | {"data": {"text/markdown": f"{fence}{{=html}}\n{html}\n{fence}\n"}}
-
-
-def for_quarto(notebook: dict) -> dict:
-    "An executed notebook whose outputs of HTML are Markdown."
-    cells = [cell | {"outputs": list(map(as_markdown, cell["outputs"]))} if cell["cell_type"] == "code" else cell for cell in notebook["cells"]]
-    return notebook | {"cells": cells}
-
-
-def render_quarto(root: Path, build: Path, site: Path, quarto: str) -> int:
-    """Render a copy of the book, executed, with Quarto. A warning about a reference, a link, a citation or a formula is a failure, and so is a page
-    that needs another host."""
-    copy = build / "quarto"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "_build", "_site*", "__pycache__"))
-    shutil.copytree(build / "nbs", copy / "nbs", dirs_exist_ok=True)
-    for path in (copy / "nbs").rglob("*.ipynb"):
-        path.write_text(json.dumps(for_quarto(json.loads(path.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8")
-    done = subprocess.run([quarto, "render", str(copy)], capture_output=True, text=True, encoding="utf-8", check=False)
-    faults = [line for line in done.stderr.splitlines() if QUARTO_FAULTS.search(line)] or elsewhere(copy / "_site")
-    if done.returncode or faults:
-        print("\n".join(faults) or done.stderr, file=sys.stderr)
-        return 1
-    shutil.rmtree(site, ignore_errors=True)
-    shutil.move(copy / "_site", site)
-    print(f"{(site / 'index.html').resolve()}")
-    return 0
-
 
 def render(root: Path, build: Path, site: Path, renderer: str | None, partial: bool) -> int:
     "Render the site with the renderer asked for, or with Quarto where there's one."

@@ -52,24 +52,8 @@ class Site:
         kicker = f"{page.part} · Chapter {page.number}" if page.number and page.part else page.part
         kicker = f'<p class="kicker">{escape(kicker)}</p>' if kicker else ""
         ident = f' id="{page.ident}"' if page.ident else ""
-        return f'<header class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{self.source(page)}</header>'
-
-    def source(self, page: Page) -> str:
-        "Where the chapter comes from and what it adds to the package."
-        if not page.is_notebook:
-            return ""
-        module, names = self.exports.get(page.path, ("", []))
-        file = Path(page.path).name
-        link = f'<a href="{escape(file)}" download>{escape(page.path)}</a>'
-        parts = [f"<div><dt>Source of this chapter</dt><dd>{link}</dd></div>"]
-        if module:
-            module = ".".join(filter(None, [self.book.library, module]))
-            told = ", the cells with a bar at their left" if names else ""
-            parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code>{told}</dd></div>")
-        if names:
-            links = ", ".join(f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names)
-            parts.append(f"<div><dt>Names</dt><dd>{links}</dd></div>")
-        return f'<dl class="source">{"".join(parts)}</dl>'
+        source = source_of(page, self.book.library, *self.exports[page.path]) if page.is_notebook else ""
+        return f'<header class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{source}</header>'
 
     def sidebar(self, page: Page) -> str:
         out, part, opened = [], None, False
@@ -107,13 +91,27 @@ def _claim(page: Page, blocks: list) -> list:
     return blocks
 
 
-def exported(cells: list, everything: list) -> tuple[str, list]:
-    "The module that a notebook exports, and its public names with the place of the cell that defines each."
+def source_of(page: Page, library: str, module: str, names: list) -> str:
+    "Where a chapter comes from and what it adds to the package, as HTML; `names` with the identifiers of their cells."
+    link = f'<a href="{escape(Path(page.path).name)}" download>{escape(page.path)}</a>'
+    parts = [f"<div><dt>Source of this chapter</dt><dd>{link}</dd></div>"]
+    if module:
+        module = ".".join(filter(None, [library, module]))
+        told = ", the cells with a bar at their left" if names else ""
+        parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code>{told}</dd></div>")
+    if names:
+        links = ", ".join(f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names)
+        parts.append(f"<div><dt>Names</dt><dd>{links}</dd></div>")
+    return f'<dl class="source">{"".join(parts)}</dl>'
+
+
+def exported(cells: list, everything: list, before: str = "cell-") -> tuple[str, list]:
+    "The module that a notebook exports, and its public names with the identifier of the cell that defines each, `before` and the cell's own."
     module = next((str(cell.options["default_exp"]) for cell in everything if "default_exp" in cell.options), "")
     names = []
     for cell in cells:
         if cell.says("export", False):
-            names += [(name, f"cell-{cell.ident}") for name in defined(cell)]
+            names += [(name, before + cell.ident) for name in defined(cell)]
     return module, names
 
 
