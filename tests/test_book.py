@@ -184,7 +184,7 @@ sys.exit({status})
 """
 
 
-SOURCE = '<dl class="source"><div><dt>Source of this chapter</dt><dd><a href="a.ipynb" download>nbs/a.ipynb</a></dd></div></dl>'
+SOURCE = '<dl class="source"><div><dt>Source of this chapter</dt><dd><a href="a.ipynb?notebook" download>nbs/a.ipynb</a></dd></div></dl>'
 
 
 @pytest.fixture

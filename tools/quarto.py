@@ -12,6 +12,7 @@ from tools.site.cells import assemble
 from tools.site.pages import exported, source_of
 
 FAULTS = re.compile(r"Unable to resolve (crossref|link)|citation .* not found|Could not (convert|fetch)|could not be resolved", re.IGNORECASE)
+SELF = "?notebook"  # without a query Quarto takes the address for the page's
 
 
 def as_is(html: str) -> list:
@@ -44,7 +45,7 @@ def prepare(root: Path, build: Path, copy: Path) -> dict:
     executed = {page.path: page.file.read_bytes() for page in chapters}
     for page in chapters:
         _, shown, every = assemble(page, book.problems)
-        source = source_of(page, book.library, *exported(shown, every, before=""))
+        source = source_of(page, book.library, *exported(shown, every, before=""), query=SELF)
         made = for_quarto(json.loads(executed[page.path]), source)
         page.file.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
     return executed

@@ -91,9 +91,9 @@ def _claim(page: Page, blocks: list) -> list:
     return blocks
 
 
-def source_of(page: Page, library: str, module: str, names: list) -> str:
-    "Where a chapter comes from and what it adds to the package, as HTML; `names` with the identifiers of their cells."
-    link = f'<a href="{escape(Path(page.path).name)}" download>{escape(page.path)}</a>'
+def source_of(page: Page, library: str, module: str, names: list, query: str = "") -> str:
+    "Where a chapter comes from and what it adds to the package, as HTML; `names` with the identifiers of their cells, `query` behind the file's address."
+    link = f'<a href="{escape(Path(page.path).name)}{query}" download>{escape(page.path)}</a>'
     parts = [f"<div><dt>Source of this chapter</dt><dd>{link}</dd></div>"]
     if module:
         module = ".".join(filter(None, [library, module]))
