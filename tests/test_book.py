@@ -155,6 +155,15 @@ def test_processes_are_gone_when_the_book_is_interrupted(project):
     wait_for(lambda: not alive(int(written.read_text())), 20)
 
 
+def test_signals_are_the_callers_again_when_the_pages_are_rendered(project, monkeypatch):
+    def handlers() -> list:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, seen = handlers(), []
+    monkeypatch.setattr(book, "render", lambda *given: seen.append(handlers()) or 0)
+    assert main(["--profile", "smoke"], project) == 0 and seen == [before]
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -206,6 +207,17 @@ class Run:
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def interrupts(stop: Callable) -> Iterator[None]:
+    "Inside, Ctrl-C and SIGTERM call `stop`; behind, they do what they did before: the renderer's processes are ended by SIGTERM."
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def fresh(source: Path, target: Path) -> None:
     "Take changed markdown cells of the source into the executed copy; its code cells and their outputs stay."
     new, old = (json.loads(path.read_text(encoding="utf-8")) for path in (source, target))
@@ -265,12 +277,11 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
         return render(root, build, site, chosen.renderer, True)
     listed = [page.path for page in config.load(root).pages if page.is_notebook]
     run = Run(root, build, settings)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.stop)
     how = f"{settings.workers} workers, {settings.threads} threads each"
     print(f"profile {settings.profile}: {len(listed)} chapters, {how}", flush=True)
     try:
-        run.chapters(chosen_chapters(listed, chosen.only))
+        with interrupts(run.stop):
+            run.chapters(chosen_chapters(listed, chosen.only))
     except KeyboardInterrupt:
         print("interrupted; finished chapters are kept", file=sys.stderr)
         return 130
