@@ -183,8 +183,7 @@ QUARTO = """#!{python}
 import pathlib, shutil, sys
 assert sys.argv[1] == "render"
 copy = pathlib.Path(sys.argv[2])
-(copy / "_site").mkdir()
-(copy / "_site/nbs").mkdir()
+(copy / "_site/nbs").mkdir(parents=True)
 shutil.copy(copy / "nbs/a.ipynb", copy / "_site")
 (copy / "_site/index.html").write_text({page!r})
 (copy / "_site/style.css").write_text({style!r})
