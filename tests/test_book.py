@@ -110,6 +110,16 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
     assert "cell:2: UserWarning: mind" in page and ">torch/nn.py:1: UserWarning" in page and "ipykernel" not in page
 
 
+def test_an_older_processor_has_its_arithmetic_and_its_folders(project, monkeypatch):
+    code = "import os, torch\nprint(torch.backends.cpu.get_cpu_capability(), os.path.basename(os.environ['LORA_BOOK_CACHE_DIR']))"
+    (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", code))
+    monkeypatch.setenv("LORA_BOOK_CACHE_DIR", str(project / "models"))
+    run = ["--profile", "smoke", "--no-render", "--only", "a"]
+    assert main([*run, "--processor", "sse"], project) == main(run, project) == 0
+    old, own = ((project / "_build" / name / "nbs/a.ipynb").read_text() for name in ("smoke-sse", "smoke"))
+    assert "DEFAULT models-sse" in old and "models-sse" not in own and "models" in own
+
+
 def test_a_wide_table_is_printed_alike_in_a_forked_kernel_and_in_a_cold_one(project, monkeypatch):
     (project / "nbs/a.ipynb").write_text(notebook("# A {#sec-a}\n\nClaim.", "import pandas as pd\npd.DataFrame({'column %d' % i: [i] for i in range(12)})"))
     monkeypatch.setattr(book, "WARM", ["ipykernel.kernelapp", "pandas"])

@@ -188,6 +188,25 @@ def test_notebook_names_no_machine_and_no_address(notebook):
         assert not re.search(r"\bat 0x[0-9a-f]{6,}", words), "an output shows a memory address: end the cell with a value"
 
 
+def typed(text):
+    "The numbers that a caption types: neither the ends 0 and 1, nor in a formula, a name (float32, CIFAR-10) or the number of a theorem."
+    text = re.sub(r"\$[^$]*\$|\b[A-Za-z]\w*-?\d+\b|\b(Theorem|Algorithm|Table) \d+", "", text)
+    return [number for number in re.findall(r"\d[\d.,]*\d|\d", text) if number not in ("0", "1")]
+
+
+@pytest.mark.parametrize("text, numbers", [
+    ("The share of 200 runs, from 0.86 at rank 1 to 1", ["200", "0.86"]), ("LoRA of rank 1 in float32 on CIFAR-10, Theorem 2, $m=23$, at 0 to 1", []),
+    ("95 % intervals of rank 4, 28x28", ["95", "4", "28", "28"])])
+def test_a_typed_number_is_seen(text, numbers):
+    assert typed(text) == numbers
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_captions_type_no_number(notebook):
+    found = [match for cell in cells(notebook) for match in re.findall(r"^#\| (?:fig|tbl|lst)-(?:cap|alt): (.*)$", source(cell), re.MULTILINE)]
+    assert not (bad := {text: typed(text) for text in found if typed(text)}), f"a cell can't keep it true: {bad}"
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_keeps_to_its_size(notebook):
     assert len(cells(notebook)) <= 60

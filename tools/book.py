@@ -36,6 +36,8 @@ WARM = ["ipykernel.kernelapp", "torch", "pandas", "matplotlib.pyplot", "matplotl
         "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "sklearn.linear_model",
         "sklearn.feature_extraction.text", "peft"]
 FEW = 4
+OLDER = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+         "sse": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}}
 
 
 # What a chapter depends on
@@ -122,10 +124,10 @@ def stored_key(target: Path) -> str:
 # Running the chapters
 
 class Run:
-    "Executes chapters in `workers` processes; `failures` holds (chapter, message)."
+    "Executes chapters in `workers` processes, which see `more` in their environment; `failures` holds (chapter, message)."
 
-    def __init__(self, root: Path, build: Path, settings):
-        self.root, self.build, self.settings = root, build, settings
+    def __init__(self, root: Path, build: Path, settings, more: dict | None = None):
+        self.root, self.build, self.settings, self.more = root, build, settings, more or {}
         self.failures, self.stopped = [], False
         self.idle, self.servers, self.warm = SimpleQueue(), [], []
 
@@ -189,7 +191,7 @@ class Run:
                  "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path),
                  "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         offline = {} if self.settings.profile == "gpu" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        return {**os.environ, **limits, **given, **offline}
+        return {**os.environ, **limits, **given, **offline, **self.more}
 
     def end(self) -> None:
         "Let the servers end: they've nothing more to read."
@@ -262,6 +264,7 @@ def chosen_chapters(paths: list, only: list | None) -> list:
 def main(arguments: list | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="tools.book", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", help="smoke, laptop, workstation or gpu (default: settings.ini)")
+    parser.add_argument("--processor", choices=OLDER, help="round as an older processor does, with folders of its own")
     parser.add_argument("--only", action="append", metavar="CHAPTER",
                         help="execute this chapter alone; the others show what they have")
     parser.add_argument("--renderer", choices=("offline", "quarto"),
@@ -272,11 +275,14 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
     chosen = parser.parse_args(arguments)
     environ = dict(os.environ) | ({"LORA_BOOK_PROFILE": chosen.profile} if chosen.profile else {})
     settings = load_settings(root / "settings.ini", environ)
-    build, site = root / "_build" / settings.profile, root / chosen.out
+    build, site, more = root / "_build" / settings.profile, root / chosen.out, {}
+    if chosen.processor:
+        build = build.with_name(f"{settings.profile}-{chosen.processor}")
+        more = OLDER[chosen.processor] | {"LORA_BOOK_CACHE_DIR": f"{settings.cache_dir}-{chosen.processor}"}
     if chosen.render_only:
         return render(root, build, site, chosen.renderer, True)
     listed = [page.path for page in config.load(root).pages if page.is_notebook]
-    run = Run(root, build, settings)
+    run = Run(root, build, settings, more)
     how = f"{settings.workers} workers, {settings.threads} threads each"
     print(f"profile {settings.profile}: {len(listed)} chapters, {how}", flush=True)
     try:

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'DTYPES', 'LEAST', 'Settings', 'read_ini', 'find_settings', 'own_keys', 'sections', 'to_count', 'typed',
-           'load_settings', 'repeats', 'write_atomic']
+           'load_settings', 'repeats', 'ranges', 'write_atomic']
 
 # %% ../../nbs/core/settings.ipynb #c03
 import configparser
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,12 @@ def load_settings(path: Path | str | None = None, environ: Mapping | None = None
 def repeats() -> range:
     "The seeds of a chapter's own small experiments: as many as the profile has, at least two."
     return range(max(2, load_settings().seeds))
+
+
+def ranges(*groups: Iterable[float]) -> str:
+    "What a few seeds say of two or more groups of results: \"ranges overlap\", if one value lies in all of them, or \"ranges are apart\"."
+    lows, highs = zip(*((min(group), max(group)) for group in map(list, groups)), strict=True)
+    return "ranges overlap" if max(lows) <= min(highs) else "ranges are apart"
 
 # %% ../../nbs/core/settings.ipynb #c20
 def write_atomic(path: Path | str, content: bytes) -> Path:
