@@ -58,6 +58,19 @@ def test_importing_the_module_loads_none_of_the_heavy_packages():
     assert fresh(code) == "[]"
 
 
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(0, 99))
+def test_images_are_enlarged_as_pytorch_does_it(n, times, seed):
+    images = torch.rand(3, n, n, generator=torch.Generator().manual_seed(seed))
+    theirs = torch.nn.functional.interpolate(images[:, None].double(), size=n * times + 1, mode="bilinear", align_corners=False)[:, 0]
+    ours = book.enlarged(images, n * times + 1)
+    assert ours.dtype == torch.float32 and torch.allclose(ours.double(), theirs, atol=2e-6)
+
+
+def test_an_older_processor_has_the_same_images():
+    code = "from lora_book.core.data import load_data; import torch; print([torch.backends.cpu.get_cpu_capability(), *(load_data(n).hash for n in ('digits', 'mnist5000'))])"
+    assert ast.literal_eval(fresh(code, ATEN_CPU_CAPABILITY="default")) == ["DEFAULT", *(book.load_data(n).hash for n in ("digits", "mnist5000"))]
+
+
 def test_the_seed_changes_the_rows_and_the_hash_sees_one_changed_number():
     one, other = book.load_data("digits", seed=0, limit=20), book.load_data("digits", seed=1, limit=20)
     assert one.hash != other.hash

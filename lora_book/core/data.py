@@ -10,8 +10,8 @@ __all__ = ['SPLITS', 'PACKAGES', 'SKIPPED', 'SENTENCE', 'OWN_NAMES', 'RECIPE', '
            'near_or_far', 'paraphrases', 'docstrings_paraphrase', 'docstrings_near', 'in_columns', 'begun', 'ended',
            'generation_split', 'signatures', 'docstrings_signature', 'joined', 'choice_split', 'choices',
            'docstrings_choice', 'stories', 'kinship', 'kinship_choice', 'fact_splits', 'kinship_facts', 'lessons',
-           'image_data', 'numbers', 'digits', 'mnist5000', 'built', 'is_repository', 'hub_data', 'load_data', 'alike',
-           'batches', 'pinned', 'trimmed']
+           'image_data', 'numbers', 'enlarged', 'digits', 'mnist5000', 'built', 'is_repository', 'hub_data',
+           'load_data', 'alike', 'batches', 'pinned', 'trimmed']
 
 # %% ../../nbs/core/data.ipynb #c03
 import ast
@@ -582,12 +582,24 @@ def numbers(content: bytes, width: int) -> Tensor:
     return torch.from_numpy(sum(parts)).view(-1, width)
 
 
+def enlarged(images: Tensor, size: int) -> Tensor:
+    "Square images (rows, n, n) in float32 at size x size, bilinear between the centres of pixels; the same bits on every processor."
+    n = images.shape[-1]
+    at = (np.float64(np.float32(n) / np.float32(size)) * (np.arange(size) + 0.5) - 0.5).astype(np.float32).clip(0)
+    low = at.astype(int)
+    high, far = (low + 1).clip(max=n - 1), at - low.astype(np.float32)
+    near, total = 1 - far, np.zeros((len(images), size, size), np.float32)
+    for rows, across, down, along in ((low, high, near, far), (low, low, near, near), (high, low, far, near), (high, high, far, far)):
+        weight = (down[:, None] * along).astype(np.float64)
+        total = (images.numpy()[:, rows][:, :, across] * weight + total).astype(np.float32)
+    return torch.from_numpy(total)
+
+
 def digits(seed: int = 0) -> Data:
     "1,797 digits scanned at 8x8, enlarged to 20x20 and framed to 28x28 as MNIST's are."
     path = package_folder("scikit-learn", "sklearn") / "datasets" / "data" / "digits.csv.gz"
     table = numbers(gzip.decompress(path.read_bytes()), 65)
-    large = torch.nn.functional.interpolate(table[:, :64].view(-1, 1, 8, 8) / 16, size=(20, 20), mode="bilinear", align_corners=False)
-    framed = torch.nn.functional.pad(large, (4, 4, 4, 4))
+    framed = torch.nn.functional.pad(enlarged(table[:, :64].view(-1, 8, 8) / 16, 20)[:, None], (4, 4, 4, 4))
     return image_data("digits", framed, table[:, 64].long(), seed, "scikit-learn: UCI optical recognition of handwritten digits", "CC BY 4.0")
 
 
