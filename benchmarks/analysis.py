@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 
 import lora_book as lb  # noqa: E402
+from benchmarks.timing import processor  # noqa: E402
 from lora_book.analysis.intruders import intruder_counts  # noqa: E402
 from lora_book.analysis.loss_landscape import (  # noqa: E402
     loss_surface,
@@ -200,7 +201,7 @@ def main() -> None:
         rows.append(apart(name, args.threads))
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if value is not None), flush=True)
     if args.out:
-        setting = {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads, "processor": platform.machine()}
+        setting = {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads, "processor": processor()}
         args.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
 
 

@@ -101,9 +101,16 @@ def command_line(doc: str, methods: str) -> argparse.ArgumentParser:
     return parser
 
 
+def processor(path: Path = Path("/proc/cpuinfo")) -> str:
+    "What tells processors apart: the architecture and, where the system says so (Linux on x86), maker, family, model and stepping."
+    lines = path.read_text().splitlines() if path.is_file() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return " ".join([platform.machine(), *(facts[name] for name in ("vendor_id", "cpu family", "model", "stepping") if name in facts)])
+
+
 def setting(**more: object) -> dict:
     "What a result depends on and may be told."
-    return {"torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine(), "cores": os.cpu_count(),
+    return {"torch": torch.__version__, "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), **more}
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks count exactly (operations, bytes kept and alive, tensors made), how they reckon ratios, and what they stored. Times are never asserted."""
 import json
 import math
+import platform
 import random
 import re
 from fractions import Fraction
@@ -199,6 +200,14 @@ def test_the_interval_holds_the_middle_and_ignores_one_bad_round(builds):
     assert timing.summary([[3.0] * 4] * 3) == {"ratio": 3.0, "low": 3.0, "high": 3.0}
     assert timing.middle([[1, 1, 99], [1, 1, 1], [1, 99, 1]]) == 1
     assert timing.quotients([[2, 6]], [[1, 2]]) == [[2, 3]]
+
+
+def test_processors_are_told_apart(tmp_path):
+    (tmp_path / "one").write_text("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon: a\nstepping\t: 7\n")
+    (tmp_path / "other").write_text("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nstepping\t: 7\n")
+    assert timing.processor(tmp_path / "one") == f"{platform.machine()} GenuineIntel 6 85 7"
+    assert timing.processor(tmp_path / "other") == f"{platform.machine()} GenuineIntel 6 143 7"
+    assert timing.processor(tmp_path / "none") == platform.machine() and timing.setting()["processor"] == timing.processor()
 
 
 # What is stored
