@@ -118,7 +118,7 @@ def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor
 
 
 def learn(model: nn.Module, loss: Callable, stream: Iterable, steps: int, lr: float) -> nn.Module:
-    "Train on the batches of `stream` with AdamW and a one-cycle rate over `steps`, on one thread: the same bits each time."
+    "Train on the batches of `stream` with AdamW and a one-cycle rate over `steps`, on one thread: the same bits each time on one kind of processor."
     optimizer, threads = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05), torch.get_num_threads()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
     torch.set_num_threads(1)
