@@ -137,3 +137,9 @@ def test_a_chapters_experiments_repeat_with_the_profiles_seeds_and_never_once(pr
     if given:
         monkeypatch.setenv("LORA_BOOK_SEEDS", given)
     assert list(book.repeats()) == list(range(wanted))
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), min_size=1, max_size=4), min_size=2, max_size=4))
+def test_ranges_overlap_where_one_value_lies_in_all(groups):
+    common = [value for value in range(-9, 10) if all(min(group) <= value <= max(group) for group in groups)]
+    assert book.ranges(*groups) == ("ranges overlap" if common else "ranges are apart") == book.ranges(*map(iter, groups))
