@@ -125,7 +125,8 @@ def repeats() -> range:
 
 
 def ranges(*groups: Iterable[float]) -> str:
-    "What a few seeds say of two or more groups of results: \"ranges overlap\", if one value lies in all of them, or \"ranges are apart\"."
+    """What a few seeds say of groups of results: "ranges overlap", if one value lies in all of
+    their ranges, or "ranges are apart"."""
     lows, highs = zip(*((min(group), max(group)) for group in map(list, groups)), strict=True)
     return "ranges overlap" if max(lows) <= min(highs) else "ranges are apart"
 
