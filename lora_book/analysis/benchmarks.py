@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def stored(name: str) -> tuple[dict, list]:
-    """The setting and the rows of a stored benchmark: "layer-2048", "layer-256", "layer-3072", "layer-four", "layer-four-other_processor", "model",
+    """The setting and the rows of a stored benchmark: "layer-2048", "layer-256", "layer-3072", "layer-four" and with "-other_processor" or "-third_processor", "model",
     "steps", "chains", "merge", "imports", "gpu-roberta_base", "gpu-tinyllama" and both with "-slow_host"."""
     found = json.loads(files("lora_book").joinpath("data", "benchmarks", f"{name}.json").read_text())
     return found["setting"], found["rows"]
