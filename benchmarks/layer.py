@@ -2,7 +2,7 @@
 
     python -m benchmarks.layer [--tokens 2048] [--shape 768x768] [--methods lora,cla] [--builds N] [--rounds N] [--out FILE]
     python -m benchmarks.layer --model            # BERT 6x384, every linear map adapted, batch 8, length 64
-    python -m benchmarks.layer --methods full,lora --peers "PEFT LoRA" --builds 60 --rounds 3 --out FILE --append     # one more run into FILE
+    python -m benchmarks.layer --methods full,lora,products --peers "PEFT LoRA" --builds 60 --rounds 3 --out FILE --append     # one more run into FILE
 
 The floor is the same network with everything frozen and gradients still flowing to the input. `benchmarks.timing` says what a ratio and its
 interval are. Saved bytes, peak bytes and FLOPs are exact; times are this machine's and mean nothing elsewhere but as ratios.
@@ -86,11 +86,27 @@ def numbers(seed: int, *shapes: tuple) -> list:
     return [torch.randn(shape, generator=g) for shape in shapes]
 
 
+@torch.no_grad()
+def products(layer: nn.Linear, A: torch.Tensor, B: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> tuple:
+    "The products of a step of LoRA by themselves, without autograd or a module around them: the output, the gradients of x, A and B."
+    U, Y = x @ A.t(), layer(x)
+    torch.addmm(Y, U, B.t(), out=Y)
+    V = g @ B
+    of_B, of_A, of_x = g.t() @ U, V.t() @ x, V @ A
+    return Y, torch.addmm(of_x, g, layer.weight, out=of_x), of_A, of_B
+
+
 def layer_runs(methods: list, peers: list, tokens: int, m: int, n: int, seed: int) -> dict:
-    "One step of each contender as a function, on fresh inputs."
+    "One step of each contender as a function, on fresh inputs; \"products\" among the methods are the products of LoRA's step alone."
     x, g = numbers(seed, (tokens, m), (tokens, n))
     x.requires_grad_()
-    return {name: partial(step, model, x, g) for name, model in contenders(methods, peers, m, n).items()}
+    bare = {"products": partial(products, frozen(m, n), *numbers(1, (RANK, m), (n, RANK)), x, g)} if "products" in methods else {}
+    return {name: partial(step, model, x, g) for name, model in contenders(learning(methods), peers, m, n).items()} | bare
+
+
+def learning(methods: list) -> list:
+    "The methods that adapt a model."
+    return [method for method in methods if method != "products"]
 
 
 def exact(run: Callable, forward: Callable, known: list) -> dict:
@@ -131,7 +147,7 @@ def rows(found: dict, figures: dict, **same: object) -> list:
 def one_layer(methods: list, peers: list, tokens: int, m: int, n: int, builds: int, rounds: int) -> list:
     "The rows of one shape."
     found = timed(partial(layer_runs, methods, peers, tokens, m, n), "floor", builds, rounds)
-    return rows(found, layer_exact(methods, peers, tokens, m, n), tokens=tokens, m=m, n=n, r=RANK)
+    return rows(found, layer_exact(learning(methods), peers, tokens, m, n), tokens=tokens, m=m, n=n, r=RANK)
 
 
 def bert(seed: int = 0) -> nn.Module:

@@ -202,6 +202,19 @@ def test_the_interval_holds_the_middle_and_ignores_one_bad_round(builds):
     assert timing.quotients([[2, 6]], [[1, 2]]) == [[2, 3]]
 
 
+@pytest.mark.parametrize("tokens, m, n", [(5, 24, 30), (70, 24, 20)])
+def test_the_products_alone_are_those_of_a_step_of_lora(tokens, m, n):
+    model, (x, g) = layer.adapted("lora", m, n, layer.RANK), layer.numbers(3, (tokens, m), (tokens, n))
+    adapter = lb.adapters(model)["0"]
+    Y = model(x.requires_grad_())
+    wanted = [Y, *torch.autograd.grad(Y, [x, adapter.A, adapter.B], g)]
+    base = layer.frozen(m, n)
+    base.bias.copy_(model[0].bias)
+    for own, one in zip(layer.products(base, adapter.A, adapter.B, x, g), wanted, strict=True):
+        assert torch.allclose(own, one, atol=1e-5)
+    assert {"floor", "lora", "products"} == layer.layer_runs(["lora", "products"], [], tokens, m, n, 0).keys()
+
+
 def test_processors_are_told_apart(tmp_path):
     (tmp_path / "one").write_text("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon: a\nstepping\t: 7\n")
     (tmp_path / "other").write_text("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nstepping\t: 7\n")
