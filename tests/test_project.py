@@ -212,6 +212,7 @@ def test_notebook_keeps_to_its_size(notebook):
     assert len(cells(notebook)) <= 60
     for cell in cells(notebook):
         if cell["cell_type"] == "code" and re.search(r"^#\| export: true", source(cell), re.MULTILINE):
+            assert len(source(cell).splitlines()) <= 33, f"cell {cell['id']} is longer than 33 lines"
             for node in ast.parse(source(cell)).body:
                 if isinstance(node, ast.FunctionDef):
                     assert node.end_lineno - node.lineno < 32, f"{node.name} is longer than 32 lines"

@@ -581,7 +581,7 @@ def numbers(content: bytes, width: int) -> Tensor:
     parts = (np.where(length > k, cells[ends - 1 - k] - ord("0"), 0) * np.float32(10**k) for k in range(3))
     return torch.from_numpy(sum(parts)).view(-1, width)
 
-
+# %% ../../nbs/core/data.ipynb #c42b
 def enlarged(images: Tensor, size: int) -> Tensor:
     "Square images (rows, n, n) in float32 at size x size, bilinear between the centres of pixels; the same bits on every processor."
     n = images.shape[-1]
@@ -694,7 +694,7 @@ def pinned(batch: dict) -> dict:
     "The batch in memory that a CUDA device reads by itself while the processor goes on; the batch as it is where there is none."
     return {name: value.pin_memory() for name, value in batch.items()} if torch.cuda.is_available() else batch
 
-# %% ../../nbs/core/data.ipynb #c53c
+
 def trimmed(batch: dict) -> dict:
     "The batch without the last columns that no row uses: masked ones of the inputs, -100 of label rows."
     def last(used): return int(used.flatten(0, -2).any(0).cumsum(0).argmax()) + 1
