@@ -1,9 +1,13 @@
-"""What a step of a chain's later links costs, as a ratio to a step of its first, interleaved in one process.
+"""What a step of a chain's later links costs, as a ratio to a step of its first, interleaved in one
+process.
 
-    python -m benchmarks.chains [--tokens 2048] [--shape 768x768] [--methods cola,rac,c3la] [--builds N] [--rounds N] [--out FILE]
+    python -m benchmarks.chains [--tokens 2048] [--shape 768x768] [--methods cola,rac,c3la]
+    [--builds N] [--rounds N] [--out FILE]
 
-A step is forward and backward of one adapted layer, the input's gradient included. `benchmarks.timing` says what a ratio and its interval are.
+A step is forward and backward of one adapted layer, the input's gradient included.
+`benchmarks.timing` says what a ratio and its interval are.
 """
+
 from functools import partial
 
 import torch
@@ -26,7 +30,9 @@ def at_link(method: str, j: int, m: int, n: int) -> nn.Module:
 
 def models(method: str, m: int, n: int) -> dict:
     "{link: layer}, and the first link once more, which shows what the ratios' noise is."
-    return {f"link {j}": at_link(method, j, m, n) for j in LINKS} | {"link 1 again": at_link(method, 1, m, n)}
+    return {f"link {j}": at_link(method, j, m, n) for j in LINKS} | {
+        "link 1 again": at_link(method, 1, m, n)
+    }
 
 
 def runs(method: str, tokens: int, m: int, n: int, seed: int) -> dict:
@@ -41,9 +47,20 @@ def measured(method: str, tokens: int, m: int, n: int, builds: int, rounds: int)
     x, g = numbers(0, (tokens, m), (tokens, n))
     x.requires_grad_()
     times = timed(partial(runs, method, tokens, m, n), "link 1", builds, rounds)
-    return [{"name": name, "method": method, "tokens": tokens, "m": m, "n": n, "r": RANK, "goal": None if name.startswith("link 1") else GOAL,
-             **(summary(times[name]) if name in times else {"ratio": 1.0}), **exact(partial(step, model, x, g), partial(model, x), tensors(model))}
-            for name, model in models(method, m, n).items()]
+    return [
+        {
+            "name": name,
+            "method": method,
+            "tokens": tokens,
+            "m": m,
+            "n": n,
+            "r": RANK,
+            "goal": None if name.startswith("link 1") else GOAL,
+            **(summary(times[name]) if name in times else {"ratio": 1.0}),
+            **exact(partial(step, model, x, g), partial(model, x), tensors(model)),
+        }
+        for name, model in models(method, m, n).items()
+    ]
 
 
 def main() -> None:
@@ -51,7 +68,11 @@ def main() -> None:
     args = command_line(__doc__, "cola,rac,c3la").parse_args()
     torch.set_num_threads(1)
     m, n = map(int, args.shape.split("x"))
-    rows = [row for method in args.methods.split(",") for row in measured(method, args.tokens, m, n, args.builds, args.rounds)]
+    rows = [
+        row
+        for method in args.methods.split(",")
+        for row in measured(method, args.tokens, m, n, args.builds, args.rounds)
+    ]
     store(rows, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 

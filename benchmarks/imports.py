@@ -2,8 +2,10 @@
 
     python -m benchmarks.imports [--rounds N] [--out FILE]
 
-CPU time of the child, its start included; the first round, which fills the disk's cache, isn't counted.
+CPU time of the child, its start included; the first round, which fills the disk's cache, isn't
+counted.
 """
+
 import argparse
 import os
 import subprocess
@@ -20,7 +22,9 @@ def cpu_seconds(statement: str) -> float:
     before = os.times()
     subprocess.run([sys.executable, "-c", statement], check=True)
     after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 def main() -> None:
@@ -31,7 +35,11 @@ def main() -> None:
     args = parser.parse_args()
     spent = [[cpu_seconds(case) for case in CASES] for _ in range(args.rounds + 1)][1:]
     torch, ours = ([list(times)] for times in zip(*spent, strict=True))
-    store([{"name": CASES[1], **summary(quotients(ours, torch)), "goal": GOAL}], args.out, setting(rounds=args.rounds))
+    store(
+        [{"name": CASES[1], **summary(quotients(ours, torch)), "goal": GOAL}],
+        args.out,
+        setting(rounds=args.rounds),
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""How long merging a whole model takes, as a ratio to forming every merged weight and writing it once.
+"""How long merging a whole model takes, as a ratio to forming every merged weight and writing it
+once.
 
     python -m benchmarks.merge [--methods lora,cla,dora] [--builds N] [--rounds N] [--out FILE]
 
-The model is BERT 6x384 with every linear map adapted. "written" adds ΔW to W0 for each adapted weight and puts the sum into fresh memory,
-and no more: no check, no report, no way back. "copied" copies each weight. `benchmarks.timing` says what a ratio and its interval are.
+The model is BERT 6x384 with every linear map adapted. "written" adds ΔW to W0 for each adapted
+weight and puts the sum into fresh memory,
+and no more: no check, no report, no way back. "copied" copies each weight. `benchmarks.timing` says
+what a ratio and its interval are.
 """
+
 import argparse
 from collections.abc import Callable
 from functools import partial
@@ -48,7 +52,11 @@ def runs(method: str, seed: int) -> dict[str, Callable]:
     "The contenders on one adapted model."
     model = shaken(lb.adapt(bert(seed), method, "all-linear", r=RANK))
     parts = blocks(model)
-    return {"written": partial(written, parts), "copied": partial(copied, parts), "merged": partial(merged, model)}
+    return {
+        "written": partial(written, parts),
+        "copied": partial(copied, parts),
+        "merged": partial(merged, model),
+    }
 
 
 def main() -> None:
@@ -60,8 +68,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [{"name": name, "method": method, "model": "BERT 6x384", "r": RANK, **summary(own), "goal": GOAL if name == "merged" else None}
-            for method in args.methods.split(",") for name, own in timed(partial(runs, method), "written", args.builds, args.rounds).items()]
+    rows = [
+        {
+            "name": name,
+            "method": method,
+            "model": "BERT 6x384",
+            "r": RANK,
+            **summary(own),
+            "goal": GOAL if name == "merged" else None,
+        }
+        for method in args.methods.split(",")
+        for name, own in timed(partial(runs, method), "written", args.builds, args.rounds).items()
+    ]
     store(rows, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 

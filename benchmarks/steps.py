@@ -1,10 +1,14 @@
-"""What a step of SAM, MGPO and GGPO costs, as a ratio to the plain step of the same adapter, interleaved in one process.
+"""What a step of SAM, MGPO and GGPO costs, as a ratio to the plain step of the same adapter,
+interleaved in one process.
 
-    python -m benchmarks.steps [--tokens 2048] [--shape 768x768] [--methods lora,asymmetric,cla] [--builds N] [--rounds N] [--out FILE]
+    python -m benchmarks.steps [--tokens 2048] [--shape 768x768] [--methods lora,asymmetric,cla]
+    [--builds N] [--rounds N] [--out FILE]
 
-A step is `train_step` on one adapted layer: forward, backward with the input's gradient, optimizer. `benchmarks.timing` says what a ratio and
-its interval are. FLOPs and the number of (n, m) tensors made in a step are exact; times are this machine's and mean nothing elsewhere.
+A step is `train_step` on one adapted layer: forward, backward with the input's gradient, optimizer.
+`benchmarks.timing` says what a ratio and its interval are. FLOPs and the number of (n, m) tensors
+made in a step are exact; times are this machine's and mean nothing elsewhere.
 """
+
 from collections.abc import Callable
 from functools import partial
 
@@ -54,10 +58,24 @@ def measured(method: str, tokens: int, m: int, n: int, builds: int, rounds: int)
     "One row a kind of step."
     made = runs(method, tokens, m, n, 0)
     plain = count_flops(made["plain"])
-    same = {step: {"method": method, "tokens": tokens, "m": m, "n": n, "r": RANK, "flops": round(count_flops(take) / plain, 4),
-                   "dense": dense(take, n, m), "goal": GOALS.get(step) if tokens >= 2048 else None} for step, take in made.items()}
+    same = {
+        step: {
+            "method": method,
+            "tokens": tokens,
+            "m": m,
+            "n": n,
+            "r": RANK,
+            "flops": round(count_flops(take) / plain, 4),
+            "dense": dense(take, n, m),
+            "goal": GOALS.get(step) if tokens >= 2048 else None,
+        }
+        for step, take in made.items()
+    }
     times = timed(partial(runs, method, tokens, m, n), "plain", builds, rounds)
-    return [{"name": step, **own, **(summary(times[step]) if step in times else {"ratio": 1.0})} for step, own in same.items()]
+    return [
+        {"name": step, **own, **(summary(times[step]) if step in times else {"ratio": 1.0})}
+        for step, own in same.items()
+    ]
 
 
 def main() -> None:
@@ -65,7 +83,11 @@ def main() -> None:
     args = command_line(__doc__, "lora,asymmetric,cla").parse_args()
     torch.set_num_threads(1)
     m, n = map(int, args.shape.split("x"))
-    rows = [row for method in args.methods.split(",") for row in measured(method, args.tokens, m, n, args.builds, args.rounds)]
+    rows = [
+        row
+        for method in args.methods.split(",")
+        for row in measured(method, args.tokens, m, n, args.builds, args.rounds)
+    ]
     store(rows, args.out, setting(builds=args.builds, rounds=args.rounds))
 
 

@@ -1,13 +1,17 @@
 """Times of several contenders as ratios to one of them, on a machine that does other things too.
 
-A contender's run stands between two runs of the base; their mean is what it's divided by, so a slow second hits both. Time is CPU time of
-this process: waiting for a core doesn't count. Where a tensor lies in memory moves a matrix product's time by some percent, so contenders and
-inputs are built anew several times, and a ratio is the median over builds of the median over rounds. Its interval (95 %) comes from drawing
-builds, and rounds within them, with replacement.
+A contender's run stands between two runs of the base; their mean is what it's divided by, so a slow
+second hits both. Time is CPU time of
+this process: waiting for a core doesn't count. Where a tensor lies in memory moves a matrix
+product's time by some percent, so contenders and inputs are built anew several times, and a ratio
+is the median over builds of the median over rounds. Its interval (95 %) comes from drawing builds,
+and rounds within them, with replacement.
 
-Memory that a run frees stays with the process. Else the C library gives it back to the system after some steps and keeps it after others, as
-the end of the heap happens to lie, and a step that must fetch thousands of pages again is up to a tenth slower, the floor's as anybody's.
+Memory that a run frees stays with the process. Else the C library gives it back to the system after
+some steps and keeps it after others, as the end of the heap happens to lie, and a step that must
+fetch thousands of pages again is up to a tenth slower, the floor's as anybody's.
 """
+
 import argparse
 import ctypes
 import gc
@@ -27,8 +31,14 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 def keep_memory() -> bool:
     "Have freed memory stay with this process; whether the C library can (glibc)."
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    )
+    return (
+        mallopt is not None
+        and bool(mallopt(MMAP_THRESHOLD, 1 << 25))
+        and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    )
 
 
 def seconds(run: Callable) -> float:
@@ -38,9 +48,21 @@ def seconds(run: Callable) -> float:
     return time.process_time() - start
 
 
-def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: int = 1, clock: Callable = seconds) -> dict:
-    "{name: ratios}, one a round; the contenders come in a new order every round. clock(run): the time that a run takes."
-    names, found = [name for name in runs if name != base], {name: [] for name in runs if name != base}
+def one_build(
+    runs: dict,
+    base: str,
+    rounds: int,
+    order: random.Random,
+    warm: int = 1,
+    clock: Callable = seconds,
+) -> dict:
+    """{name: ratios}, one a round; the contenders come in a new order every round. clock(run): the
+    time that a run takes.
+    """
+    names, found = (
+        [name for name in runs if name != base],
+        {name: [] for name in runs if name != base},
+    )
     for run in [*runs.values()] * warm:
         run()
     for _ in range(rounds):
@@ -54,7 +76,9 @@ def one_build(runs: dict, base: str, rounds: int, order: random.Random, warm: in
 
 
 def timed(build: Callable, base: str, builds: int, rounds: int) -> dict:
-    "{name: [[ratio of a round, ...] of a build, ...]} for the contenders that `build(seed)` makes, a dict of functions; all but the base."
+    """{name: [[ratio of a round, ...] of a build, ...]} for the contenders that `build(seed)`
+    makes, a dict of functions; all but the base.
+    """
     keep_memory()
     order, found = random.Random(0), {}
     for seed in range(builds):
@@ -79,7 +103,10 @@ def middle(builds: list) -> float:
 def interval(builds: list, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     "The 95 % bootstrap interval of `middle`."
     chance = random.Random(seed)
-    found = sorted(middle([chance.choices(own, k=len(own)) for own in chance.choices(builds, k=len(builds))]) for _ in range(draws))
+    found = sorted(
+        middle([chance.choices(own, k=len(own)) for own in chance.choices(builds, k=len(builds))])
+        for _ in range(draws)
+    )
     return found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
 
 
@@ -90,7 +117,9 @@ def summary(builds: list) -> dict:
 
 
 def command_line(doc: str, methods: str) -> argparse.ArgumentParser:
-    "The arguments that the benchmarks of methods share; `doc` is the script's docstring, `methods` what it measures by default."
+    """The arguments that the benchmarks of methods share; `doc` is the script's docstring,
+    `methods` what it measures by default.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--builds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=8)
@@ -102,16 +131,35 @@ def command_line(doc: str, methods: str) -> argparse.ArgumentParser:
 
 
 def processor(path: Path = Path("/proc/cpuinfo")) -> str:
-    "What tells processors apart: the architecture and, where the system says so (Linux on x86), maker, family, model and stepping."
+    """What tells processors apart: the architecture and, where the system says so (Linux on x86),
+    maker, family, model and stepping.
+    """
     lines = path.read_text().splitlines() if path.is_file() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return " ".join([platform.machine(), *(facts[name] for name in ("vendor_id", "cpu family", "model", "stepping") if name in facts)])
+    facts = {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
+    return " ".join(
+        [
+            platform.machine(),
+            *(
+                facts[name]
+                for name in ("vendor_id", "cpu family", "model", "stepping")
+                if name in facts
+            ),
+        ]
+    )
 
 
 def setting(**more: object) -> dict:
     "What a result depends on and may be told."
-    return {"torch": torch.__version__, "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), **more}
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **more,
+    }
 
 
 def store(rows: list, path: Path | None, how: dict) -> None:

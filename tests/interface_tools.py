@@ -1,4 +1,7 @@
-"""What the black-box tests of the public interface share: a small model, a strict snapshot, and moves of what trains."""
+"""What the black-box tests of the public interface share: a small model, a strict snapshot, and
+moves of what trains.
+"""
+
 import copy
 
 import torch
@@ -9,7 +12,19 @@ import lora_book as lb
 TARGETS = ["first", "qkv[q,v]", "proj"]
 SITES = ["first", "qkv[q]", "qkv[v]", "proj"]
 CHAINS = ("cola", "rac", "c3la", "random_c3la")
-DRAWING = ("lora", "rslora", "lora_plus", "asymmetric", "cola", "rac", "vera", "adalora", "sam", "mgpo", "ggpo")
+DRAWING = (
+    "lora",
+    "rslora",
+    "lora_plus",
+    "asymmetric",
+    "cola",
+    "rac",
+    "vera",
+    "adalora",
+    "sam",
+    "mgpo",
+    "ggpo",
+)
 
 
 class Net(nn.Module):
@@ -18,7 +33,11 @@ class Net(nn.Module):
     def __init__(self, width: int = 8, classes: int = 3):
         super().__init__()
         self.first, self.qkv = nn.Linear(width, width), nn.Linear(width, 3 * width)
-        self.proj, self.norm, self.head = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, classes)
+        self.proj, self.norm, self.head = (
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+            nn.Linear(width, classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
@@ -34,10 +53,19 @@ def net(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes) -> nn.Module
 
 
 def inputs(dtype: torch.dtype = torch.float32, shape=(5, 8), seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def adapted(method: str, dtype: torch.dtype = torch.float32, targets=TARGETS, seed: int = 0, base: nn.Module | None = None, **options) -> nn.Module:
+def adapted(
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    targets=TARGETS,
+    seed: int = 0,
+    base: nn.Module | None = None,
+    **options,
+) -> nn.Module:
     "The model adapted with its head, so that every method has something to train."
     options = {"r": 2, "head": "head"} | options
     return lb.adapt(net(dtype) if base is None else base, method, targets, seed=seed, **options)
@@ -61,7 +89,11 @@ def moved(method: str, dtype: torch.dtype = torch.float32, **options) -> nn.Modu
 
 
 def bits(t: Tensor) -> bytes:
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return (
+        t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if t.numel()
+        else b""
+    )
 
 
 def own(value) -> object:
@@ -70,15 +102,38 @@ def own(value) -> object:
 
 
 def snapshot(model: nn.Module) -> dict:
-    "Everything an error must leave alone: modules, classes, attributes, hooks, modes, parameters, flags, gradients and bits."
+    """Everything an error must leave alone: modules, classes, attributes, hooks, modes, parameters,
+    flags, gradients and bits.
+    """
     seen = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kinds = {key: value for key, value in vars(module).items() if not isinstance(value, dict)}
-        tables = {key: [(str(k), id(v)) for k, v in value.items()] for key, value in vars(module).items() if isinstance(value, dict)}
+        tables = {
+            key: [(str(k), id(v)) for k, v in value.items()]
+            for key, value in vars(module).items()
+            if isinstance(value, dict)
+        }
         seen[name] = (id(module), type(module), {k: own(v) for k, v in kinds.items()}, tables)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    state = {name: (id(t),) if isinstance(t, nn.UninitializedParameter) else
-             (id(t), t.dtype, tuple(t.shape), t.requires_grad, t.data_ptr(), bits(t), None if t.grad is None else bits(t.grad)) for name, t in tensors}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    state = {
+        name: (
+            (id(t),)
+            if isinstance(t, nn.UninitializedParameter)
+            else (
+                id(t),
+                t.dtype,
+                tuple(t.shape),
+                t.requires_grad,
+                t.data_ptr(),
+                bits(t),
+                None if t.grad is None else bits(t.grad),
+            )
+        )
+        for name, t in tensors
+    }
     return {"modules": seen, "tensors": state}
 
 

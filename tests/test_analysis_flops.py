@@ -1,4 +1,7 @@
-"""Operations: closed forms against counting for every method of the registry that has one, steps, epochs, memory."""
+"""Operations: closed forms against counting for every method of the registry that has one, steps,
+epochs, memory.
+"""
+
 import math
 
 import pytest
@@ -12,10 +15,18 @@ from lora_book.analysis import flops as fl
 from lora_book.core.adapter import generator
 from lora_book.core.products import count_flops
 
-FORMS = {**dict.fromkeys(("lora", "rslora", "lora_plus", "cola", "pissa", "adalora", "sam", "mgpo", "ggpo"), fl.low_rank_flops),
-         **dict.fromkeys(("asymmetric", "rac", "vera"), fl.frozen_factor_flops), "full": fl.dense_flops, "dora": fl.row_scaled_flops,
-         **dict.fromkeys(("cla", "random_cla", "c3la", "random_c3la", "paca"), fl.column_flops), "loldu": fl.two_sided_flops,
-         **dict.fromkeys(("bitfit", "linear_probe"), fl.no_flops)}
+FORMS = {
+    **dict.fromkeys(
+        ("lora", "rslora", "lora_plus", "cola", "pissa", "adalora", "sam", "mgpo", "ggpo"),
+        fl.low_rank_flops,
+    ),
+    **dict.fromkeys(("asymmetric", "rac", "vera"), fl.frozen_factor_flops),
+    "full": fl.dense_flops,
+    "dora": fl.row_scaled_flops,
+    **dict.fromkeys(("cla", "random_cla", "c3la", "random_c3la", "paca"), fl.column_flops),
+    "loldu": fl.two_sided_flops,
+    **dict.fromkeys(("bitfit", "linear_probe"), fl.no_flops),
+}
 SIZES = st.tuples(st.integers(1, 40), st.integers(2, 12), st.integers(2, 12), st.integers(1, 2))
 
 
@@ -39,7 +50,10 @@ def test_counting_gives_the_closed_form(method):
         T, n, m, r = sizes
         assume(method != "loldu" or r < min(n, m))
         assert counted(layer(None, n, m, r), T, m) == fl.floor_flops(T, n, m)
-        assert counted(layer(method, n, m, r), T, m) - fl.floor_flops(T, n, m) == FORMS[method](T, n, m, r)
+        assert counted(layer(method, n, m, r), T, m) - fl.floor_flops(T, n, m) == FORMS[method](
+            T, n, m, r
+        )
+
     run()
 
 
@@ -47,7 +61,11 @@ def test_counting_gives_the_closed_form(method):
 @settings(max_examples=10, deadline=None)
 def test_loldu_stays_below_its_dense_form(sizes):
     T, n, m, r = sizes
-    assert 0 < counted(layer("loldu", n, m, r), T, m) - fl.floor_flops(T, n, m) <= fl.two_sided_flops(T, n, m, r)
+    assert (
+        0
+        < counted(layer("loldu", n, m, r), T, m) - fl.floor_flops(T, n, m)
+        <= fl.two_sided_flops(T, n, m, r)
+    )
 
 
 def test_a_later_link_costs_what_the_first_did():
@@ -63,7 +81,11 @@ def test_a_later_link_costs_what_the_first_did():
 @settings(max_examples=30, deadline=None)
 def test_forms_are_in_their_order_and_linear_in_tokens(sizes):
     T, n, m, r = sizes
-    assert fl.column_flops(max(T, m), n, m, r) < fl.frozen_factor_flops(max(T, m), n, m, r) < fl.low_rank_flops(max(T, m), n, m, r)
+    assert (
+        fl.column_flops(max(T, m), n, m, r)
+        < fl.frozen_factor_flops(max(T, m), n, m, r)
+        < fl.low_rank_flops(max(T, m), n, m, r)
+    )
     assert fl.low_rank_flops(2 * m + T, n, m, r) <= 6 * (2 * m + T) * r * (m + n)
     for form in (fl.dense_flops, fl.two_sided_flops):
         assert form(3 * T, n, m, r) == 3 * form(T, n, m, r)
@@ -75,8 +97,13 @@ def test_a_step_is_forward_and_backward_and_leaves_gradients_alone():
     model(x).sum().backward()
     kept = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     got = fl.step_flops(model, lambda m: m(x).sum())
-    assert got["total"] == got["forward"] + got["backward"] and got["forward"] == 2 * 5 * 6 * 8 + 2 * 5 * 2 * (6 + 8)
-    assert all(p.grad is None if g is None else torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True))
+    assert got["total"] == got["forward"] + got["backward"] and got[
+        "forward"
+    ] == 2 * 5 * 6 * 8 + 2 * 5 * 2 * (6 + 8)
+    assert all(
+        p.grad is None if g is None else torch.equal(p.grad, g)
+        for p, g in zip(model.parameters(), kept, strict=True)
+    )
 
 
 @given(st.integers(1, 64), st.integers(1, 10**6))
@@ -89,18 +116,39 @@ def test_memory_is_counted_in_bytes():
     model = layer("asymmetric", 6, 8, 2)
     x = torch.randn(5, 8, generator=generator(0))
     got = fl.memory_account(model, lambda m: m(x).sum())
-    assert got["weights"] == 4 * (48 + 6 + 16 + 12) and got["trained"] == got["gradients"] == 4 * 12 and got["moments"] == 8 * 12
+    assert (
+        got["weights"] == 4 * (48 + 6 + 16 + 12)
+        and got["trained"] == got["gradients"] == 4 * 12
+        and got["moments"] == 8 * 12
+    )
     assert got["saved"] == 4 * 5 * 2 and got["base copies"] == 0
     full = lb.adapt(nn.Sequential(nn.Linear(8, 6)), "linear_probe", head="0")
     assert fl.memory_account(full, lambda m: m(x).sum(), moments=1)["base copies"] == 4 * 54
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: fl.low_rank_flops(1, 4, 4, 5), "r must"), (lambda: fl.floor_flops(0, 1, 1), "T must"), (lambda: fl.column_flops(1, 2, 2.0, 1), "m must"),
-    (lambda: fl.epoch_flops(0, 1, 1), "flops"), (lambda: fl.memory_account(layer("lora", 4, 4, 1), lambda m: m(torch.ones(1, 4)), moments=-1), "moments"),
-    (lambda: fl.step_flops(layer(None, 4, 4, 1), lambda m: m(torch.ones(1, 4)).sum()), "trained"),
-    (lambda: fl.step_flops("model", lambda m: 1.0), "str"), (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: 1.0), "1.0"),
-    (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: m(torch.ones(2, 4))), r"\(2, 4\)"), (lambda: fl.memory_account("model", lambda m: 1.0), "str")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: fl.low_rank_flops(1, 4, 4, 5), "r must"),
+        (lambda: fl.floor_flops(0, 1, 1), "T must"),
+        (lambda: fl.column_flops(1, 2, 2.0, 1), "m must"),
+        (lambda: fl.epoch_flops(0, 1, 1), "flops"),
+        (
+            lambda: fl.memory_account(
+                layer("lora", 4, 4, 1), lambda m: m(torch.ones(1, 4)), moments=-1
+            ),
+            "moments",
+        ),
+        (
+            lambda: fl.step_flops(layer(None, 4, 4, 1), lambda m: m(torch.ones(1, 4)).sum()),
+            "trained",
+        ),
+        (lambda: fl.step_flops("model", lambda m: 1.0), "str"),
+        (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: 1.0), "1.0"),
+        (lambda: fl.step_flops(layer("lora", 4, 4, 1), lambda m: m(torch.ones(2, 4))), r"\(2, 4\)"),
+        (lambda: fl.memory_account("model", lambda m: 1.0), "str"),
+    ],
+)
 def test_bad_input_is_refused_and_named(call, words):
     with pytest.raises(lb.LoraBookError, match=words):
         call()

@@ -1,4 +1,5 @@
 """The command line from outside: what it prints and how it exits."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,19 @@ def test_methods_lists_every_method_in_order(capsys):
 def test_doctor_says_what_the_machine_can_run(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("python", "torch", "gpu", "smoke", "laptop", "workstation", "profile", "results"))
+    assert all(
+        word in out
+        for word in (
+            "python",
+            "torch",
+            "gpu",
+            "smoke",
+            "laptop",
+            "workstation",
+            "profile",
+            "results",
+        )
+    )
 
 
 def test_one_claim_is_recomputed(capsys):
@@ -38,7 +51,12 @@ def test_all_claims_are_listed(capsys):
 def test_an_unknown_claim_exits_with_2_and_names_the_nearest(capsys, claim):
     assert main(["claims", claim]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and repr(claim) in said.err and "nearest" in said.err and "Traceback" not in said.err
+    assert (
+        said.out == ""
+        and repr(claim) in said.err
+        and "nearest" in said.err
+        and "Traceback" not in said.err
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["methods", "extra"], ["--wrong"]])
@@ -50,9 +68,16 @@ def test_a_wrong_command_exits_with_2(capsys, arguments):
 
 def test_the_installed_command_runs(tmp_path):
     command = Path(sys.executable).with_name("lora-book")
-    done = subprocess.run([command, "claims", "nonsense"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [command, "claims", "nonsense"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "nonsense" in done.stderr and "Traceback" not in done.stderr
-    assert subprocess.run([command, "methods"], cwd=tmp_path, capture_output=True, text=True).returncode == 0
+    assert (
+        subprocess.run(
+            [command, "methods"], cwd=tmp_path, capture_output=True, text=True
+        ).returncode
+        == 0
+    )
 
 
 def test_broken_settings_are_an_error_and_no_traceback(tmp_path, monkeypatch, capsys):
@@ -71,23 +96,38 @@ def test_a_row_is_run_and_each_line_says_how_far_it_is(tmp_path, capsys):
     assert main([*RUN, "--method", "c3la", "lora", "--out", str(tmp_path)]) == 0
     stand_ins, first, second, where = capsys.readouterr().out.splitlines()
     assert "stand-ins digits_vit for vit_tiny_patch16_224 and digits for cifar10" in stand_ins
-    assert "c3la seed 0: test accuracy 0." in first and "[1 of 2, about" in first and second.endswith("[2 of 2]") and str(tmp_path) in where
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == [f"vit_tiny--cifar10--{m}--smoke--0.json" for m in ("c3la", "lora")]
+    assert (
+        "c3la seed 0: test accuracy 0." in first
+        and "[1 of 2, about" in first
+        and second.endswith("[2 of 2]")
+        and str(tmp_path) in where
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        f"vit_tiny--cifar10--{m}--smoke--0.json" for m in ("c3la", "lora")
+    ]
     written = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     assert main([*RUN, "--method", "c3la", "--method", "lora", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split("[")[0] == first.split("[")[0]
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == written
 
 
-@pytest.mark.parametrize(("arguments", "word"), [
-    (["run", "vit_tiny/cifar"], "vit_tiny/cifar10"), ([*RUN, "--method", "c3al"], "c3la"), (["run", "vit_tiny/cifar10", "--profile", "smok"], "smoke")])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["run", "vit_tiny/cifar"], "vit_tiny/cifar10"),
+        ([*RUN, "--method", "c3al"], "c3la"),
+        (["run", "vit_tiny/cifar10", "--profile", "smok"], "smoke"),
+    ],
+)
 def test_a_name_that_is_wrong_exits_with_2_before_anything_runs(arguments, word, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and word in said.err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[*RUN, "--seeds", "0,x"], [*RUN, "--engine", "spark"], ["run"], ["table"]])
+@pytest.mark.parametrize(
+    "arguments", [[*RUN, "--seeds", "0,x"], [*RUN, "--engine", "spark"], ["run"], ["table"]]
+)
 def test_arguments_that_are_wrong_are_explained(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -95,11 +135,29 @@ def test_arguments_that_are_wrong_are_explained(arguments, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_the_papers_scale_without_a_gpu_exits_with_2_and_names_what_is_missing(tmp_path, capsys, monkeypatch):
+def test_the_papers_scale_without_a_gpu_exits_with_2_and_names_what_is_missing(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["run", "vit_tiny/cifar10", "--method", "c3la", "--profile", "gpu", "--out", str(tmp_path)]) == 2
+    assert (
+        main(
+            [
+                "run",
+                "vit_tiny/cifar10",
+                "--method",
+                "c3la",
+                "--profile",
+                "gpu",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr()
-    assert said.out == "" and all(word in said.err for word in ("a CUDA device", "the hub", "vit_tiny_patch16_224", "smoke"))
+    assert said.out == "" and all(
+        word in said.err for word in ("a CUDA device", "the hub", "vit_tiny_patch16_224", "smoke")
+    )
 
 
 def test_another_process_of_the_same_run_prints_nothing(tmp_path, capsys, monkeypatch):

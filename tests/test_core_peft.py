@@ -1,4 +1,7 @@
-"""Export to Hugging Face PEFT's format and back, against the real PEFT: equal outputs, honest refusals, models untouched by errors."""
+"""Export to Hugging Face PEFT's format and back, against the real PEFT: equal outputs, honest
+refusals, models untouched by errors.
+"""
+
 import json
 import math
 import os
@@ -20,7 +23,16 @@ from lora_book.core.adapting import Method, commit, plan
 from lora_book.core.hosts import sites
 from lora_book.core.laws import Case, randomise
 from lora_book.core.models import load_model
-from lora_book.core.peft import CONFIG, WEIGHTS, LoraForm, compressed, exact_names, fitting, layer_form, pattern
+from lora_book.core.peft import (
+    CONFIG,
+    WEIGHTS,
+    LoraForm,
+    compressed,
+    exact_names,
+    fitting,
+    layer_form,
+    pattern,
+)
 from lora_book.core.steps import PlainStep
 from lora_book.registry import METHODS
 
@@ -35,7 +47,11 @@ IDS = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
 def output(model, name):
     with torch.no_grad():
         if name == "tiny_vit":
-            return model(torch.linspace(0, 1, 2 * 784).reshape(2, 1, 28, 28).to(next(model.parameters()).dtype))
+            return model(
+                torch.linspace(0, 1, 2 * 784)
+                .reshape(2, 1, 28, 28)
+                .to(next(model.parameters()).dtype)
+            )
         return model(input_ids=IDS)[0]
 
 
@@ -49,7 +65,9 @@ def in_peft(name, path, n_classes=None):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(load_model(name, n_classes=n_classes), str(path)).eval()
+        return peft.PeftModel.from_pretrained(
+            load_model(name, n_classes=n_classes), str(path)
+        ).eval()
 
 
 def off_by(got, want):
@@ -62,15 +80,27 @@ def config(path):
 
 def state(model):
     "Everything that an error must leave alone."
-    modules = {name: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
-    return modules, {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}, {k: t.clone() for k, t in model.state_dict().items()}
+    modules = {
+        name: (type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for name, m in model.named_modules()
+    }
+    return (
+        modules,
+        {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()},
+        {k: t.clone() for k, t in model.state_dict().items()},
+    )
 
 
 def same_state(one, other):
-    return one[:2] == other[:2] and one[2].keys() == other[2].keys() and all(torch.equal(one[2][k], other[2][k]) for k in one[2])
+    return (
+        one[:2] == other[:2]
+        and one[2].keys() == other[2].keys()
+        and all(torch.equal(one[2][k], other[2][k]) for k in one[2])
+    )
 
 
 # Writing
+
 
 @pytest.mark.parametrize("method", EXPORTED)
 @pytest.mark.parametrize("name", MODELS)
@@ -91,7 +121,15 @@ def test_peft_computes_what_was_exported_and_so_does_from_peft(name, method, tmp
 def test_every_host_shape_and_rank_in_float64(method, data, tmp_path_factory):
     n, m = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     host = data.draw(st.sampled_from(["linear", "fused", "conv1d", "fused_conv1d"]))
-    case = Case(METHODS[method], host, n, m, data.draw(st.integers(1, min(n, m))), torch.float64, data.draw(st.integers(0, 10**6)))
+    case = Case(
+        METHODS[method],
+        host,
+        n,
+        m,
+        data.draw(st.integers(1, min(n, m))),
+        torch.float64,
+        data.draw(st.integers(0, 10**6)),
+    )
     path = tmp_path_factory.mktemp("peft")
     model = randomise(case.adapt(case.base()), case.seed)
     for _ in range(data.draw(st.integers(0, 3)) if method in CHAINS else 0):
@@ -99,25 +137,42 @@ def test_every_host_shape_and_rank_in_float64(method, data, tmp_path_factory):
     lb.to_peft(model, path)
     loaded = peft.PeftModel.from_pretrained(case.base(), str(path)).eval()
     want, eps = model(case.inputs()).detach(), 1e-6 if config(path)["peft_type"] == "VERA" else 1e-8
-    assert torch.allclose(loaded(case.inputs()), want, rtol=eps, atol=eps * max(1, want.abs().max().item())), "PEFT holds VeRA's A and B in float32"
+    assert torch.allclose(
+        loaded(case.inputs()), want, rtol=eps, atol=eps * max(1, want.abs().max().item())
+    ), "PEFT holds VeRA's A and B in float32"
 
 
 def test_rank_and_alpha_are_kept_and_rslora_stays_rslora(tmp_path):
     lb.to_peft(adapted("tiny_bert", "lora", r=3, alpha=7), tmp_path / "a")
     lb.to_peft(adapted("tiny_bert", "rslora", r=3, alpha=7), tmp_path / "b")
     a, b = config(tmp_path / "a"), config(tmp_path / "b")
-    assert (a["r"], a["lora_alpha"], a["use_rslora"]) == (3, 7, False) and (b["r"], b["lora_alpha"], b["use_rslora"]) == (3, 7, True)
+    assert (a["r"], a["lora_alpha"], a["use_rslora"]) == (3, 7, False) and (
+        b["r"],
+        b["lora_alpha"],
+        b["use_rslora"],
+    ) == (3, 7, True)
     assert a["rank_pattern"] == a["alpha_pattern"] == {}
 
 
-@pytest.mark.parametrize("name, target, kind", [("tiny_bert", None, "VERA"), ("tiny_llama", ["q_proj", "o_proj"], "VERA"), ("tiny_gpt2", ["c_fc"], "VERA"),
-                                                ("tiny_gpt2", None, "LORA"), ("tiny_bert", ["query", "intermediate.dense"], "VERA"),
-                                                ("tiny_bert", ["intermediate.dense", "output.dense"], "VERA")])
+@pytest.mark.parametrize(
+    "name, target, kind",
+    [
+        ("tiny_bert", None, "VERA"),
+        ("tiny_llama", ["q_proj", "o_proj"], "VERA"),
+        ("tiny_gpt2", ["c_fc"], "VERA"),
+        ("tiny_gpt2", None, "LORA"),
+        ("tiny_bert", ["query", "intermediate.dense"], "VERA"),
+        ("tiny_bert", ["intermediate.dense", "output.dense"], "VERA"),
+    ],
+)
 def test_vera_stays_vera_where_layers_share_their_projections(name, target, kind, tmp_path):
     model = randomise(lb.adapt(load_model(name), "vera", target, r=5, alpha=3), 1, 0.1)
     lb.to_peft(model, tmp_path / "own")
     lb.to_peft(model, tmp_path / "lora", as_lora=True)
-    assert (config(tmp_path / "own")["peft_type"], config(tmp_path / "lora")["peft_type"]) == (kind, "LORA")
+    assert (config(tmp_path / "own")["peft_type"], config(tmp_path / "lora")["peft_type"]) == (
+        kind,
+        "LORA",
+    )
     for path in ("own", "lora"):
         assert off_by(output(in_peft(name, tmp_path / path), name), output(model, name)) < 2e-6
 
@@ -127,22 +182,44 @@ def test_pissa_doubles_its_rank_and_adalora_drops_pruned_triplets(tmp_path):
     model = adapted("tiny_bert", "adalora", r=4, total_steps=4, warmup=0, final=1, budget=8)
     optimizer = torch.optim.SGD(lb.param_groups(model, 1e-3))
     for _ in range(4):
-        lb.train_step(model, optimizer, lambda: (model(input_ids=IDS)[0] * torch.linspace(-1, 1, 32)).sum())
+        lb.train_step(
+            model, optimizer, lambda: (model(input_ids=IDS)[0] * torch.linspace(-1, 1, 32)).sum()
+        )
     lb.to_peft(model, tmp_path / "adalora")
-    ranks = {key: len(t) for key, t in load_file(tmp_path / "adalora" / WEIGHTS).items() if "lora_A" in key}
+    ranks = {
+        key: len(t)
+        for key, t in load_file(tmp_path / "adalora" / WEIGHTS).items()
+        if "lora_A" in key
+    }
     assert config(tmp_path / "pissa")["r"] == 6 and sum(ranks.values()) < 16
-    assert off_by(output(in_peft("tiny_bert", tmp_path / "adalora"), "tiny_bert"), output(model, "tiny_bert")) < 2e-6
+    assert (
+        off_by(
+            output(in_peft("tiny_bert", tmp_path / "adalora"), "tiny_bert"),
+            output(model, "tiny_bert"),
+        )
+        < 2e-6
+    )
 
 
-@pytest.mark.parametrize("name, fused", [("tiny_bert", False), ("tiny_vit", True), ("tiny_gpt2", True)])
+@pytest.mark.parametrize(
+    "name, fused", [("tiny_bert", False), ("tiny_vit", True), ("tiny_gpt2", True)]
+)
 def test_rows_of_other_blocks_are_zero_and_the_ranks_add(name, fused, tmp_path):
     lb.to_peft(adapted(name, "lora", r=2, alpha=4), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    assert config(tmp_path)["r"] == (4 if fused else 2) and config(tmp_path)["lora_alpha"] == (8 if fused else 4)
+    assert config(tmp_path)["r"] == (4 if fused else 2) and config(tmp_path)["lora_alpha"] == (
+        8 if fused else 4
+    )
     for key, B in tensors.items():
         if fused and key.endswith("lora_B.weight"):
             q, k, v = B.chunk(3)
-            assert not k.any() and not q[:, 2:].any() and not v[:, :2].any() and q[:, :2].any() and v[:, 2:].any()
+            assert (
+                not k.any()
+                and not q[:, 2:].any()
+                and not v[:, :2].any()
+                and q[:, :2].any()
+                and v[:, 2:].any()
+            )
 
 
 def test_a_chain_gets_its_true_rank(tmp_path):
@@ -158,15 +235,29 @@ def test_a_chain_gets_its_true_rank(tmp_path):
         randomise(lb.advance(lapped), seed, 0.1)
     lb.to_peft(lapped, tmp_path / "lapped")
     assert config(tmp_path / "lapped")["r"] == 32, "80 columns of 32 inputs"
-    assert off_by(output(in_peft("tiny_bert", tmp_path / "lapped"), "tiny_bert"), output(lapped, "tiny_bert")) < 2e-6
+    assert (
+        off_by(
+            output(in_peft("tiny_bert", tmp_path / "lapped"), "tiny_bert"),
+            output(lapped, "tiny_bert"),
+        )
+        < 2e-6
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 8), m=st.integers(1, 8), R=st.integers(1, 12), k=st.integers(0, 8), seed=st.integers(0, 10**6))
+@given(
+    n=st.integers(1, 8),
+    m=st.integers(1, 8),
+    R=st.integers(1, 12),
+    k=st.integers(0, 8),
+    seed=st.integers(0, 10**6),
+)
 def test_compressing_keeps_the_product_and_finds_the_rank(n, m, R, k, seed):
     g = torch.Generator().manual_seed(seed)
     k = min(k, n, m, R)
-    B = torch.randn(n, k, generator=g, dtype=torch.float64) @ torch.randn(k, R, generator=g, dtype=torch.float64)
+    B = torch.randn(n, k, generator=g, dtype=torch.float64) @ torch.randn(
+        k, R, generator=g, dtype=torch.float64
+    )
     A = torch.randn(R, m, generator=g, dtype=torch.float64)
     form = LoraForm(A, B, 0.5)
     small, zero = compressed(form), torch.zeros(n, m)
@@ -175,19 +266,37 @@ def test_compressing_keeps_the_product_and_finds_the_rank(n, m, R, k, seed):
 
 
 def test_ranks_that_differ_become_patterns_that_fit_one_layer_each(tmp_path):
-    model = adapted("tiny_gpt2", "lora", target_modules=["attn.c_attn[q,v]", "mlp.c_fc", "attn.c_proj[0:8]"], r=3, alpha=2)
+    model = adapted(
+        "tiny_gpt2",
+        "lora",
+        target_modules=["attn.c_attn[q,v]", "mlp.c_fc", "attn.c_proj[0:8]"],
+        r=3,
+        alpha=2,
+    )
     lb.to_peft(model, tmp_path)
     said = config(tmp_path)
     assert len(said["rank_pattern"]) == 2 and said["fan_in_fan_out"]
-    assert off_by(output(in_peft("tiny_gpt2", tmp_path), "tiny_gpt2"), output(model, "tiny_gpt2")) < 2e-6
+    assert (
+        off_by(output(in_peft("tiny_gpt2", tmp_path), "tiny_gpt2"), output(model, "tiny_gpt2"))
+        < 2e-6
+    )
     loaded = lb.from_peft(load_model("tiny_gpt2"), tmp_path)
     lb.save(loaded, tmp_path / "own")
     again = lb.load(load_model("tiny_gpt2"), tmp_path / "own")
-    assert torch.equal(output(again, "tiny_gpt2"), output(loaded, "tiny_gpt2")) and {a.r for a in lb.adapters(again).values()} == {3, 6}
+    assert torch.equal(output(again, "tiny_gpt2"), output(loaded, "tiny_gpt2")) and {
+        a.r for a in lb.adapters(again).values()
+    } == {3, 6}
 
 
 @settings(max_examples=40, deadline=None)
-@given(values=st.dictionaries(st.from_regex(r"[ab](\.[ab1]){0,3}", fullmatch=True), st.integers(1, 3), min_size=1, max_size=6))
+@given(
+    values=st.dictionaries(
+        st.from_regex(r"[ab](\.[ab1]){0,3}", fullmatch=True),
+        st.integers(1, 3),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_patterns_give_each_layer_its_own_value(values):
     usual, patterns = pattern(values)
     assert {name: fitting(patterns, name, usual) for name in values} == values
@@ -208,7 +317,9 @@ def test_heads_go_along(name, head, tmp_path):
     want = output(model, name)
     assert off_by(output(in_peft(name, tmp_path, n_classes=4), name), want) < 2e-6
     again = lb.from_peft(load_model(name, n_classes=4), tmp_path)
-    assert off_by(output(again, name), want) < 2e-6 and lb.n_trainable(again, heads=True) == lb.n_trainable(model, heads=True)
+    assert off_by(output(again, name), want) < 2e-6 and lb.n_trainable(
+        again, heads=True
+    ) == lb.n_trainable(model, heads=True)
     with lb.disabled(again):
         assert torch.equal(output(again, name), output(load_model(name, n_classes=4), name))
 
@@ -226,23 +337,29 @@ def test_bfloat16_models_export_their_float32_factors(tmp_path):
     model = randomise(lb.adapt(load_model("tiny_bert", dtype="bfloat16"), "lora", r=2), 1, 0.1)
     lb.to_peft(model, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
-    loaded = peft.PeftModel.from_pretrained(load_model("tiny_bert", dtype="bfloat16"), str(tmp_path)).eval()
+    loaded = peft.PeftModel.from_pretrained(
+        load_model("tiny_bert", dtype="bfloat16"), str(tmp_path)
+    ).eval()
     assert off_by(output(loaded, "tiny_bert").float(), output(model, "tiny_bert").float()) < 0.05
 
 
 def test_writing_needs_no_peft_and_leaves_it_unimported(tmp_path):
-    code = ("import sys; sys.modules['peft'] = None\nimport torch, lora_book as lb\nfrom torch import nn\n"
-            "def base():\n    torch.manual_seed(0); return nn.Sequential(nn.Linear(4, 4))\n"
-            "m = lb.adapt(base(), 'lora', ['0'], r=2)\nwith torch.no_grad(): m[0].adapters['all'].B.fill_(1)\n"
-            f"lb.to_peft(m, {str(tmp_path)!r}); x = torch.ones(1, 4)\n"
-            f"assert torch.equal(lb.from_peft(base(), {str(tmp_path)!r})(x), m(x))")
+    code = (
+        "import sys; sys.modules['peft'] = None\nimport torch, lora_book as lb\nfrom torch import"
+        " nn\ndef base():\n    torch.manual_seed(0); return nn.Sequential(nn.Linear(4, 4))\nm ="
+        " lb.adapt(base(), 'lora', ['0'], r=2)\nwith torch.no_grad():"
+        f" m[0].adapters['all'].B.fill_(1)\nlb.to_peft(m, {str(tmp_path)!r}); x = torch.ones(1,"
+        f" 4)\nassert torch.equal(lb.from_peft(base(), {str(tmp_path)!r})(x), m(x))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
 def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
     lb.to_peft(adapted("tiny_bert", "lora", r=2), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(core_settings.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        core_settings.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         lb.to_peft(adapted("tiny_bert", "lora", r=4), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -262,9 +379,18 @@ def test_what_is_no_small_product_is_refused(tmp_path):
     assert_refused(load_model("tiny_bert"), path, ValueError, "isn't adapted")
     assert_refused(adapted("tiny_bert", "full"), path, TypeError, "in place")
     assert_refused(adapted("tiny_bert", "full", target_modules=["query"]), path, TypeError, "merge")
-    assert_refused(adapted("tiny_bert", "bitfit", target_modules=["query"]), path, TypeError, "bias")
-    assert_refused(adapted("tiny_bert", "linear_probe", n_classes=2, head=["classifier"]), path, TypeError, "no layer")
-    assert_refused(adapted("tiny_bert", "linear_probe", target_modules=["query"]), path, TypeError, "query")
+    assert_refused(
+        adapted("tiny_bert", "bitfit", target_modules=["query"]), path, TypeError, "bias"
+    )
+    assert_refused(
+        adapted("tiny_bert", "linear_probe", n_classes=2, head=["classifier"]),
+        path,
+        TypeError,
+        "no layer",
+    )
+    assert_refused(
+        adapted("tiny_bert", "linear_probe", target_modules=["query"]), path, TypeError, "query"
+    )
     assert_refused(lb.adapt(nn.Linear(4, 4), "lora", ".*", r=2), path, TypeError, "no layer")
 
 
@@ -284,17 +410,28 @@ def test_heads_that_peft_would_misread_are_refused(tmp_path):
             super().__init__()
             self.my_fc, self.fc, self.tied = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
-    assert_refused(lb.adapt(Two(), "lora", ["my_fc"], r=2, head=["fc"]), tmp_path / "x", ValueError, "my_fc")
+    assert_refused(
+        lb.adapt(Two(), "lora", ["my_fc"], r=2, head=["fc"]), tmp_path / "x", ValueError, "my_fc"
+    )
     tied = Two()
     tied.tied.weight = tied.fc.weight
-    assert_refused(lb.adapt(tied, "lora", ["my_fc"], r=2, head=["tied"]), tmp_path / "x", ValueError, "one tensor")
+    assert_refused(
+        lb.adapt(tied, "lora", ["my_fc"], r=2, head=["tied"]),
+        tmp_path / "x",
+        ValueError,
+        "one tensor",
+    )
 
 
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.norm, self.fc, self.head = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.norm, self.fc, self.head = (
+            nn.BatchNorm1d(4),
+            nn.Linear(4, 4),
+            nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)),
+        )
 
     def forward(self, x):
         return self.head(self.fc(self.norm(x)))
@@ -311,7 +448,12 @@ def test_buffers_of_a_head_go_along_and_other_moved_buffers_are_refused(tmp_path
     model.norm.train()(x)
     assert_refused(model, tmp_path / "x", TypeError, "norm.running_mean")
     listed = nn.ModuleDict({"fc": nn.Linear(4, 4), "heads": nn.ModuleList([nn.Linear(4, 2)])})
-    assert_refused(lb.adapt(listed, "lora", ["fc"], r=2, head=["heads"]), tmp_path / "x", TypeError, "ModuleList")
+    assert_refused(
+        lb.adapt(listed, "lora", ["fc"], r=2, head=["heads"]),
+        tmp_path / "x",
+        TypeError,
+        "ModuleList",
+    )
 
 
 def test_a_disabled_model_is_refused(tmp_path):
@@ -340,7 +482,9 @@ class Rows(LowRank):
         self.g = nn.Parameter(W0.float().norm(dim=1) * 1.5)
 
     def init(self, W0, r, generator):
-        return torch.randn(r, W0.shape[1], generator=generator), torch.randn(W0.shape[0], r, generator=generator)
+        return torch.randn(r, W0.shape[1], generator=generator), torch.randn(
+            W0.shape[0], r, generator=generator
+        )
 
     def peft(self):
         return LoraForm(self.A, self.B, self.scaling, self.g)
@@ -354,7 +498,19 @@ class Rows(LowRank):
 
 def with_method(make, name, targets=None):
     model = load_model(name)
-    return commit(model, plan(model, "own", Method(make, "Own", "a test"), targets, r=2, alpha=3.0, step=PlainStep(), step_options={}))
+    return commit(
+        model,
+        plan(
+            model,
+            "own",
+            Method(make, "Own", "a test"),
+            targets,
+            r=2,
+            alpha=3.0,
+            step=PlainStep(),
+            step_options={},
+        ),
+    )
 
 
 def test_factors_that_do_not_make_the_change_are_refused(tmp_path):
@@ -380,11 +536,12 @@ def with_deltas(model, deltas):
         weight = weight if weight.shape[1] == change.shape[1] else weight.t()
         third = weight.shape[0] // 3
         start = {"": 0, "q]": 0, "k]": third, "v]": 2 * third}[rows]
-        weight[start:start + change.shape[0]] += change
+        weight[start : start + change.shape[0]] += change
     return model
 
 
 # Reading
+
 
 def written(path, name="tiny_bert", n_classes=None, size=0.1, **settings):
     "An adapter that PEFT itself wrote, and its output."
@@ -402,18 +559,74 @@ def written(path, name="tiny_bert", n_classes=None, size=0.1, **settings):
 QV = ["query", "value"]
 READABLE = [
     ("tiny_bert", {"target_modules": QV, "r": 4, "lora_alpha": 6}),
-    ("tiny_bert", {"target_modules": QV, "r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1}),
-    ("tiny_bert", {"target_modules": r".*\.(query|dense)", "r": 4, "rank_pattern": {"query": 2, r"0\.output\.dense": 3}, "alpha_pattern": {"query": 5}}),
+    (
+        "tiny_bert",
+        {"target_modules": QV, "r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1},
+    ),
+    (
+        "tiny_bert",
+        {
+            "target_modules": r".*\.(query|dense)",
+            "r": 4,
+            "rank_pattern": {"query": 2, r"0\.output\.dense": 3},
+            "alpha_pattern": {"query": 5},
+        },
+    ),
     ("tiny_bert", {"target_modules": QV, "r": 2, "layers_to_transform": [1]}),
-    ("tiny_bert", {"target_modules": "all-linear", "r": 2, "exclude_modules": ["value"], "init_lora_weights": "gaussian"}),
+    (
+        "tiny_bert",
+        {
+            "target_modules": "all-linear",
+            "r": 2,
+            "exclude_modules": ["value"],
+            "init_lora_weights": "gaussian",
+        },
+    ),
     ("tiny_gpt2", {"target_modules": ["c_attn", "c_fc"], "r": 3, "fan_in_fan_out": True}),
     ("tiny_vit", {"target_modules": ["qkv"], "r": 3}),
-    ("tiny_llama", {"target_modules": ["q_proj", "k_proj"], "r": 3, "use_rslora": True, "rank_pattern": {"k_proj": 2}}),
+    (
+        "tiny_llama",
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "r": 3,
+            "use_rslora": True,
+            "rank_pattern": {"k_proj": 2},
+        },
+    ),
 ]
-READABLE += [(name, {"target_modules": targets, "r": 3, "use_dora": True, "use_rslora": rs, "fan_in_fan_out": name == "tiny_gpt2"})
-             for name, targets, rs in [("tiny_bert", QV, False), ("tiny_gpt2", ["c_attn"], True), ("tiny_vit", ["qkv"], False)]]
-READABLE += [(name, {"target_modules": targets, "r": 3, "d_initial": 0.1, "fan_in_fan_out": name == "tiny_gpt2"})
-             for name, targets in [("tiny_bert", QV), ("tiny_gpt2", ["c_attn", "c_fc"]), ("tiny_vit", ["qkv", "fc1"])]]
+READABLE += [
+    (
+        name,
+        {
+            "target_modules": targets,
+            "r": 3,
+            "use_dora": True,
+            "use_rslora": rs,
+            "fan_in_fan_out": name == "tiny_gpt2",
+        },
+    )
+    for name, targets, rs in [
+        ("tiny_bert", QV, False),
+        ("tiny_gpt2", ["c_attn"], True),
+        ("tiny_vit", ["qkv"], False),
+    ]
+]
+READABLE += [
+    (
+        name,
+        {
+            "target_modules": targets,
+            "r": 3,
+            "d_initial": 0.1,
+            "fan_in_fan_out": name == "tiny_gpt2",
+        },
+    )
+    for name, targets in [
+        ("tiny_bert", QV),
+        ("tiny_gpt2", ["c_attn", "c_fc"]),
+        ("tiny_vit", ["qkv", "fc1"]),
+    ]
+]
 
 
 @pytest.mark.parametrize("name, settings", READABLE)
@@ -425,7 +638,9 @@ def test_reads_what_peft_wrote(name, settings, tmp_path):
     lb.to_peft(model, tmp_path / "back")
     assert off_by(output(in_peft(name, tmp_path / "back"), name), want) < 2e-6
     lb.save(model, tmp_path / "own")
-    assert torch.equal(output(lb.load(load_model(name), tmp_path / "own"), name), output(model, name))
+    assert torch.equal(
+        output(lb.load(load_model(name), tmp_path / "own"), name), output(model, name)
+    )
     with lb.disabled(model):
         assert torch.equal(output(model, name), output(load_model(name), name))
 
@@ -471,19 +686,37 @@ def edited(good, path, settings=None, tensors=None):
     return path
 
 
-@pytest.mark.parametrize("settings, error, match", [
-    ({"peft_type": "LOHA"}, ValueError, "LOHA"), ({"peft_type": None}, ValueError, "peft_type"), ({"bias": "all"}, ValueError, "bias"),
-    ({"lora_bias": True}, ValueError, "lora_bias"), ({"layer_replication": [[0, 2]]}, ValueError, "layer_replication"),
-    ({"use_qalora": True}, ValueError, "use_qalora"), ({"alora_invocation_tokens": [1]}, ValueError, "alora"),
-    ({"target_parameters": ["w"]}, ValueError, "target_parameters"), ({"trainable_token_indices": [3]}, ValueError, "trainable_token"),
-    ({"init_lora_weights": "pissa"}, ValueError, "pissa"), ({"a_setting_of_tomorrow": 1}, ValueError, "tomorrow"),
-    ({"r": 3}, ValueError, "don't fit"), ({"r": "2"}, TypeError, "r must be"), ({"r": 0}, ValueError, "r must be"), ({"r": 99}, ValueError, "99"),
-    ({"lora_alpha": 0}, ValueError, "alpha"), ({"lora_alpha": None}, TypeError, "alpha"), ({"lora_alpha": float("nan")}, ValueError, "alpha"),
-    ({"rank_pattern": [1]}, ValueError, "rank_pattern"), ({"rank_pattern": {"(": 1}}, ValueError, "expression"),
-    ({"target_modules": "("}, ValueError, "expression"), ({"target_modules": ["key"]}, ValueError, "query"),
-    ({"target_modules": ["query", "value", "key"]}, ValueError, "no numbers for .*key"), ({"modules_to_save": None}, ValueError, "classifier"),
-    ({"modules_to_save": ["classifier", "pooler"]}, ValueError, "pooler"), ({"use_dora": True}, (KeyError, ValueError), "dora|fit"),
-])
+@pytest.mark.parametrize(
+    "settings, error, match",
+    [
+        ({"peft_type": "LOHA"}, ValueError, "LOHA"),
+        ({"peft_type": None}, ValueError, "peft_type"),
+        ({"bias": "all"}, ValueError, "bias"),
+        ({"lora_bias": True}, ValueError, "lora_bias"),
+        ({"layer_replication": [[0, 2]]}, ValueError, "layer_replication"),
+        ({"use_qalora": True}, ValueError, "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, ValueError, "alora"),
+        ({"target_parameters": ["w"]}, ValueError, "target_parameters"),
+        ({"trainable_token_indices": [3]}, ValueError, "trainable_token"),
+        ({"init_lora_weights": "pissa"}, ValueError, "pissa"),
+        ({"a_setting_of_tomorrow": 1}, ValueError, "tomorrow"),
+        ({"r": 3}, ValueError, "don't fit"),
+        ({"r": "2"}, TypeError, "r must be"),
+        ({"r": 0}, ValueError, "r must be"),
+        ({"r": 99}, ValueError, "99"),
+        ({"lora_alpha": 0}, ValueError, "alpha"),
+        ({"lora_alpha": None}, TypeError, "alpha"),
+        ({"lora_alpha": float("nan")}, ValueError, "alpha"),
+        ({"rank_pattern": [1]}, ValueError, "rank_pattern"),
+        ({"rank_pattern": {"(": 1}}, ValueError, "expression"),
+        ({"target_modules": "("}, ValueError, "expression"),
+        ({"target_modules": ["key"]}, ValueError, "query"),
+        ({"target_modules": ["query", "value", "key"]}, ValueError, "no numbers for .*key"),
+        ({"modules_to_save": None}, ValueError, "classifier"),
+        ({"modules_to_save": ["classifier", "pooler"]}, ValueError, "pooler"),
+        ({"use_dora": True}, (KeyError, ValueError), "dora|fit"),
+    ],
+)
 def test_settings_that_cannot_be_honoured_are_refused(settings, error, match, good, tmp_path):
     assert_not_read(edited(good, tmp_path, settings), error, match)
 
@@ -491,20 +724,39 @@ def test_settings_that_cannot_be_honoured_are_refused(settings, error, match, go
 FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
 
 
-@pytest.mark.parametrize("change, match", [
-    (lambda t: t.pop(FIRST), "fit"), (lambda t: t.update({FIRST: t[FIRST][:, 1:].contiguous()}), "fit"),
-    (lambda t: t[FIRST].fill_(float("nan")), "NaN"), (lambda t: t[FIRST][0].fill_(float("inf")), "NaN"),
-    (lambda t: t.update({"base_model.model.bert.nowhere.lora_A.weight": t[FIRST].clone()}), "nowhere"),
-    (lambda t: t.update({"base_model.model.bert[q].lora_A.weight": t[FIRST].clone()}), "bert"),
-    (lambda t: t.update({"base_model.model.bert.encoder.lora_A.weight": t[FIRST].clone()}), "linear"),
-    (lambda t: t.update({"strange": t[FIRST].clone()}), "strange"), (lambda t: t.pop("base_model.model.classifier.bias"), "classifier.bias"),
-    (lambda t: t.update({"base_model.model.classifier.weight": torch.ones(2, 32)}), "fit"),
-    (lambda t: t["base_model.model.classifier.weight"].fill_(float("nan")), "NaN"),
-    (lambda t: [t.pop(k) for k in list(t) if "lora" in k], "no adapted layer"),
-    (lambda t: t.update({FIRST.replace("lora_A.weight", "lora_embedding_A"): t[FIRST].clone()}), "embedding"),
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t: t.pop(FIRST), "fit"),
+        (lambda t: t.update({FIRST: t[FIRST][:, 1:].contiguous()}), "fit"),
+        (lambda t: t[FIRST].fill_(float("nan")), "NaN"),
+        (lambda t: t[FIRST][0].fill_(float("inf")), "NaN"),
+        (
+            lambda t: t.update({"base_model.model.bert.nowhere.lora_A.weight": t[FIRST].clone()}),
+            "nowhere",
+        ),
+        (lambda t: t.update({"base_model.model.bert[q].lora_A.weight": t[FIRST].clone()}), "bert"),
+        (
+            lambda t: t.update({"base_model.model.bert.encoder.lora_A.weight": t[FIRST].clone()}),
+            "linear",
+        ),
+        (lambda t: t.update({"strange": t[FIRST].clone()}), "strange"),
+        (lambda t: t.pop("base_model.model.classifier.bias"), "classifier.bias"),
+        (lambda t: t.update({"base_model.model.classifier.weight": torch.ones(2, 32)}), "fit"),
+        (lambda t: t["base_model.model.classifier.weight"].fill_(float("nan")), "NaN"),
+        (lambda t: [t.pop(k) for k in list(t) if "lora" in k], "no adapted layer"),
+        (
+            lambda t: t.update(
+                {FIRST.replace("lora_A.weight", "lora_embedding_A"): t[FIRST].clone()}
+            ),
+            "embedding",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused(change, match, good, tmp_path):
-    assert_not_read(edited(good, tmp_path, tensors=change), (ValueError, TypeError, KeyError), match)
+    assert_not_read(
+        edited(good, tmp_path, tensors=change), (ValueError, TypeError, KeyError), match
+    )
 
 
 def test_missing_and_damaged_files_are_refused(good, tmp_path):
@@ -524,7 +776,12 @@ def test_missing_and_damaged_files_are_refused(good, tmp_path):
 
 
 def test_models_that_cannot_take_it_are_refused(good):
-    assert_not_read(good, ValueError, "adapted already", lb.adapt(load_model("tiny_bert", n_classes=3), "lora", r=2))
+    assert_not_read(
+        good,
+        ValueError,
+        "adapted already",
+        lb.adapt(load_model("tiny_bert", n_classes=3), "lora", r=2),
+    )
     assert_not_read(good, KeyError, "nearest", load_model("tiny_gpt2"))
     assert_not_read(good, ValueError, "fit", load_model("tiny_bert", n_classes=4))
     broken = load_model("tiny_bert", n_classes=3)
@@ -533,15 +790,22 @@ def test_models_that_cannot_take_it_are_refused(good):
 
 
 def test_training_goes_on_where_peft_stopped(tmp_path):
-    "The gradients after reading are PEFT's own, for LoRA with ranks and scales that differ by layer."
+    """The gradients after reading are PEFT's own, for LoRA with ranks and scales that differ by
+    layer.
+    """
     written(tmp_path, target_modules=QV, r=4, lora_alpha=6, rank_pattern={"query": 2})
-    theirs = peft.PeftModel.from_pretrained(load_model("tiny_bert"), str(tmp_path), is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(
+        load_model("tiny_bert"), str(tmp_path), is_trainable=True
+    )
     ours = lb.from_peft(load_model("tiny_bert"), tmp_path)
     for model in (theirs, ours):
         (model(input_ids=IDS)[0] * torch.linspace(-1, 1, 32)).sum().backward()
     for name, adapter in lb.adapters(ours).items():
         layer = theirs.base_model.model.get_submodule(name)
-        for own, other in ((adapter.A, layer.lora_A["default"].weight), (adapter.B, layer.lora_B["default"].weight)):
+        for own, other in (
+            (adapter.A, layer.lora_A["default"].weight),
+            (adapter.B, layer.lora_B["default"].weight),
+        ):
             assert off_by(own.grad, other.grad) < 1e-5
 
 

@@ -1,4 +1,7 @@
-"""Saving and loading from outside: what goes in comes out, and a file that was touched or belongs elsewhere is refused."""
+"""Saving and loading from outside: what goes in comes out, and a file that was touched or belongs
+elsewhere is refused.
+"""
+
 import copy
 import hashlib
 import json
@@ -23,12 +26,16 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def assert_refused(folder, *words, base=None) -> None:
-    "Loading raises a ValueError, TypeError or KeyError of the package, and the model is what it was."
+    """Loading raises a ValueError, TypeError or KeyError of the package, and the model is what it
+    was.
+    """
     model = net() if base is None else base
     before = snapshot(model)
     with pytest.raises(lb.LoraBookError) as caught:
         lb.load(model, folder)
-    assert isinstance(caught.value, (ValueError, TypeError, KeyError)) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert isinstance(caught.value, (ValueError, TypeError, KeyError)) and all(
+        word in str(caught.value) for word in words
+    ), str(caught.value)
     assert snapshot(model) == before
 
 
@@ -40,14 +47,21 @@ def test_what_is_saved_comes_back(method, dtype, tmp_path):
     lb.save(model, tmp_path)
     fresh = net(dtype)
     assert lb.load(fresh, str(tmp_path)) is fresh
-    assert torch.equal(fresh(x), want) and lb.n_trainable(fresh, heads=True) == lb.n_trainable(model, heads=True)
-    assert all(torch.equal(a, b) for a, b in zip(lb.delta(model).values(), lb.delta(fresh).values(), strict=True))
+    assert torch.equal(fresh(x), want) and lb.n_trainable(fresh, heads=True) == lb.n_trainable(
+        model, heads=True
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lb.delta(model).values(), lb.delta(fresh).values(), strict=True)
+    )
     with lb.disabled(fresh):
         assert torch.equal(fresh(x), net(dtype)(x))
     other = tmp_path / "merged"
     lb.merge(model)
     lb.save(model, other)
-    assert all((tmp_path / name).read_bytes() == (other / name).read_bytes() for name in os.listdir(other))
+    assert all(
+        (tmp_path / name).read_bytes() == (other / name).read_bytes() for name in os.listdir(other)
+    )
 
 
 class Tied(nn.Module):
@@ -90,7 +104,10 @@ def test_numpy_s_numbers_are_numbers(method, tmp_path):
     lb.save(model, tmp_path / "numpy")
     lb.save(moved(method, r=2, alpha=3.0, seed=4), tmp_path / "python")
     assert torch.equal(lb.load(net(), tmp_path / "numpy")(inputs()), model(inputs()))
-    assert all((tmp_path / "numpy" / name).read_bytes() == (tmp_path / "python" / name).read_bytes() for name in os.listdir(tmp_path / "numpy"))
+    assert all(
+        (tmp_path / "numpy" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
+        for name in os.listdir(tmp_path / "numpy")
+    )
 
 
 @pytest.mark.parametrize("method", CHAINS)
@@ -122,7 +139,9 @@ def test_steps_are_counted_on_after_loading(method, tmp_path):
         lb.train_step(model, optimizer, lambda: model(x).pow(2).mean())
     lb.save(model, tmp_path)
     fresh = lb.load(net(), tmp_path)
-    lb.train_step(fresh, torch.optim.SGD(lb.param_groups(fresh, 1e-2)), lambda: fresh(x).pow(2).mean())
+    lb.train_step(
+        fresh, torch.optim.SGD(lb.param_groups(fresh, 1e-2)), lambda: fresh(x).pow(2).mean()
+    )
     assert lb.adapters(fresh)["first"].done == 1
 
 
@@ -130,7 +149,11 @@ def test_moved_statistics_are_saved(tmp_path):
     def make():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 2)))
+            return nn.Sequential(
+                nn.Linear(8, 8),
+                nn.BatchNorm1d(8),
+                nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 2)),
+            )
 
     model = lb.adapt(make(), "lora", "0", r=2, head="2")
     optimizer = torch.optim.SGD(lb.param_groups(model, 0.1))
@@ -173,7 +196,7 @@ def test_no_byte_can_change(saved, suffix, tmp_path):
     @given(at=st.integers(0, len(whole) - 1), flip=st.integers(1, 255))
     @settings(max_examples=60, deadline=None)
     def altered(at, flip):
-        victim.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
+        victim.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
         assert_refused(tmp_path, base=base)
 
     @given(length=st.integers(0, len(whole) - 1))
@@ -184,7 +207,12 @@ def test_no_byte_can_change(saved, suffix, tmp_path):
 
     altered()
     truncated()
-    for wrong in (whole + b"\0", whole + b"\n", b" " + whole, whole.replace(b"\n", b"\r\n") if suffix == ".json" else whole * 2):
+    for wrong in (
+        whole + b"\0",
+        whole + b"\n",
+        b" " + whole,
+        whole.replace(b"\n", b"\r\n") if suffix == ".json" else whole * 2,
+    ):
         victim.write_bytes(wrong)
         assert_refused(tmp_path, base=base)
     victim.write_bytes(whole)
@@ -232,10 +260,40 @@ def rewritten(saved: Path, folder: Path, **changes) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("changes", [
-    {"r": 3}, {"r": "2"}, {"r": 99}, {"alpha": -1}, {"method": "lroa"}, {"method": 3}, {"format": 2}, {"sites": ["first"]}, {"sites": ["frist"]}, {"sites": [3]},
-    {"sites": ["first", "qkv[q", "proj"]}, {"sites": ["norm"]}, {"head": ["hed"]}, {"head": KeyError}, {"config": {}}, {"config": KeyError}, {"dtype": "nonsense"}, {"dtype": "int64"},
-    {"options": {"rank": 3}}, {"options": []}, {"step_options": 3}, {"steps": -1}, {"steps": "1"}, {"in_place": ["first.weight"]}, {"in_place": ["nope"]}, {"sha256": "0"}, {"sha256": KeyError}, {"step": "sma"}, {"seed": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 3},
+        {"r": "2"},
+        {"r": 99},
+        {"alpha": -1},
+        {"method": "lroa"},
+        {"method": 3},
+        {"format": 2},
+        {"sites": ["first"]},
+        {"sites": ["frist"]},
+        {"sites": [3]},
+        {"sites": ["first", "qkv[q", "proj"]},
+        {"sites": ["norm"]},
+        {"head": ["hed"]},
+        {"head": KeyError},
+        {"config": {}},
+        {"config": KeyError},
+        {"dtype": "nonsense"},
+        {"dtype": "int64"},
+        {"options": {"rank": 3}},
+        {"options": []},
+        {"step_options": 3},
+        {"steps": -1},
+        {"steps": "1"},
+        {"in_place": ["first.weight"]},
+        {"in_place": ["nope"]},
+        {"sha256": "0"},
+        {"sha256": KeyError},
+        {"step": "sma"},
+        {"seed": None},
+    ],
+)
 def test_an_edited_description_with_a_new_checksum(saved, tmp_path, changes):
     assert_refused(rewritten(saved, tmp_path / "edited", **changes))
 
@@ -277,11 +335,14 @@ def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tm
         lb.save(model, tmp_path / "good")
     assert {p.name: p.read_bytes() for p in (tmp_path / "good").iterdir()} == before
     from safetensors.torch import load, save
+
     tensors = load(before["adapter.safetensors"])
     name = next(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
     tensors[name].view(-1)[-1] = bad
     data = save(tensors)
-    description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {"sha256": hashlib.sha256(data).hexdigest()}
+    description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {
+        "sha256": hashlib.sha256(data).hexdigest()
+    }
     (tmp_path / "good" / "adapter.safetensors").write_bytes(data)
     (tmp_path / "good" / "adapter.json").write_bytes(canonical(description))
     assert_refused(tmp_path / "good", "NaN")
@@ -291,7 +352,11 @@ def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tm
 def test_a_full_disk_leaves_the_old_pair(saved, tmp_path, monkeypatch, fails_at):
     model = moved("cola")
     lb.save(model, tmp_path)
-    before, calls, write = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, [], Path.write_bytes
+    before, calls, write = (
+        {p.name: p.read_bytes() for p in tmp_path.iterdir()},
+        [],
+        Path.write_bytes,
+    )
 
     def full(self, data):
         calls.append(self)

@@ -1,4 +1,7 @@
-"""The training loop from outside: killed anywhere it ends as if it hadn't been, and it refuses what isn't its own."""
+"""The training loop from outside: killed anywhere it ends as if it hadn't been, and it refuses what
+isn't its own.
+"""
+
 import os
 import signal
 import subprocess
@@ -30,7 +33,9 @@ def made(seed: int = 0) -> Data:
         x = torch.randn(n, 8, generator=g)
         return Split({"pixel_values": x, "labels": x[:, :3].argmax(1)})
 
-    return Data("toy", "image", ("a", "b", "c"), split(29), split(10), split(10), "drawn here", "CC0")
+    return Data(
+        "toy", "image", ("a", "b", "c"), split(29), split(10), split(10), "drawn here", "CC0"
+    )
 
 
 def told(history: list) -> list:
@@ -74,8 +79,19 @@ class StopsAt:
         return nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"])
 
 
-@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("full", {}), ("lora", {"step": "sam"}), ("mgpo", {}), ("ggpo", {}), ("adalora", {}), ("loldu", {}),
-                                                 *((chain, {"reset_every": 4}) for chain in CHAINS)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {}),
+        ("full", {}),
+        ("lora", {"step": "sam"}),
+        ("mgpo", {}),
+        ("ggpo", {}),
+        ("adalora", {}),
+        ("loldu", {}),
+        *((chain, {"reset_every": 4}) for chain in CHAINS),
+    ],
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(method, options, tmp_path_factory):
     data = made()
     whole = model_of(method, **options)
@@ -87,7 +103,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(method, options, tmp_pa
         folder = tmp_path_factory.mktemp("run")
         for n in stops:
             try:
-                fit(model_of(method, **options), data, loss=StopsAt(n), checkpoint=folder, save_every=every, **RUN)
+                fit(
+                    model_of(method, **options),
+                    data,
+                    loss=StopsAt(n),
+                    checkpoint=folder,
+                    save_every=every,
+                    **RUN,
+                )
             except Stop:
                 continue
         model = model_of(method, **options)
@@ -108,7 +131,9 @@ t.fit(t.model_of("cola", reset_every=4), t.made(), loss=slow, checkpoint={folder
 
 def test_a_killed_process_is_resumed(tmp_path):
     code = KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     file, end = tmp_path / "checkpoint.safetensors", time.monotonic() + 120
     while not file.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -129,7 +154,9 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     model = model_of("lora")
     first = fit(model, made(), checkpoint=tmp_path, **RUN)
     again = model_of("lora")
-    assert fit(again, made(), loss=StopsAt(0), checkpoint=tmp_path, **RUN) == first and numbers(again) == numbers(model)
+    assert fit(again, made(), loss=StopsAt(0), checkpoint=tmp_path, **RUN) == first and numbers(
+        again
+    ) == numbers(model)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +172,9 @@ def assert_refused(folder, method="cola", data=None, words=(), options=None, **c
     before = snapshot(model)
     with pytest.raises(lb.LoraBookError) as caught:
         fit(model, data or made(), checkpoint=folder, **(RUN | changes))
-    assert isinstance(caught.value, ValueError) and all(word in str(caught.value) for word in words), caught.value
+    assert isinstance(caught.value, ValueError) and all(
+        word in str(caught.value) for word in words
+    ), caught.value
     after = snapshot(model)
     assert after["tensors"] == before["tensors"]
 
@@ -156,15 +185,36 @@ def test_a_damaged_checkpoint_is_refused(halfway, tmp_path):
     @given(at=st.integers(0, len(halfway) - 1), flip=st.integers(1, 255), cut=st.booleans())
     @settings(max_examples=30, deadline=None)
     def damaged(at, flip, cut):
-        file.write_bytes(halfway[:at] if cut else halfway[:at] + bytes([halfway[at] ^ flip]) + halfway[at + 1:])
+        file.write_bytes(
+            halfway[:at] if cut else halfway[:at] + bytes([halfway[at] ^ flip]) + halfway[at + 1 :]
+        )
         assert_refused(tmp_path, words=["damaged"])
 
     damaged()
 
 
-@pytest.mark.parametrize("changes", [{"lr": 2e-2}, {"epochs": 4}, {"batch_size": 9}, {"seed": 5}, {"optimizer": "sgd"}, {"warmup": 0.5}, {"weight_decay": 0.1},
-                                     {"max_grad_norm": None}, {"scheduler": "cosine"}, {"foot": 0.1}, {"accumulate": 2}, {"advance_every": 1}, {"method": "lora"}, {"data": made(1)}, {"options": {"r": 3}},
-                                     {"options": {"seed": 1}}, {"options": {"chain_length": 3}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 2e-2},
+        {"epochs": 4},
+        {"batch_size": 9},
+        {"seed": 5},
+        {"optimizer": "sgd"},
+        {"warmup": 0.5},
+        {"weight_decay": 0.1},
+        {"max_grad_norm": None},
+        {"scheduler": "cosine"},
+        {"foot": 0.1},
+        {"accumulate": 2},
+        {"advance_every": 1},
+        {"method": "lora"},
+        {"data": made(1)},
+        {"options": {"r": 3}},
+        {"options": {"seed": 1}},
+        {"options": {"chain_length": 3}},
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(halfway, tmp_path, changes):
     (tmp_path / "checkpoint.safetensors").write_bytes(halfway)
     assert_refused(tmp_path, words=["settings"], **changes)
@@ -186,12 +236,32 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     whole, model = model_of("lora"), model_of("lora")
-    assert told(fit(model, made(), loss=StopsAt(10**6), checkpoint=tmp_path, **RUN)) == told(fit(whole, made(), loss=StopsAt(10**6), **RUN))
+    assert told(fit(model, made(), loss=StopsAt(10**6), checkpoint=tmp_path, **RUN)) == told(
+        fit(whole, made(), loss=StopsAt(10**6), **RUN)
+    )
     assert numbers(model) == numbers(whole)
 
 
-@pytest.mark.parametrize("changes", [{"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"lr": 0}, {"lr": float("nan")}, {"warmup": 2}, {"warmup": "x"}, {"foot": 2}, {"scheduler": "line"}, {"accumulate": 0}, {"optimizer": "adm"},
-                                     {"weight_decay": -1}, {"save_every": 0}, {"advance_every": 0}, {"max_grad_norm": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"warmup": 2},
+        {"warmup": "x"},
+        {"foot": 2},
+        {"scheduler": "line"},
+        {"accumulate": 0},
+        {"optimizer": "adm"},
+        {"weight_decay": -1},
+        {"save_every": 0},
+        {"advance_every": 0},
+        {"max_grad_norm": 0},
+    ],
+)
 def test_impossible_settings(changes):
     model = model_of("cola")
     before = snapshot(model)["tensors"]
@@ -202,21 +272,33 @@ def test_impossible_settings(changes):
 
 def test_a_diverging_run_says_so():
     with pytest.raises(ValueError, match="lr"):
-        fit(model_of("lora"), made(), **(RUN | {"loss": lambda m, b: m(b["pixel_values"]).sum() * float("nan")}))
+        fit(
+            model_of("lora"),
+            made(),
+            **(RUN | {"loss": lambda m, b: m(b["pixel_values"]).sum() * float("nan")}),
+        )
 
 
 def test_the_same_seed_is_the_same_run_and_the_global_state_rests():
     one, two, other = (model_of("lora") for _ in range(3))
     state = torch.get_rng_state()
-    histories = [told(fit(m, made(), **(RUN | {"seed": s}))) for m, s in ((one, 1), (two, 1), (other, 2))]
-    assert histories[0] == histories[1] != histories[2] and numbers(one) == numbers(two) != numbers(other)
+    histories = [
+        told(fit(m, made(), **(RUN | {"seed": s}))) for m, s in ((one, 1), (two, 1), (other, 2))
+    ]
+    assert histories[0] == histories[1] != histories[2] and numbers(one) == numbers(two) != numbers(
+        other
+    )
     assert torch.equal(state, torch.get_rng_state()) and not one.training
 
 
 def test_it_learns_and_reports():
     history = fit(model_of("lora"), made(), **(RUN | {"epochs": 12}))
-    assert [record["epoch"] for record in history] == list(range(1, 13)) and history[-1]["train_loss"] < history[0]["train_loss"]
-    assert all(record.keys() == {"epoch", "train_loss", "validation", "seconds"} for record in history)
+    assert [record["epoch"] for record in history] == list(range(1, 13)) and history[-1][
+        "train_loss"
+    ] < history[0]["train_loss"]
+    assert all(
+        record.keys() == {"epoch", "train_loss", "validation", "seconds"} for record in history
+    )
 
 
 @given(steps=st.integers(1, 300), warmup=st.floats(0, 1), data=st.data())
@@ -225,41 +307,72 @@ def test_the_rate_rises_then_falls_and_is_never_zero_or_above_one(steps, warmup,
     rates = [rate_at(i, steps, warmup) for i in range(steps)]
     assert all(0 < rate <= 1 for rate in rates) and max(rates) > 0.5
     top = rates.index(max(rates))
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(
+        rates[top:], reverse=True
+    )
 
 
-@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("lora", {"step": "sam"}), ("mgpo", {}), ("adalora", {})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {}), ("lora", {"step": "sam"}), ("mgpo", {}), ("adalora", {})]
+)
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_a_batch_in_parts_takes_the_same_steps(method, options, parts):
     def run(accumulate):
-        model = adapted(method, targets=["first", "qkv[q,v]", "proj"], base=net(classes=3), **options).double()
+        model = adapted(
+            method, targets=["first", "qkv[q,v]", "proj"], base=net(classes=3), **options
+        ).double()
         data = made()
-        data = replace(data, **{n: replace(s, tensors={"pixel_values": s["pixel_values"].double(), "labels": s.labels}) for n, s in data.splits.items()})
+        data = replace(
+            data,
+            **{
+                n: replace(
+                    s, tensors={"pixel_values": s["pixel_values"].double(), "labels": s.labels}
+                )
+                for n, s in data.splits.items()
+            },
+        )
         history = fit(model, data, loss=StopsAt(10**6), accumulate=accumulate, **RUN)
-        return [record["train_loss"] for record in history], torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+        return [record["train_loss"] for record in history], torch.cat(
+            [p.flatten() for p in model.parameters() if p.requires_grad]
+        )
 
     (losses, whole), (others, part) = run(1), run(parts)
-    assert others == pytest.approx(losses, rel=1e-9) and torch.allclose(whole, part, rtol=1e-6, atol=1e-8)
+    assert others == pytest.approx(losses, rel=1e-9) and torch.allclose(
+        whole, part, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_a_run_asked_to_stop_leaves_its_checkpoint_and_goes_on(tmp_path):
     whole, seen = model_of("cola", reset_every=4), []
-    want = told(fit(whole, made(), loss=StopsAt(10**6), watch=lambda run: seen.append(run["at"]), **RUN))
+    want = told(
+        fit(whole, made(), loss=StopsAt(10**6), watch=lambda run: seen.append(run["at"]), **RUN)
+    )
     assert seen == list(range(1, 13))
     with pytest.raises(Stopped, match="after step 5 of 12"):
         stopped_run(tmp_path, 5)
     model = model_of("cola", reset_every=4)
-    assert told(fit(model, made(), loss=StopsAt(10**6), checkpoint=tmp_path, **RUN)) == want and numbers(model) == numbers(whole)
+    assert told(
+        fit(model, made(), loss=StopsAt(10**6), checkpoint=tmp_path, **RUN)
+    ) == want and numbers(model) == numbers(whole)
 
 
 def stopped_run(folder, step: int) -> None:
     "A run that is asked to stop in a step."
     calls = iter(range(1, 99))
-    fit(model_of("cola", reset_every=4), made(), loss=StopsAt(10**6), checkpoint=folder, stop=lambda: next(calls) == step, **RUN)
+    fit(
+        model_of("cola", reset_every=4),
+        made(),
+        loss=StopsAt(10**6),
+        checkpoint=folder,
+        stop=lambda: next(calls) == step,
+        **RUN,
+    )
 
 
 def test_what_a_record_says_is_the_callers_choice():
-    history = fit(model_of("lora"), made(), measure=lambda model, split: {"rows": len(split)}, **RUN)
+    history = fit(
+        model_of("lora"), made(), measure=lambda model, split: {"rows": len(split)}, **RUN
+    )
     assert [record["validation"] for record in history] == [{"rows": 10}] * 3
 
 
@@ -268,16 +381,25 @@ def test_activations_computed_again_give_the_same_gradients(name):
     def gradients(again: bool):
         model = lb.adapt(load_model(name, n_classes=3), "lora", r=2, seed=1)
         model = recompute_activations(model) if again else model
-        batch = {"pixel_values": torch.ones(2, 1, 28, 28)} if name == "tiny_vit" else {"input_ids": torch.arange(12).reshape(2, 6)}
+        batch = (
+            {"pixel_values": torch.ones(2, 1, 28, 28)}
+            if name == "tiny_vit"
+            else {"input_ids": torch.arange(12).reshape(2, 6)}
+        )
         model.train()
         kept: list = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel()) or t, lambda t: t
+        ):
             loss = nn.functional.cross_entropy(logits(model, batch), torch.tensor([0, 2]))
         loss.backward()
         return [p.grad for p in model.parameters() if p.requires_grad], sum(kept)
 
     (plain, much), (same, less) = gradients(False), gradients(True)
-    assert all(torch.allclose(one, two, atol=1e-7) for one, two in zip(plain, same, strict=True)) and less < much
+    assert (
+        all(torch.allclose(one, two, atol=1e-7) for one, two in zip(plain, same, strict=True))
+        and less < much
+    )
     with pytest.raises(TypeError, match="Linear"):
         recompute_activations(nn.Linear(2, 2))
 
@@ -294,4 +416,7 @@ def test_bfloat16_products_stay_near_and_the_factors_stay_float32():
     history = fit(model, made(), accelerator=InBfloat16(), **RUN)
     exact = fit(model_of("lora"), made(), **RUN)
     assert all(p.dtype is torch.float32 for p in model.parameters())
-    assert history[-1]["train_loss"] == pytest.approx(exact[-1]["train_loss"], rel=0.05) and history[-1]["train_loss"] != exact[-1]["train_loss"]
+    assert (
+        history[-1]["train_loss"] == pytest.approx(exact[-1]["train_loss"], rel=0.05)
+        and history[-1]["train_loss"] != exact[-1]["train_loss"]
+    )

@@ -1,4 +1,7 @@
-"""The book on a CUDA device: the laws, the same numbers as on the CPU, and runs that need no other line of code."""
+"""The book on a CUDA device: the laws, the same numbers as on the CPU, and runs that need no other
+line of code.
+"""
+
 import os
 import subprocess
 import sys
@@ -21,7 +24,10 @@ from lora_book.core.training import fit
 from lora_book.experiments import runner
 from lora_book.registry import METHODS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -73,7 +79,9 @@ def test_adapted_there_or_adapted_here_and_moved_is_the_same_start(method):
     assert all(p.device.type == DEVICE for p in there.parameters())
     assert largest(there(x), here(x)) < 1e-12
     for one, other in zip(trained(there), trained(here), strict=True):
-        assert one.shape == other.shape and largest(one.abs(), other.abs()) < 1e-9      # a singular vector's sign is free
+        assert (
+            one.shape == other.shape and largest(one.abs(), other.abs()) < 1e-9
+        )  # a singular vector's sign is free
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,7 +92,10 @@ def test_a_file_written_on_one_device_is_read_on_the_other(method, tmp_path):
     again = lb.load(net(torch.float64), tmp_path / "there")
     assert largest(again(x), want) < 1e-12
     lb.save(again, tmp_path / "here")
-    assert largest(lb.load(net(torch.float64).to(DEVICE), tmp_path / "here")(x.to(DEVICE)).cpu(), want) < 1e-12
+    assert (
+        largest(lb.load(net(torch.float64).to(DEVICE), tmp_path / "here")(x.to(DEVICE)).cpu(), want)
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,25 +117,45 @@ def toy(data):
     return data
 
 
-@pytest.mark.parametrize(("method", "options"), [("full", {}), ("bitfit", {}), *((m, {}) for m in METHODS if m not in ("full", "bitfit", "linear_probe")),
-                                                 ("lora", {"step": "sam"}), ("dora", {"step": "mgpo"}), *((c, {"reset_every": 4}) for c in CHAINS)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("bitfit", {}),
+        *((m, {}) for m in METHODS if m not in ("full", "bitfit", "linear_probe")),
+        ("lora", {"step": "sam"}),
+        ("dora", {"step": "mgpo"}),
+        *((c, {"reset_every": 4}) for c in CHAINS),
+    ],
+)
 def test_a_run_learns_what_it_learns_on_the_cpu(method, options):
     def history(device):
         return told(fit(adapted(method, torch.float64, **options).to(device), toy(made()), **RUN))
+
     for one, other in zip(history("cpu"), history(DEVICE), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
         assert one["validation"]["loss"] == pytest.approx(other["validation"]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("mgpo", {}), ("c3la", {"reset_every": 4})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {}), ("mgpo", {}), ("c3la", {"reset_every": 4})]
+)
 def test_an_interrupted_run_goes_on_on_the_device(method, options, tmp_path):
     whole = told(fit(model_of(method, **options).to(DEVICE), made(), **RUN))
     calls = iter(range(1, 99))
     with pytest.raises(KeyboardInterrupt):
-        fit(model_of(method, **options).to(DEVICE), made(), checkpoint=tmp_path, stop=lambda: next(calls) == 6, **RUN)
+        fit(
+            model_of(method, **options).to(DEVICE),
+            made(),
+            checkpoint=tmp_path,
+            stop=lambda: next(calls) == 6,
+            **RUN,
+        )
     again = told(fit(model_of(method, **options).to(DEVICE), made(), checkpoint=tmp_path, **RUN))
     for one, other in zip(whole, again, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)        # sums on the device have no fixed order
+        assert one["train_loss"] == pytest.approx(
+            other["train_loss"], rel=1e-4
+        )  # sums on the device have no fixed order
 
 
 def test_batches_lie_in_pinned_memory():
@@ -137,16 +168,28 @@ def result(folder: Path, method: str = "lora", **own) -> dict:
     return runner.run(ROW, method, profile="smoke", folder=folder, **(SMALL | own))
 
 
-ON_CPU = "import sys; sys.path.insert(0, 'tests'); import test_cuda as t; t.result(t.Path(sys.argv[1]), sys.argv[2])"
+ON_CPU = (
+    "import sys; sys.path.insert(0, 'tests'); import test_cuda as t; t.result(t.Path(sys.argv[1]),"
+    " sys.argv[2])"
+)
 
 
 @pytest.mark.parametrize("method", ["lora", "c3la", "full"])
 def test_a_row_runs_there_without_another_line_and_agrees(method, tmp_path):
     there = result(tmp_path / "there", method)
-    subprocess.run([sys.executable, "-c", ON_CPU, str(tmp_path / "here"), method], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", ON_CPU, str(tmp_path / "here"), method],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
     here = result(tmp_path / "here", method)
     assert there["machine"]["device"] != "cpu" == here["machine"]["device"]
-    assert there["peak_memory"]["cuda"] > 10 ** 5 and there["data_hash"] == here["data_hash"] and there["settings"] == here["settings"]
+    assert (
+        there["peak_memory"]["cuda"] > 10**5
+        and there["data_hash"] == here["data_hash"]
+        and there["settings"] == here["settings"]
+    )
     for one, other in zip(there["history"], here["history"], strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=2e-3)
     assert abs(there["test"]["accuracy"] - here["test"]["accuracy"]) <= 2 / SMALL["judged"]
@@ -154,15 +197,27 @@ def test_a_row_runs_there_without_another_line_and_agrees(method, tmp_path):
 
 def test_bfloat16_parts_of_batches_and_recomputed_activations_run_and_stay_near(tmp_path):
     plain = result(tmp_path / "plain")
-    for i, own in enumerate(({"dtype": "bfloat16"}, {"accumulate": 2}, {"recompute": True}, {"dtype": "bfloat16", "accumulate": 2, "recompute": True})):
+    for i, own in enumerate(
+        (
+            {"dtype": "bfloat16"},
+            {"accumulate": 2},
+            {"recompute": True},
+            {"dtype": "bfloat16", "accumulate": 2, "recompute": True},
+        )
+    ):
         other = result(tmp_path / str(i), **own)
-        assert other["history"][-1]["train_loss"] == pytest.approx(plain["history"][-1]["train_loss"], rel=0.05 if "dtype" in own else 2e-3)
+        assert other["history"][-1]["train_loss"] == pytest.approx(
+            plain["history"][-1]["train_loss"], rel=0.05 if "dtype" in own else 2e-3
+        )
 
 
 def test_recomputed_activations_take_less_memory(tmp_path):
     own = {"examples": 256, "batch_size": 256, "epochs": 1}
-    much, less = (result(tmp_path / name, recompute=again, **own)["peak_memory"]["cuda"] for name, again in (("a", False), ("b", True)))
-    assert less < 0.85 * much       # the library of products keeps some 30 MB of its own in both
+    much, less = (
+        result(tmp_path / name, recompute=again, **own)["peak_memory"]["cuda"]
+        for name, again in (("a", False), ("b", True))
+    )
+    assert less < 0.85 * much  # the library of products keeps some 30 MB of its own in both
 
 
 @pytest.mark.parametrize("method", EXPORTED)
@@ -172,12 +227,15 @@ def test_an_export_gives_pefts_outputs_there(method, tmp_path):
     ids = IDS.to(DEVICE)
     want = model(input_ids=ids)[0].detach()
     lb.to_peft(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(load_model("tiny_bert").to(DEVICE), str(tmp_path)).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        load_model("tiny_bert").to(DEVICE), str(tmp_path)
+    ).eval()
     assert off_by(theirs(input_ids=ids)[0], want) < 5e-6
 
 
 def test_the_device_is_named(capsys):
     from lora_book.cli import main
+
     assert main(["doctor"]) == 0 and torch.cuda.get_device_name(0) in capsys.readouterr().out
 
 

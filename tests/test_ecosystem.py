@@ -1,4 +1,7 @@
-"""What others do with an adapted model: loops, optimizers, Trainer, Accelerate, compilers, checkpointing, copies, number formats."""
+"""What others do with an adapted model: loops, optimizers, Trainer, Accelerate, compilers,
+checkpointing, copies, number formats.
+"""
+
 import copy
 import warnings
 
@@ -24,7 +27,9 @@ IDS, LABELS = torch.randint(5, 200, (8, 12), generator=G), torch.arange(8) % 3
 
 
 def adapted(method, links=2, size=0.1, **options):
-    model = lb.adapt(load_model("tiny_bert", n_classes=3), method, head=["classifier"], r=3, **options)
+    model = lb.adapt(
+        load_model("tiny_bert", n_classes=3), method, head=["classifier"], r=3, **options
+    )
     if size:
         randomise(model, 1, size)
         for seed in range(1, links if method in CHAINS else 1):
@@ -47,7 +52,9 @@ def gradients(model):
 
 
 def gap(one, other):
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(one, other, strict=True))
+    return max(
+        (a.double() - b.double()).abs().max().item() for a, b in zip(one, other, strict=True)
+    )
 
 
 def same(one, other):
@@ -55,6 +62,7 @@ def same(one, other):
 
 
 # Copies, files, formats
+
 
 @pytest.mark.parametrize("method", lb.methods())
 def test_copies_files_and_conversions_keep_an_adapted_model(method):
@@ -71,7 +79,9 @@ def test_copies_files_and_conversions_keep_an_adapted_model(method):
     assert scores(copy.deepcopy(model).double()).dtype == torch.float64
     assert gap([scores(copy.deepcopy(model).double())], [want]) < 1e-4
     narrow = copy.deepcopy(model).bfloat16()
-    assert scores(narrow).dtype == torch.bfloat16 and all(p.dtype == torch.float32 for a in lb.adapters(narrow).values() for p in a.parameters())
+    assert scores(narrow).dtype == torch.bfloat16 and all(
+        p.dtype == torch.float32 for a in lb.adapters(narrow).values() for p in a.parameters()
+    )
     assert gap([scores(narrow)], [want]) < 0.2 * max(1, want.abs().max().item())
 
 
@@ -89,7 +99,12 @@ def test_merged_models_can_be_copied_and_converted(method):
 
 
 @settings(max_examples=15, deadline=None)
-@given(method=st.sampled_from(FEW), links=st.integers(1, 4), extra=st.integers(0, 2), seed=st.integers(0, 10**6))
+@given(
+    method=st.sampled_from(FEW),
+    links=st.integers(1, 4),
+    extra=st.integers(0, 2),
+    seed=st.integers(0, 10**6),
+)
 def test_a_state_dict_carries_any_number_of_links(method, links, extra, seed):
     model = randomise(adapted(method, links=links), seed, 0.1)
     fresh = adapted(method, links=1 + extra)
@@ -102,7 +117,10 @@ def test_a_state_dict_carries_any_number_of_links(method, links, extra, seed):
 
 # Loops and optimizers
 
-@pytest.mark.parametrize("method", [m for m in lb.methods() if m not in ("adalora", "sam", "mgpo", "ggpo")])
+
+@pytest.mark.parametrize(
+    "method", [m for m in lb.methods() if m not in ("adalora", "sam", "mgpo", "ggpo")]
+)
 def test_train_step_is_the_usual_four_lines(method):
     one, two = adapted(method, size=0), adapted(method, size=0)
     first, second = (torch.optim.AdamW(lb.param_groups(m, 1e-2)) for m in (one, two))
@@ -114,7 +132,9 @@ def test_train_step_is_the_usual_four_lines(method):
     assert same(one.parameters(), two.parameters())
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax"])
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax"]
+)
 def test_any_optimizer_moves_what_trains_and_nothing_else(name):
     model = adapted("lora", size=0)
     optimizer = getattr(torch.optim, name)(lb.param_groups(model, 1e-2), weight_decay=0.1)
@@ -127,6 +147,7 @@ def test_any_optimizer_moves_what_trains_and_nothing_else(name):
 
 
 # Checkpointed activations
+
 
 @pytest.mark.parametrize("method", lb.methods())
 def test_checkpointed_activations_give_the_same_gradients(method):
@@ -141,6 +162,7 @@ def test_checkpointed_activations_give_the_same_gradients(method):
 
 
 # Compilation
+
 
 def small(method):
     "Two layers, one of them fused, with something in every adapter."
@@ -165,19 +187,26 @@ def test_a_compiled_model_follows_every_change(method):
         change(model)
         assert agrees()
     plain = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
-    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "adapters" not in name})
+    plain.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if "adapters" not in name}
+    )
     with lb.disabled(compiled):
         assert torch.equal(compiled(x), plain(x))
     optimizer = torch.optim.AdamW(lb.param_groups(compiled, 1e-2))
     before = lb.train_step(compiled, optimizer, lambda: compiled(x).square().sum())
-    assert lb.train_step(compiled, optimizer, lambda: compiled(x).square().sum()) < before and agrees()
+    assert (
+        lb.train_step(compiled, optimizer, lambda: compiled(x).square().sum()) < before and agrees()
+    )
 
 
 def test_a_compiled_transformer_has_one_graph_and_the_same_gradients():
     torch._dynamo.reset()
     model = adapted("cola")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(scores(compiled), scores(model)) and gap(gradients(compiled), gradients(model)) == 0
+    assert (
+        torch.equal(scores(compiled), scores(model))
+        and gap(gradients(compiled), gradients(model)) == 0
+    )
 
 
 @pytest.mark.parametrize("method", FEW[1:3])
@@ -190,18 +219,23 @@ def test_aot_autograd_traces_forward_and_backward(method):
         run(x).square().sum().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    assert gap(slopes(torch.compile(model, backend="aot_eager", fullgraph=True)), slopes(model)) < 1e-6
+    assert (
+        gap(slopes(torch.compile(model, backend="aot_eager", fullgraph=True)), slopes(model)) < 1e-6
+    )
 
 
 # Accelerate
 
+
 @pytest.fixture
 def accelerate():
     "A way to make accelerators whose process-wide state is forgotten afterwards."
+
     def make(**settings):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         return Accelerator(cpu=True, **settings)
+
     yield make
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -214,33 +248,59 @@ def test_accelerate_trains_to_the_same_bits(method, accelerate, tmp_path):
     prepared, theirs = accelerator.prepare(shared, torch.optim.AdamW(lb.param_groups(shared, 1e-2)))
     for step in range(4):
         lb.train_step(alone, optimizer, lambda: loss(alone), max_grad_norm=1.0)
-        lb.train_step(prepared, theirs, lambda: loss(prepared), backward=accelerator.backward, max_grad_norm=1.0)
+        lb.train_step(
+            prepared,
+            theirs,
+            lambda: loss(prepared),
+            backward=accelerator.backward,
+            max_grad_norm=1.0,
+        )
         if step == 1 and method in CHAINS:
             before = len(optimizer.state)
             lb.advance(alone, optimizer), lb.advance(prepared, theirs)
             assert len(optimizer.state) == len(theirs.state) == 2 < before, "the head's state stays"
     assert same(alone.parameters(), shared.parameters())
     lb.save(prepared, tmp_path)
-    assert torch.equal(scores(lb.load(load_model("tiny_bert", n_classes=3), tmp_path)), scores(alone))
+    assert torch.equal(
+        scores(lb.load(load_model("tiny_bert", n_classes=3), tmp_path)), scores(alone)
+    )
 
 
 def test_accumulated_half_batches_are_one_step(accelerate):
-    accelerator, alone, shared = accelerate(gradient_accumulation_steps=2), adapted("cola", size=0), adapted("cola", size=0)
+    accelerator, alone, shared = (
+        accelerate(gradient_accumulation_steps=2),
+        adapted("cola", size=0),
+        adapted("cola", size=0),
+    )
     optimizer = torch.optim.SGD(lb.param_groups(alone, 0.1), momentum=0.9)
-    prepared, theirs = accelerator.prepare(shared, torch.optim.SGD(lb.param_groups(shared, 0.1), momentum=0.9))
+    prepared, theirs = accelerator.prepare(
+        shared, torch.optim.SGD(lb.param_groups(shared, 0.1), momentum=0.9)
+    )
     for _ in range(3):
         lb.train_step(alone, optimizer, lambda: loss(alone))
         for rows in (slice(0, 4), slice(4, 8)):
             with accelerator.accumulate(prepared):
-                lb.train_step(prepared, theirs, lambda rows=rows: loss(prepared, rows), backward=accelerator.backward)
+                lb.train_step(
+                    prepared,
+                    theirs,
+                    lambda rows=rows: loss(prepared, rows),
+                    backward=accelerator.backward,
+                )
     assert gap(alone.parameters(), shared.parameters()) < 1e-5
 
 
 @pytest.mark.parametrize("method", FEW)
 def test_mixed_precision_trains_float32_adapters(method, accelerate):
     accelerator, model = accelerate(mixed_precision="bf16"), adapted(method, size=0)
-    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(lb.param_groups(model, 1e-2)))
-    losses = [lb.train_step(prepared, optimizer, lambda: loss(prepared), backward=accelerator.backward).item() for _ in range(5)]
+    prepared, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(lb.param_groups(model, 1e-2))
+    )
+    losses = [
+        lb.train_step(
+            prepared, optimizer, lambda: loss(prepared), backward=accelerator.backward
+        ).item()
+        for _ in range(5)
+    ]
     assert losses[-1] < losses[0]
     assert {p.dtype for a in lb.adapters(model).values() for p in a.parameters()} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -249,7 +309,10 @@ def test_mixed_precision_trains_float32_adapters(method, accelerate):
 
 # transformers' Trainer
 
-ROWS = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS.repeat(3, 1), LABELS.repeat(3), strict=True)]
+ROWS = [
+    {"input_ids": ids, "labels": label}
+    for ids, label in zip(IDS.repeat(3, 1), LABELS.repeat(3), strict=True)
+]
 
 
 class OpenLinks(TrainerCallback):
@@ -262,15 +325,32 @@ class OwnStep(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         inputs = self._prepare_inputs(inputs)
-        return lb.train_step(model, self.optimizer, lambda: self.compute_loss(model, inputs),
-                             backward=self.accelerator.backward, max_grad_norm=self.args.max_grad_norm)
+        return lb.train_step(
+            model,
+            self.optimizer,
+            lambda: self.compute_loss(model, inputs),
+            backward=self.accelerator.backward,
+            max_grad_norm=self.args.max_grad_norm,
+        )
 
 
 def trainer(model, folder, kind=Trainer, callbacks=(), save="no"):
-    options = TrainingArguments(str(folder), num_train_epochs=3, per_device_train_batch_size=8, lr_scheduler_type="constant", report_to=[],
-                                use_cpu=True, disable_tqdm=True, logging_strategy="no", save_strategy=save, seed=0)
+    options = TrainingArguments(
+        str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy=save,
+        seed=0,
+    )
     optimizer = torch.optim.AdamW(lb.param_groups(model, 1e-2))
-    return kind(model, options, train_dataset=ROWS, optimizers=(optimizer, None), callbacks=list(callbacks))
+    return kind(
+        model, options, train_dataset=ROWS, optimizers=(optimizer, None), callbacks=list(callbacks)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -281,19 +361,28 @@ def fresh_state():
 
 
 def test_trainer_trains_the_adapters_and_own_steps_end_at_the_same_bits(tmp_path):
-    plain, own = trainer(adapted("lora", size=0), tmp_path / "a"), trainer(adapted("lora", size=0), tmp_path / "b", OwnStep)
+    plain, own = (
+        trainer(adapted("lora", size=0), tmp_path / "a"),
+        trainer(adapted("lora", size=0), tmp_path / "b", OwnStep),
+    )
     first = loss(plain.model).item()
     plain.train(), own.train()
-    assert loss(plain.model.eval()).item() < first and same(plain.model.parameters(), own.model.parameters())
+    assert loss(plain.model.eval()).item() < first and same(
+        plain.model.parameters(), own.model.parameters()
+    )
     assert lb.adapters(own.model) and own.model._lora_book.steps == 9
 
 
 @pytest.mark.parametrize("method, callbacks, links", [("lora", [], None), ("cola", [OpenLinks], 3)])
 def test_trainer_resumes_from_its_checkpoint(method, callbacks, links, tmp_path):
-    whole = trainer(adapted(method, size=0), tmp_path / "run", callbacks=[c() for c in callbacks], save="epoch")
+    whole = trainer(
+        adapted(method, size=0), tmp_path / "run", callbacks=[c() for c in callbacks], save="epoch"
+    )
     whole.train()
     assert links is None or {len(a.links) for a in lb.adapters(whole.model).values()} == {links}
-    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = sorted(
+        (tmp_path / "run").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+    )
     again = trainer(adapted(method, size=0), tmp_path / "run", callbacks=[c() for c in callbacks])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -303,8 +392,12 @@ def test_trainer_resumes_from_its_checkpoint(method, callbacks, links, tmp_path)
 
 def test_a_loop_without_the_methods_own_step_is_seen_to_differ(tmp_path):
     "The failing twin: SAM under the plain Trainer trains as LoRA does, and not as SAM does."
-    plain, sam, lora = (trainer(adapted(m, size=0), tmp_path / str(i), k)
-                        for i, (m, k) in enumerate([("sam", Trainer), ("sam", OwnStep), ("lora", Trainer)]))
+    plain, sam, lora = (
+        trainer(adapted(m, size=0), tmp_path / str(i), k)
+        for i, (m, k) in enumerate([("sam", Trainer), ("sam", OwnStep), ("lora", Trainer)])
+    )
     for each in (plain, sam, lora):
         each.train()
-    assert same(plain.model.parameters(), lora.model.parameters()) and not same(sam.model.parameters(), plain.model.parameters())
+    assert same(plain.model.parameters(), lora.model.parameters()) and not same(
+        sam.model.parameters(), plain.model.parameters()
+    )

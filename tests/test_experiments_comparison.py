@@ -1,4 +1,7 @@
-"""Ten methods side by side: the stored runs are the planned ones, numbers are the closed forms, and grids that were cut off go on."""
+"""Ten methods side by side: the stored runs are the planned ones, numbers are the closed forms, and
+grids that were cut off go on.
+"""
+
 import json
 import math
 
@@ -37,7 +40,10 @@ def test_every_row_has_three_seeds_of_one_configuration():
     assert set(found) == {(task, m, r) for task in TASKS for m in TEN for r in ranks(m).values()}
     for (_, method, _), runs in found.items():
         assert sorted(one["seed"] for one in runs) == [0, 1, 2]
-        assert len({(one["lr"], one["examples"], one["epochs"], one["data_hash"]) for one in runs}) == 1
+        assert (
+            len({(one["lr"], one["examples"], one["epochs"], one["data_hash"]) for one in runs})
+            == 1
+        )
         assert runs[0]["lr"] in RATES[method]
 
 
@@ -51,7 +57,9 @@ def test_equal_numbers_are_equal():
     for width in WIDTH.values():
         counts = {COUNTS[m](width, width, ranks(m)["equal numbers"]) for m in TEN if m != "full"}
         assert len(counts) == 1
-    assert {m for m in TEN if len(set(ranks(m).values())) == 1} == {"full", *BOTH_FACTORS} and set(CHAINS) < set(TEN)
+    assert {m for m in TEN if len(set(ranks(m).values())) == 1} == {"full", *BOTH_FACTORS} and set(
+        CHAINS
+    ) < set(TEN)
 
 
 def test_a_run_is_the_same_again_and_another_seed_is_another():
@@ -59,7 +67,11 @@ def test_a_run_is_the_same_again_and_another_seed_is_another():
     for one in (first, again, other):
         one.pop("seconds")
         [epoch.pop("seconds") for epoch in one["history"]]
-    assert first == again and first["history"] != other["history"] and first["data_hash"] == other["data_hash"]
+    assert (
+        first == again
+        and first["history"] != other["history"]
+        and first["data_hash"] == other["data_hash"]
+    )
 
 
 def test_a_grid_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path, monkeypatch):
@@ -76,8 +88,12 @@ def test_a_grid_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path, monkeypat
         run_all(tmp_path, ["digits"], ["cla"])
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {file_name("digits", "cla", 8, 0)}
-    assert run_all(tmp_path, ["digits"], ["cla"]) == 5 and run_all(tmp_path, ["digits"], ["cla"]) == 0
-    assert len(list(tmp_path.iterdir())) == 6 and {lr for *_, seed, lr in made if seed != comparison.SELECTION_SEED} == {min(RATES["cla"])}
+    assert (
+        run_all(tmp_path, ["digits"], ["cla"]) == 5 and run_all(tmp_path, ["digits"], ["cla"]) == 0
+    )
+    assert len(list(tmp_path.iterdir())) == 6 and {
+        lr for *_, seed, lr in made if seed != comparison.SELECTION_SEED
+    } == {min(RATES["cla"])}
 
 
 def test_the_stored_ablations_are_the_planned_ones():
@@ -121,7 +137,11 @@ def test_each_axis_reaches_its_run(axis, monkeypatch):
 def test_stored_times_are_quartiles_over_loras():
     times = json.loads((data_folder() / "comparison_times.json").read_text())
     assert set(times) == set(TASKS) and all(set(own) == set(TEN) for own in times.values())
-    assert all(low <= middle <= high and middle > 0 for own in times.values() for low, middle, high in own.values())
+    assert all(
+        low <= middle <= high and middle > 0
+        for own in times.values()
+        for low, middle, high in own.values()
+    )
     assert all(own["lora"] == [1.0, 1.0, 1.0] for own in times.values())
 
 

@@ -1,4 +1,7 @@
-"""What goes wrong around a run: killed, interrupted, a full disk, damaged files, two owners. Nothing is lost or mixed, and each says what happened."""
+"""What goes wrong around a run: killed, interrupted, a full disk, damaged files, two owners.
+Nothing is lost or mixed, and each says what happened.
+"""
+
 import json
 import os
 import signal
@@ -19,7 +22,7 @@ from lora_book.experiments import runner
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = runner.job(ROW, "cola", "smoke", 0).name
-LONG = SMALL | {"epochs": 4, "batch_size": 8}     # 20 steps, the chain advances after each epoch
+LONG = SMALL | {"epochs": 4, "batch_size": 8}  # 20 steps, the chain advances after each epoch
 
 
 def long(folder: Path, **own) -> dict:
@@ -88,10 +91,21 @@ print(ended(first))
 
 
 def forked(code: str, **words) -> subprocess.CompletedProcess:
-    "Run a script whose children are forked, so that one import serves them all. It may look for a CUDA device only in a way that lets its children have it."
-    text = (FORKS + code).format(tests=str(ROOT / "tests"), **{key: str(w) if isinstance(w, Path) else w for key, w in words.items()})
-    own = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run([sys.executable, "-c", text], env=own, capture_output=True, text=True, timeout=300)
+    """Run a script whose children are forked, so that one import serves them all. It may look for a
+    CUDA device only in a way that lets its children have it.
+    """
+    text = (FORKS + code).format(
+        tests=str(ROOT / "tests"),
+        **{key: str(w) if isinstance(w, Path) else w for key, w in words.items()},
+    )
+    own = os.environ | {
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", text], env=own, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
@@ -99,12 +113,22 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_numbers(whole, tmp_path
     kills = torch.randint(4, 8, (3,)).tolist()
     done = forked(KILLS, folder=tmp_path, kills=kills)
     assert done.stdout.split() == ["-9"] * 3, (kills, done.stderr[-2000:])
-    assert (tmp_path / "checkpoints" / NAME / "checkpoint.safetensors").exists() and not list(tmp_path.glob("*.json"))
-    assert (tmp_path / f"{NAME}.lock").exists(), "the dead owner's lock should have been left behind"
+    assert (tmp_path / "checkpoints" / NAME / "checkpoint.safetensors").exists() and not list(
+        tmp_path.glob("*.json")
+    )
+    assert (tmp_path / f"{NAME}.lock").exists(), (
+        "the dead owner's lock should have been left behind"
+    )
     steps = []
     real = runner.train
     with pytest.MonkeyPatch.context() as counted:
-        counted.setattr(runner, "train", lambda *args, **hooks: real(*args, **(hooks | {"watch": lambda position: steps.append(position["at"])})))
+        counted.setattr(
+            runner,
+            "train",
+            lambda *args, **hooks: real(
+                *args, **(hooks | {"watch": lambda position: steps.append(position["at"])})
+            ),
+        )
         assert numbers(long(tmp_path)) == whole
     assert 0 < len(steps) < 20 and steps[-1] == 20, "it should have gone on from a checkpoint"
     assert not list(tmp_path.glob("*.lock")) and not (tmp_path / "checkpoints" / NAME).exists()
@@ -118,7 +142,9 @@ def test_two_runs_of_the_same_job_at_once(tmp_path):
     second, owner = codes[0].split()
     assert (second, codes[1]) == ("2", "0"), done.stdout + done.stderr[-2000:]
     assert f"is being run by process {owner}" in done.stdout
-    assert [path.name for path in tmp_path.glob("*.json")] == [f"{NAME}.json"] and runner.read_result(tmp_path / f"{NAME}.json")
+    assert [path.name for path in tmp_path.glob("*.json")] == [
+        f"{NAME}.json"
+    ] and runner.read_result(tmp_path / f"{NAME}.json")
 
 
 def test_a_held_lock_is_respected_and_a_dead_ones_is_taken(tmp_path):
@@ -135,25 +161,63 @@ def test_a_held_lock_is_respected_and_a_dead_ones_is_taken(tmp_path):
 
 # Ctrl-C
 
+
 def interrupted_at(step: int):
     "A `train` that gets Ctrl-C during a step."
     real = runner.train
 
     def train(*args, **hooks):
-        return real(*args, **(hooks | {"watch": lambda position: os.kill(os.getpid(), signal.SIGINT) if position["at"] == step else None}))
+        return real(
+            *args,
+            **(
+                hooks
+                | {
+                    "watch": lambda position: (
+                        os.kill(os.getpid(), signal.SIGINT) if position["at"] == step else None
+                    )
+                }
+            ),
+        )
+
     return train
 
 
-def test_ctrl_c_leaves_a_checkpoint_of_that_very_step_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_leaves_a_checkpoint_of_that_very_step_and_says_how_to_go_on(
+    whole, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(runner, "train", interrupted_at(7))
     monkeypatch.setattr(runner, "ALSO", runner.ALSO)
     real = runner.job
     monkeypatch.setattr(runner, "job", lambda *names, **own: real(*names, **(LONG | own)))
     before = signal.getsignal(signal.SIGINT)
-    assert main(["run", ROW, "--method", "cola", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) == 130
+    assert (
+        main(
+            [
+                "run",
+                ROW,
+                "--method",
+                "cola",
+                "--profile",
+                "smoke",
+                "--seeds",
+                "0",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 130
+    )
     said = capsys.readouterr().err
-    assert "stopped after step 8 of 20" in said and "the same command goes on from there" in said and "Traceback" not in said
-    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.glob("*.lock")) and not list(tmp_path.glob("*.json"))
+    assert (
+        "stopped after step 8 of 20" in said
+        and "the same command goes on from there" in said
+        and "Traceback" not in said
+    )
+    assert (
+        signal.getsignal(signal.SIGINT) is before
+        and not list(tmp_path.glob("*.lock"))
+        and not list(tmp_path.glob("*.json"))
+    )
     monkeypatch.undo()
     assert numbers(long(tmp_path)) == whole
 
@@ -168,14 +232,22 @@ def test_the_second_ctrl_c_stops_at_once():
 
 # Disks and files
 
+
 @pytest.fixture
 def disk(tmp_path):
-    "A function that limits a folder to some KiB: a small tmpfs where mounting is allowed, else skipped."
+    """A function that limits a folder to some KiB: a small tmpfs where mounting is allowed, else
+    skipped.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs isn't allowed here")
-    yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+    yield (
+        folder,
+        lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True),
+    )
     subprocess.run(["umount", "-l", folder], check=True)
 
 
@@ -184,10 +256,32 @@ def test_a_full_disk(whole, disk, capsys):
     (folder / "kept.json").write_bytes(b"x")
     with pytest.raises(OSError, match="No space"):
         long(folder)
-    assert main(["run", ROW, "--method", "cola", "--profile", "smoke", "--seeds", "0", "--out", str(folder)]) == 2
+    assert (
+        main(
+            [
+                "run",
+                ROW,
+                "--method",
+                "cola",
+                "--profile",
+                "smoke",
+                "--seeds",
+                "0",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr()
-    assert "No space left" in said.out and "what is finished is kept" in said.out and "1 of 1 runs failed" in said.err
-    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["kept.json"], "a part of a file was left"
+    assert (
+        "No space left" in said.out
+        and "what is finished is kept" in said.out
+        and "1 of 1 runs failed" in said.err
+    )
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["kept.json"], (
+        "a part of a file was left"
+    )
     resize("4m")
     assert numbers(long(folder)) == whole
 
@@ -197,7 +291,9 @@ def test_a_write_that_fails_leaves_what_was_there(whole, tmp_path, monkeypatch, 
     write, seen = Path.write_bytes, []
 
     def full(path, content):
-        if path.name.startswith(failing) and (seen.append(1) or len(seen) > 1 or failing == f"{NAME}.json"):
+        if path.name.startswith(failing) and (
+            seen.append(1) or len(seen) > 1 or failing == f"{NAME}.json"
+        ):
             write(path, content[: len(content) // 2])
             raise OSError(28, "No space left on device")
         return write(path, content)
@@ -206,11 +302,15 @@ def test_a_write_that_fails_leaves_what_was_there(whole, tmp_path, monkeypatch, 
     with pytest.raises(OSError, match="No space"):
         long(tmp_path)
     monkeypatch.undo()
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["checkpoint.safetensors"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [
+        "checkpoint.safetensors"
+    ]
     assert numbers(long(tmp_path)) == whole
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(whole, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(
+    whole, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(runner, "train", interrupted_at(7))
     with pytest.raises(KeyboardInterrupt):
         long(tmp_path)
@@ -221,7 +321,11 @@ def test_a_damaged_checkpoint_is_named_and_nothing_else_is_touched(whole, tmp_pa
     damaged = file.read_bytes()
     with pytest.raises(ValueError, match="damaged") as caught:
         long(tmp_path)
-    assert str(file) in str(caught.value) and file.read_bytes() == damaged and not list(tmp_path.glob("*.json"))
+    assert (
+        str(file) in str(caught.value)
+        and file.read_bytes() == damaged
+        and not list(tmp_path.glob("*.json"))
+    )
     assert numbers(long(tmp_path, resume=False)) == whole
 
 
@@ -242,10 +346,21 @@ def stored(tmp_path_factory) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_an_edited_or_cut_result_is_refused(stored, tmp_path, data):
     at = data.draw(st.integers(0, len(stored) - 2))
-    edited = data.draw(st.sampled_from([stored[:at], stored[:at] + bytes([stored[at] ^ data.draw(st.integers(1, 127))]) + stored[at + 1:]]))
+    edited = data.draw(
+        st.sampled_from(
+            [
+                stored[:at],
+                stored[:at]
+                + bytes([stored[at] ^ data.draw(st.integers(1, 127))])
+                + stored[at + 1 :],
+            ]
+        )
+    )
     path = tmp_path / "vit_tiny--cifar10--lora--smoke--0.json"
     path.write_bytes(edited)
     try:
@@ -255,7 +370,11 @@ def test_an_edited_or_cut_result_is_refused(stored, tmp_path, data):
     if same:
         assert runner.read_result(path)
         return
-    for read in (lambda: runner.read_result(path), lambda: small(folder=tmp_path), lambda: runner.results(tmp_path)):
+    for read in (
+        lambda: runner.read_result(path),
+        lambda: small(folder=tmp_path),
+        lambda: runner.results(tmp_path),
+    ):
         with pytest.raises(lb.LoraBookError, match=path.name):
             read()
     assert path.read_bytes() == edited

@@ -1,4 +1,7 @@
-"LoLDU's ablations: the stored runs are the planned ones, once each, and a grid that was cut off goes on where it stopped."
+"""LoLDU's ablations: the stored runs are the planned ones, once each, and a grid that was cut off
+goes on where it stopped.
+"""
+
 import json
 import math
 
@@ -6,7 +9,15 @@ import pytest
 
 import lora_book as lb
 from lora_book.experiments import loldu_tables
-from lora_book.experiments.loldu_tables import INITS, RANKS, SIZES, run_all, settings_of, stored, trial
+from lora_book.experiments.loldu_tables import (
+    INITS,
+    RANKS,
+    SIZES,
+    run_all,
+    settings_of,
+    stored,
+    trial,
+)
 
 
 def plan(run):
@@ -17,9 +28,13 @@ def test_the_stored_runs_are_the_planned_ones():
     planned = [one for task in SIZES for one in settings_of(task)]
     runs = [plan(run) for run in stored()["runs"]]
     assert len(runs) == len(planned) and all(one in runs for one in planned)
-    assert all(0 <= run["accuracy"] <= 1 and math.isfinite(run["train_loss"]) for run in stored()["runs"])
+    assert all(
+        0 <= run["accuracy"] <= 1 and math.isfinite(run["train_loss"]) for run in stored()["runs"]
+    )
     own = [run for run in stored()["runs"] if run["method"] == "loldu"]
-    assert all(run["trained"] % (run["options"]["r"] + run["options"]["train_scale"]) == 0 for run in own)
+    assert all(
+        run["trained"] % (run["options"]["r"] + run["options"]["train_scale"]) == 0 for run in own
+    )
 
 
 @pytest.mark.parametrize("task", SIZES)
@@ -27,7 +42,11 @@ def test_a_plan_has_each_ablation_with_three_seeds_and_no_repetition(task):
     planned = settings_of(task)
     assert all(planned.count(one) == 1 for one in planned)
     for init in INITS:
-        seeds = [one["seed"] for one in planned if one.get("init") == init and one.get("train_scale") and one["lr"] == loldu_tables.LR]
+        seeds = [
+            one["seed"]
+            for one in planned
+            if one.get("init") == init and one.get("train_scale") and one["lr"] == loldu_tables.LR
+        ]
         assert set(seeds) >= {0, 1, 2}
     assert {one["r"] for one in planned if one["method"] == "loldu"} == set(RANKS[task])
 

@@ -1,4 +1,7 @@
-"The report: a paper's column holds the paper's numbers alone, missing shows as missing, spread and verdicts follow their rule."
+"""The report: a paper's column holds the paper's numbers alone, missing shows as missing, spread
+and verdicts follow their rule.
+"""
+
 import json
 import math
 import re
@@ -44,8 +47,17 @@ SENTINEL = 0.123456
 
 def result(method="lora", seed=0, value=0.5, row_id=ROW, profile="laptop", metric=None, **more):
     metric = metric or row(row_id).metric
-    return {"row": row_id, "method": method, "seed": seed, "profile": profile, "metric": metric, "settings": {"judged": 250},
-            "data_hash": "h", "test": {"loss": 1.0, metric: value}, "stand_ins": {"vit_tiny_patch16_224": "digits_vit", "cifar10": "digits"}} | more
+    return {
+        "row": row_id,
+        "method": method,
+        "seed": seed,
+        "profile": profile,
+        "metric": metric,
+        "settings": {"judged": 250},
+        "data_hash": "h",
+        "test": {"loss": 1.0, metric: value},
+        "stand_ins": {"vit_tiny_patch16_224": "digits_vit", "cifar10": "digits"},
+    } | more
 
 
 def group(values, method="lora", metric="accuracy", judged=250):
@@ -53,29 +65,48 @@ def group(values, method="lora", metric="accuracy", judged=250):
 
 
 def paper_column(lines):
-    "{(row's id, paper's name): text of the paper's column} of a printed table, cut at the column's place."
+    """{(row's id, paper's name): text of the paper's column} of a printed table, cut at the
+    column's place.
+    """
     found, at = {}, None
     for line in lines:
         if match := re.match(r"\S.*\) (\S+)$", line):
             row_id = match[1]
         elif line.startswith("  method"):
-            at = line.index("in the paper"), line.index("paper", line.index("in the paper") + 8), line.index("paper", line.index("in the paper") + 8) + 16
+            at = (
+                line.index("in the paper"),
+                line.index("paper", line.index("in the paper") + 8),
+                line.index("paper", line.index("in the paper") + 8) + 16,
+            )
         elif line.startswith("  ") and at:
-            found[row_id, line[at[0]:at[1]].strip()] = line[at[1]:at[2]].strip()
+            found[row_id, line[at[0] : at[1]].strip()] = line[at[1] : at[2]].strip()
     return found
 
 
 @pytest.mark.parametrize("number", ["2", "P4:I", "IV", "III", "VI"])
 def test_the_papers_column_is_the_same_whatever_was_measured(number):
     ids = [one.id for one in rows_of(address(number))]
-    every = [result(m, s, SENTINEL, i, p) for i in ids for m in row(i).methods for s in range(3) for p in ("laptop", "gpu")]
-    before, after = paper_column(table_lines(number, found=[])), paper_column(table_lines(number, found=every))
+    every = [
+        result(m, s, SENTINEL, i, p)
+        for i in ids
+        for m in row(i).methods
+        for s in range(3)
+        for p in ("laptop", "gpu")
+    ]
+    before, after = (
+        paper_column(table_lines(number, found=[])),
+        paper_column(table_lines(number, found=every)),
+    )
     assert before == after and before
     for row_id in ids:
         for method in row(row_id).methods:
             cell = printed(row(row_id), method)
             text = before[row_id, row(row_id).columns[method]]
-            assert text.startswith("missing") if cell.value is None else text.startswith((cell.printed or f"{cell.value:g}")[:15])
+            assert (
+                text.startswith("missing")
+                if cell.value is None
+                else text.startswith((cell.printed or f"{cell.value:g}")[:15])
+            )
 
 
 def test_a_measured_number_in_the_papers_column_would_be_seen(monkeypatch):
@@ -85,8 +116,14 @@ def test_a_measured_number_in_the_papers_column_would_be_seen(monkeypatch):
 
 
 def test_nothing_measured_shows_as_missing_and_a_run_in_its_own_column():
-    assert all("missing" in line for line in table_lines("2", found=[]) if re.match(r"  [a-z]\w+ ", line) and "method  " not in line)
-    lines = table_lines("2", found=[result("c3la", s, v) for s, v in ((0, 0.5), (1, 0.6), (2, 0.7))])
+    assert all(
+        "missing" in line
+        for line in table_lines("2", found=[])
+        if re.match(r"  [a-z]\w+ ", line) and "method  " not in line
+    )
+    lines = table_lines(
+        "2", found=[result("c3la", s, v) for s, v in ((0, 0.5), (1, 0.6), (2, 0.7))]
+    )
     own = [line for line in lines if "60.00 ± 10.00 (3 seeds)" in line]
     assert len(own) == 1 and own[0].split()[0] == "c3la" and "95.23" in own[0]
     assert any("laptop, digits_vit on digits" in line for line in lines)
@@ -98,7 +135,11 @@ def test_a_single_run_has_no_spread_and_says_so():
 
 
 def test_profiles_have_columns_of_their_own():
-    found = [result("lora", s, v, profile=p) for p, v in (("laptop", 0.5), ("smoke", 0.25)) for s in range(2)]
+    found = [
+        result("lora", s, v, profile=p)
+        for p, v in (("laptop", 0.5), ("smoke", 0.25))
+        for s in range(2)
+    ]
     line = next(x for x in table_lines("2", found=found) if "50.00" in x)
     assert line.index("50.00") < line.index("25.00")
     assert not any("25.00" in x for x in table_lines("2", "laptop", found=found))
@@ -107,17 +148,26 @@ def test_profiles_have_columns_of_their_own():
 def test_marks_of_the_ledger_are_shown():
     lines = table_lines("2", found=[])
     assert any(re.search(r"c3LA +80\.22 \[D2\]", line) for line in lines)
-    assert shown(Cell("r", "c", None, "87.", "", "last digit lost")) == "missing" and shown(Cell("r", "c", 18400.0, "0.0184M", "E21", "")) == "0.0184M [E21]"
+    assert (
+        shown(Cell("r", "c", None, "87.", "", "last digit lost")) == "missing"
+        and shown(Cell("r", "c", 18400.0, "0.0184M", "E21", "")) == "0.0184M [E21]"
+    )
 
 
 def test_ablations_show_measured_points_and_count_the_others():
-    point = next(i for i in rows(ablations=True) if i.startswith("ablation/lr/vit_tiny/cifar10/r8/"))
+    point = next(
+        i for i in rows(ablations=True) if i.startswith("ablation/lr/vit_tiny/cifar10/r8/")
+    )
     lines = table_lines("7", found=[result("lora", s, 0.5, point) for s in range(2)])
-    assert f"1 of {len(rows_of(address('7')))} points measured" in lines and any("50.00 ± 0.00" in line for line in lines)
+    assert f"1 of {len(rows_of(address('7')))} points measured" in lines and any(
+        "50.00 ± 0.00" in line for line in lines
+    )
 
 
 def test_perplexity_is_no_share():
-    lines = table_lines("2", found=[result("lora", s, v, "gpt2_small/e2e") for s, v in ((0, 3.0), (1, 4.0))])
+    lines = table_lines(
+        "2", found=[result("lora", s, v, "gpt2_small/e2e") for s, v in ((0, 3.0), (1, 4.0))]
+    )
     assert any("3.50 ± 0.71 (2 seeds)" in line for line in lines)
 
 
@@ -146,7 +196,11 @@ def test_a_sum_doesnt_depend_on_the_order_of_the_runs(values, rng):
     one = summed(runs)
     rng.shuffle(runs)
     assert summed(runs) == one and one.values == tuple(100 * v for v in values)
-    assert one.spread is None if len(values) == 1 else math.isclose(one.spread, statistics.stdev(one.values))
+    assert (
+        one.spread is None
+        if len(values) == 1
+        else math.isclose(one.spread, statistics.stdev(one.values))
+    )
 
 
 shares = st.lists(st.integers(0, 1000).map(lambda n: n / 10), min_size=2, max_size=5)
@@ -172,12 +226,21 @@ def test_a_verdict_turns_round_with_its_sides(a, b):
 
 
 def test_lower_is_better_for_a_perplexity():
-    good, bad = group((2.0, 2.01, 2.02), metric="perplexity"), group((3.0, 3.01, 3.02), metric="perplexity")
-    assert verdict(good, bad) == "better" and verdict(group((20, 21, 22)), group((60, 61, 62))) == "worse"
+    good, bad = (
+        group((2.0, 2.01, 2.02), metric="perplexity"),
+        group((3.0, 3.01, 3.02), metric="perplexity"),
+    )
+    assert (
+        verdict(good, bad) == "better"
+        and verdict(group((20, 21, 22)), group((60, 61, 62))) == "worse"
+    )
 
 
 def test_equal_runs_need_more_than_one_test_row():
-    assert verdict(group((50.0, 50.0)), group((50.4, 50.4))) == "none" and verdict(group((50.0, 50.0)), group((50.9, 50.9))) == "worse"
+    assert (
+        verdict(group((50.0, 50.0)), group((50.4, 50.4))) == "none"
+        and verdict(group((50.0, 50.0)), group((50.9, 50.9))) == "worse"
+    )
 
 
 def test_a_single_seed_tells_no_difference():
@@ -186,24 +249,34 @@ def test_a_single_seed_tells_no_difference():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 10 ** 6), min_size=3, max_size=10, unique=True), st.randoms())
+@given(st.lists(st.integers(0, 10**6), min_size=3, max_size=10, unique=True), st.randoms())
 def test_tau_is_one_with_itself_minus_one_reversed_and_blind_to_order(values, rng):
     one = dict(zip("abcdefghij", values))
     other = dict(rng.sample(sorted(one.items()), len(one)))
-    assert tau(one, other)[0] == pytest.approx(1) and tau(one, oriented(other, False))[0] == pytest.approx(-1)
+    assert tau(one, other)[0] == pytest.approx(1) and tau(one, oriented(other, False))[
+        0
+    ] == pytest.approx(-1)
     assert tau(one, other)[2] == len(one) and tau(dict(list(one.items())[:2]), one) is None
 
 
 def test_the_books_own_results_are_told_by_their_profile():
     for (row_id, method, profile), one in measured().items():
-        assert profile in PROFILES and row(row_id) and method and (profile == "gpu") == (not one.stand_ins)
+        assert (
+            profile in PROFILES
+            and row(row_id)
+            and method
+            and (profile == "gpu") == (not one.stand_ins)
+        )
 
 
 def test_the_results_of_whole_stand_ins_were_made_with_the_settings_of_the_registry():
     made = [found for found in results(BOOK) if found["profile"] == "workstation"]
     jobs = [job(found["row"], found["method"], "workstation", found["seed"]) for found in made]
     for found, own in zip(made, jobs, strict=True):
-        assert finished(BOOK / f"{own.name}.json", own) == found and found["stand_ins"] == own.stand_ins
+        assert (
+            finished(BOOK / f"{own.name}.json", own) == found
+            and found["stand_ins"] == own.stand_ins
+        )
     other = job(jobs[0].row.id, jobs[0].method, "workstation", jobs[0].seed, lr=1.0)
     with pytest.raises(BadValue, match="other settings .*lr"):
         finished(BOOK / f"{other.name}.json", other)
@@ -214,17 +287,32 @@ def test_a_row_of_whole_stand_ins_has_every_method_with_every_seed():
     for found in results(BOOK):
         if found["profile"] == "workstation":
             made.setdefault((found["row"], found["method"]), []).append(found["seed"])
-    wanted = {(row_id, method): list(settings_of(row_id, method, "workstation")["seeds"]) for row_id, _ in made for method in row(row_id).methods}
+    wanted = {
+        (row_id, method): list(settings_of(row_id, method, "workstation")["seeds"])
+        for row_id, _ in made
+        for method in row(row_id).methods
+    }
     assert made and {key: sorted(seeds) for key, seeds in made.items()} == wanted
 
 
 def test_a_measurement_on_all_test_rows_knows_how_many_they_were():
     for (*_, profile), one in measured(results(BOOK)).items():
         if profile == "workstation":
-            assert one.judged == whole(settings_of(one.row, one.method, profile)["data"])["test"] > 0
-            assert all(abs(value * one.judged / 100 - round(value * one.judged / 100)) < 1e-6 for value in one.values if one.metric == "accuracy")
+            assert (
+                one.judged == whole(settings_of(one.row, one.method, profile)["data"])["test"] > 0
+            )
+            assert all(
+                abs(value * one.judged / 100 - round(value * one.judged / 100)) < 1e-6
+                for value in one.values
+                if one.metric == "accuracy"
+            )
     known = {"settings": {"judged": 0, "data": "kinship/facts"}}
-    assert judged_rows(known | {"metric": "accuracy"}) == whole("kinship/facts")["test"] > judged_rows(known | {"metric": "exact_match"}) == WRITTEN
+    assert (
+        judged_rows(known | {"metric": "accuracy"})
+        == whole("kinship/facts")["test"]
+        > judged_rows(known | {"metric": "exact_match"})
+        == WRITTEN
+    )
     assert judged_rows({"settings": {"judged": 0, "data": "glue/mrpc"}, "metric": "accuracy"}) == 0
 
 
@@ -232,10 +320,16 @@ words = st.text("abc é±", min_size=1, max_size=30).map(str.strip).filter(bool)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(words, words, words), min_size=1, max_size=6), st.tuples(*[st.integers(0, 40)] * 3))
+@given(
+    st.lists(st.tuples(words, words, words), min_size=1, max_size=6),
+    st.tuples(*[st.integers(0, 40)] * 3),
+)
 def test_aligned_columns_begin_at_one_place_and_lose_no_cell(lines, least):
     text = aligned(list(map(list, lines)), list(least))
-    starts = [2 + sum(max(low, *(len(line[k]) + 2 for line in lines)) for k, low in enumerate(least[:at])) for at in range(3)]
+    starts = [
+        2 + sum(max(low, *(len(line[k]) + 2 for line in lines)) for k, low in enumerate(least[:at]))
+        for at in range(3)
+    ]
     for line, cells in zip(text, lines, strict=True):
         assert all(line[start:].startswith(cell) for start, cell in zip(starts, cells))
 
@@ -244,7 +338,10 @@ def test_the_books_own_results_were_made_with_the_rows_present_settings():
     for made in results(BOOK):
         wanted = json.loads(json.dumps(settings_of(made["row"], made["method"], made["profile"])))
         wanted.pop("seeds")
-        assert {key: made["settings"][key] for key in wanted} == wanted, (made["row"], made["method"])
+        assert {key: made["settings"][key] for key in wanted} == wanted, (
+            made["row"],
+            made["method"],
+        )
 
 
 def test_lines_of_a_row_are_plain_text():
@@ -260,6 +357,16 @@ def test_a_profile_that_there_is_not_is_refused_and_one_without_results_is_missi
 
 
 def test_a_table_of_which_only_the_beginning_is_read_ends_without_a_traceback():
-    command = f"{sys.executable} -c 'from lora_book.cli import main; raise SystemExit(main([\"table\", \"2\"]))' | head -1"
-    done = subprocess.run(command, shell=True, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    command = (
+        f'{sys.executable} -c \'from lora_book.cli import main; raise SystemExit(main(["table",'
+        ' "2"]))\' | head -1'
+    )
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.startswith("Table 2 of P2") and not done.stderr

@@ -1,4 +1,7 @@
-"Reading stored runs: nothing invented, missing runs said to be missing, verdicts as the rule gives them."
+"""Reading stored runs: nothing invented, missing runs said to be missing, verdicts as the rule
+gives them.
+"""
+
 import statistics
 
 import pytest
@@ -15,40 +18,85 @@ SHARES = st.lists(st.integers(0, 250).map(lambda count: count / 250), min_size=1
 
 
 def run(method: str, seed: int, accuracy: float, loss: float = 0.5, **other) -> dict:
-    return {"row": ROW, "method": method, "profile": "laptop", "seed": seed, "settings": {"judged": 250}, "stand_ins": {}, "metric": "accuracy",
-            "trained": 10, "train": {"loss": 0.2}, "test": {"loss": loss, "accuracy": accuracy}, "seconds": 30.0, "data_hash": "ab" * 32} | other
+    return {
+        "row": ROW,
+        "method": method,
+        "profile": "laptop",
+        "seed": seed,
+        "settings": {"judged": 250},
+        "stand_ins": {},
+        "metric": "accuracy",
+        "trained": 10,
+        "train": {"loss": 0.2},
+        "test": {"loss": loss, "accuracy": accuracy},
+        "seconds": 30.0,
+        "data_hash": "ab" * 32,
+    } | other
 
 
 def runs(**methods) -> list:
-    return [run(method, seed, value) for method, values in methods.items() for seed, value in enumerate(values)]
+    return [
+        run(method, seed, value)
+        for method, values in methods.items()
+        for seed, value in enumerate(values)
+    ]
 
 
 @given(SHARES, SHARES, st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_a_table_says_mean_spread_and_the_rules_verdict_whatever_the_order_of_the_files(lora, c3la, random):
+def test_a_table_says_mean_spread_and_the_rules_verdict_whatever_the_order_of_the_files(
+    lora, c3la, random
+):
     stored = runs(lora=lora, c3la=c3la)
     wanted = text.compared(ROW, found=stored)
     random.shuffle(stored)
     found = text.compared(ROW, found=stored)
     assert found == wanted and list(found) == list(row(ROW).methods)
-    assert found["c3la"]["test"].startswith(f"{100 * statistics.mean(c3la):.1f}") and found["lora"]["against lora"] == ""
+    assert (
+        found["c3la"]["test"].startswith(f"{100 * statistics.mean(c3la):.1f}")
+        and found["lora"]["against lora"] == ""
+    )
     known = text.runs_of(ROW, found=stored)
-    said = "one seed" if min(len(lora), len(c3la)) == 1 else verdict(*(text.summed(known[m]) for m in ("c3la", "lora")))
+    said = (
+        "one seed"
+        if min(len(lora), len(c3la)) == 1
+        else verdict(*(text.summed(known[m]) for m in ("c3la", "lora")))
+    )
     assert found["c3la"]["against lora"] == said
 
 
 def test_missing_runs_are_said_to_be_missing_and_other_profiles_are_not_used():
     stored = runs(lora=[0.9, 0.8]) + [run("cla", seed, 0.5, profile="smoke") for seed in range(3)]
     found = text.compared(ROW, found=stored)
-    assert found["cla"] == {"test": "missing", "against lora": "missing", "gap": "missing", "trained": None}
-    assert "missing: `full`" in text.summary(ROW, found=stored) and "no run is stored" in text.effort(ROW, found=[])
-    assert "too few runs" in text.resolution(ROW, found=stored) and text.compared(ROW, found=[])["lora"]["test"] == "missing"
+    assert found["cla"] == {
+        "test": "missing",
+        "against lora": "missing",
+        "gap": "missing",
+        "trained": None,
+    }
+    assert "missing: `full`" in text.summary(
+        ROW, found=stored
+    ) and "no run is stored" in text.effort(ROW, found=[])
+    assert (
+        "too few runs" in text.resolution(ROW, found=stored)
+        and text.compared(ROW, found=[])["lora"]["test"] == "missing"
+    )
 
 
 def test_a_clear_difference_is_told_and_a_small_one_is_not():
-    stored = runs(lora=[0.80, 0.81, 0.82], cla=[0.90, 0.91, 0.92], rac=[0.815, 0.80, 0.83], full=[0.5, 0.51, 0.52])
+    stored = runs(
+        lora=[0.80, 0.81, 0.82],
+        cla=[0.90, 0.91, 0.92],
+        rac=[0.815, 0.80, 0.83],
+        full=[0.5, 0.51, 0.52],
+    )
     words = {m: line["against lora"] for m, line in text.compared(ROW, found=stored).items()}
-    assert (words["cla"], words["rac"], words["full"], words["cola"]) == ("better", "none", "worse", "missing")
+    assert (words["cla"], words["rac"], words["full"], words["cola"]) == (
+        "better",
+        "none",
+        "worse",
+        "missing",
+    )
     said = text.summary(ROW, found=stored)
     assert "better: `cla`" in said and "worse: `full`" in said and "none: `rac`" in said
 
@@ -56,18 +104,32 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
 def test_a_reference_without_runs_is_missing_and_not_an_error():
     stored = runs(cla=[0.9, 0.8])
     for reference in ("lora", "loldu"):
-        assert text.compared(ROW, reference, found=stored)["cla"][f"against {reference}"] == "missing" and text.thresholds(ROW, reference, found=stored) == []
+        assert (
+            text.compared(ROW, reference, found=stored)["cla"][f"against {reference}"] == "missing"
+            and text.thresholds(ROW, reference, found=stored) == []
+        )
 
 
 def test_a_lower_perplexity_is_better():
-    stored = [run(m, s, 0.0, metric="perplexity") | {"test": {"loss": 1.0, "perplexity": value + s / 100}} for m, value in (("lora", 3.0), ("cla", 2.0))
-              for s in range(3)]
+    stored = [
+        run(m, s, 0.0, metric="perplexity") | {"test": {"loss": 1.0, "perplexity": value + s / 100}}
+        for m, value in (("lora", 3.0), ("cla", 2.0))
+        for s in range(3)
+    ]
     assert text.compared(ROW, found=stored)["cla"]["against lora"] == "better"
 
 
 def test_runs_of_other_data_are_not_averaged():
     with pytest.raises(BadValue, match="data_hash"):
-        text.compared(ROW, found=[run("lora", 0, 0.5), run("lora", 1, 0.5), run("cla", 0, 0.5), run("cla", 1, 0.5, data_hash="cd")])
+        text.compared(
+            ROW,
+            found=[
+                run("lora", 0, 0.5),
+                run("lora", 1, 0.5),
+                run("cla", 0, 0.5),
+                run("cla", 1, 0.5, data_hash="cd"),
+            ],
+        )
 
 
 def test_the_gap_is_test_minus_training_loss_and_the_papers_range_its_own():
@@ -79,15 +141,23 @@ def test_the_gap_is_test_minus_training_loss_and_the_papers_range_its_own():
 
 def test_both_scales_of_a_row_are_laid_out():
     found = text.scales(ROW)
-    assert found["model"] == ["vit_tiny_patch16_224", "digits_vit"] and found["examples"][0] == "all" and set(found) == set(text.SIZES)
+    assert (
+        found["model"] == ["vit_tiny_patch16_224", "digits_vit"]
+        and found["examples"][0] == "all"
+        and set(found) == set(text.SIZES)
+    )
 
 
 def test_dots_draw_every_run_once_and_name_what_is_missing():
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     _, ax = plt.subplots()
     text.dots(ax, ROW, found=runs(lora=[0.9, 0.8, 0.7], cla=[0.5]))
     drawn = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
-    assert sum(map(len, drawn)) == 4 and [note.get_text() for note in ax.texts] == ["missing"] * (len(row(ROW).methods) - 2)
+    assert sum(map(len, drawn)) == 4 and [note.get_text() for note in ax.texts] == ["missing"] * (
+        len(row(ROW).methods) - 2
+    )
     plt.close("all")

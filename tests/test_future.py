@@ -1,4 +1,7 @@
-"""Column methods (paca, cla, random_cla, c3la, random_c3la): gradients, memory, operations, columns reached, chains, bad input, mutants."""
+"""Column methods (paca, cla, random_cla, c3la, random_c3la): gradients, memory, operations, columns
+reached, chains, bad input, mutants.
+"""
+
 import copy
 
 import pytest
@@ -24,7 +27,9 @@ FEW = settings(max_examples=20, deadline=None)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def adapted(method, n=6, m=8, seed=0, dtype=torch.float64, **options):
@@ -56,6 +61,7 @@ def products(draw):
 
 # The product
 
+
 @FEW
 @given(products())
 def test_outputs_and_gradients_are_those_of_the_definition(case):
@@ -68,7 +74,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(case):
     theirs = by_definition(x, W, bias, idx, B, 0.7, rows or slice(None))
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for mine, right in zip(*(torch.autograd.grad(y.sin().sum(), (x, B)) for y in (ours, theirs)), strict=True):
+    for mine, right in zip(
+        *(torch.autograd.grad(y.sin().sum(), (x, B)) for y in (ours, theirs)), strict=True
+    ):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
 
 
@@ -95,7 +103,9 @@ def test_transposed_input_two_blocks_and_a_layer_used_twice(tokens):
 def test_second_derivatives(tokens):
     W, idx = normal(4, 5), torch.tensor([0, 3])
     x, B = normal(tokens, 5, seed=1).requires_grad_(), normal(4, 2, seed=2).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda X, M: column_linear(X, W, None, [(None, idx, M, 0.5)]), (x, B))
+    assert torch.autograd.gradgradcheck(
+        lambda X, M: column_linear(X, W, None, [(None, idx, M, 0.5)]), (x, B)
+    )
 
 
 def test_a_change_of_the_columns_between_forward_and_backward_is_noticed():
@@ -120,7 +130,10 @@ def test_no_grad_checkpointing_and_autocast_agree_with_the_plain_pass(method):
         low = model(x)
     assert low.dtype is torch.bfloat16
     close = torch.autograd.grad(low.float().square().sum(), (x, B))
-    assert all(a.dtype is torch.float32 and (a - b).norm() < 0.03 * b.norm() for a, b in zip(close, want, strict=True))
+    assert all(
+        a.dtype is torch.float32 and (a - b).norm() < 0.03 * b.norm()
+        for a, b in zip(close, want, strict=True)
+    )
 
 
 def test_sixteen_bit_weights_do_not_swallow_small_columns():
@@ -134,10 +147,15 @@ def test_sixteen_bit_weights_do_not_swallow_small_columns():
     with torch.no_grad():
         model[0].bias.zero_()
     swallowed = (torch.ones(()) + 1e-3).bfloat16() - 1
-    assert swallowed == 0 and (model(x) - model(other)).float().mean() > 5e-4 and torch.isfinite(got).all()
+    assert (
+        swallowed == 0
+        and (model(x) - model(other)).float().mean() > 5e-4
+        and torch.isfinite(got).all()
+    )
 
 
 # What it keeps and what it computes
+
 
 @pytest.mark.parametrize("method", COLUMN_METHODS)
 @pytest.mark.parametrize("tokens", [24, 96])
@@ -168,6 +186,7 @@ def test_operations_beyond_the_frozen_layers(method):
 
 # Which columns
 
+
 @FEW
 @given(st.integers(1, 40), st.data())
 def test_laws_of_the_start_are_those_of_the_theory(m, data):
@@ -175,7 +194,10 @@ def test_laws_of_the_start_are_those_of_the_theory(m, data):
     for law in SELECTORS:
         assert first_columns(law, m, r).tolist() == projections.starts(law, m, r)
     assert list(STARTS["block"](m, r)) == projections.starts("cyclic", m, r)
-    reach = {law: len({s + q for s in projections.starts(law, m, r) for q in range(r)}) for law in SELECTORS}
+    reach = {
+        law: len({s + q for s in projections.starts(law, m, r) for q in range(r)})
+        for law in SELECTORS
+    }
     assert reach == {"block": r * (m // r), "literal": m // r + r - 1, "window": m}
 
 
@@ -193,25 +215,41 @@ def test_picked_columns(n, m, data):
     for make in (CLA, PaCA, RandomCLA):
         made = make(W0, r=r, seed=seed)
         assert torch.equal(made.A, F.one_hot(made.idx, m).float()) and made.idx.dtype is torch.int64
-        assert [name for name, _ in made.named_parameters()] == ["B"] and set(made.state_dict()) == {"B", "idx"}
+        assert [name for name, _ in made.named_parameters()] == ["B"] and set(
+            made.state_dict()
+        ) == {"B", "idx"}
 
 
 @pytest.mark.parametrize("law", SELECTORS)
 def test_every_start_of_a_law_is_drawn(law):
-    drawn = [RandomCLA(torch.zeros(3, 11), r=3, seed=seed, selector=law).idx[0].item() for seed in range(200)]
+    drawn = [
+        RandomCLA(torch.zeros(3, 11), r=3, seed=seed, selector=law).idx[0].item()
+        for seed in range(200)
+    ]
     assert sorted(set(drawn)) == projections.starts(law, 11, 3)
-    assert [RandomCLA(torch.zeros(3, 11), r=3, seed=seed, selector=law).idx[0].item() for seed in range(200)] == drawn
+    assert [
+        RandomCLA(torch.zeros(3, 11), r=3, seed=seed, selector=law).idx[0].item()
+        for seed in range(200)
+    ] == drawn
 
 
 def test_every_column_is_as_likely_in_paca():
-    counts = sum(F.one_hot(PaCA(torch.zeros(3, 10), r=3, seed=seed).idx, 10).sum(0) for seed in range(1000))
+    counts = sum(
+        F.one_hot(PaCA(torch.zeros(3, 10), r=3, seed=seed).idx, 10).sum(0) for seed in range(1000)
+    )
     assert (counts - 300).abs().max() < 5 * (1000 * 0.3 * 0.7) ** 0.5
 
 
 @pytest.mark.parametrize("method", COLUMN_METHODS)
 def test_draws_leave_the_global_state_alone_and_layers_differ_by_name(method):
     before = torch.get_rng_state()
-    model = lb.adapt(nn.Sequential(*(nn.Linear(64, 4) for _ in range(8))), method, [str(i) for i in range(8)], r=2, seed=3)
+    model = lb.adapt(
+        nn.Sequential(*(nn.Linear(64, 4) for _ in range(8))),
+        method,
+        [str(i) for i in range(8)],
+        r=2,
+        seed=3,
+    )
     lb.advance(model) if method in CHAINS else None
     linear_draws = torch.get_rng_state()
     torch.set_rng_state(before)
@@ -228,7 +266,10 @@ def test_cla_is_paca_on_the_first_columns():
     x, y, losses = normal(30, 8, seed=4), normal(30, 6, seed=5), {}
     for name, model in (("cla", cla), ("paca", paca)):
         optimizer = torch.optim.AdamW(lb.param_groups(model, 0.05))
-        losses[name] = [lb.train_step(model, optimizer, lambda model=model: F.mse_loss(model(x), y)).item() for _ in range(5)]
+        losses[name] = [
+            lb.train_step(model, optimizer, lambda model=model: F.mse_loss(model(x), y)).item()
+            for _ in range(5)
+        ]
     assert losses["cla"] == losses["paca"] and torch.equal(adapter_of(cla).B, adapter_of(paca).B)
 
 
@@ -252,12 +293,15 @@ def test_paca_is_training_the_columns_in_place(optimizer):
 
 # Chains
 
+
 @FEW
 @given(st.integers(1, 30), st.data())
 def test_columns_of_the_links(m, data):
     r, seed = data.draw(st.integers(1, min(m, 6))), data.draw(st.integers(0, 99))
     blocks = -(-m // r)
-    assert torch.cat([circulant(j, m, r) for j in range(blocks)]).unique().tolist() == list(range(m))
+    assert torch.cat([circulant(j, m, r) for j in range(blocks)]).unique().tolist() == list(
+        range(m)
+    )
     for method, make in (("c3la", C3LA), ("random_c3la", lb.future.c3la.RandomC3LA)):
         chain, seen = make(torch.zeros(6, m, dtype=torch.float64), r=r, seed=seed), []
         for j in range(2 * blocks):
@@ -300,19 +344,28 @@ def test_a_chain_lives_through_training_saving_and_merging(method, host, dtype, 
     model = lb.adapt(copy.deepcopy(base), method, targets, r=2, alpha=4, seed=9)
     B = next(iter(lb.adapters(model).values())).B
     optimizer = torch.optim.Adam(lb.param_groups(model, 0.05))
-    x, tolerance = case.inputs(), {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    x, tolerance = (
+        case.inputs(),
+        {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype],
+    )
     for _ in range(2):
         lb.train_step(model, optimizer, lambda: model(x).float().square().mean())
         before = model(x).detach()
         lb.advance(model, optimizer)
         torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=tolerance)
-        assert not optimizer.state and not B.any() and next(iter(lb.adapters(model).values())).B is B
+        assert (
+            not optimizer.state and not B.any() and next(iter(lb.adapters(model).values())).B is B
+        )
     lb.train_step(model, optimizer, lambda: model(x).float().square().mean())
     lb.save(model, tmp_path)
     again = lb.load(copy.deepcopy(base), tmp_path)
     lb.advance(model), lb.advance(again)
     for one, two in zip(lb.adapters(model).values(), lb.adapters(again).values(), strict=True):
-        assert torch.equal(one.idx, two.idx) and torch.equal(one.links_idx, two.links_idx) and torch.equal(one.links_B, two.links_B)
+        assert (
+            torch.equal(one.idx, two.idx)
+            and torch.equal(one.links_idx, two.links_idx)
+            and torch.equal(one.links_B, two.links_B)
+        )
         assert one.links_idx.shape == (3, 2) and len(one.links) == len(one.factors()) == 4
         total = sum(s * (B @ A) for A, B, s in one.factors())
         torch.testing.assert_close(one.delta(None), total)
@@ -339,7 +392,9 @@ def test_lengths_and_resets(method):
 
 
 def test_layers_of_two_widths_are_both_covered():
-    model = lb.adapt(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), "c3la", ["0", "1"], r=2, chain_length=4)
+    model = lb.adapt(
+        nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), "c3la", ["0", "1"], r=2, chain_length=4
+    )
     seen = {name: set() for name in lb.adapters(model)}
     for _ in range(4):
         for name, adapter in lb.adapters(model).items():
@@ -355,9 +410,18 @@ def test_conversions_and_copies(method):
     x = normal(3, 8, dtype=torch.float32)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     low = copy.deepcopy(model).to(torch.bfloat16)
-    assert adapter_of(low).B.dtype is torch.float32 and adapter_of(low).idx.dtype is torch.int64 and low(x.bfloat16()).dtype is torch.bfloat16
+    assert (
+        adapter_of(low).B.dtype is torch.float32
+        and adapter_of(low).idx.dtype is torch.int64
+        and low(x.bfloat16()).dtype is torch.bfloat16
+    )
     wide = copy.deepcopy(model).double()
-    torch.testing.assert_close(wide(x.double()), F.linear(x.double(), wide[0].weight + lb.delta(wide)["0"], wide[0].bias), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        wide(x.double()),
+        F.linear(x.double(), wide[0].weight + lb.delta(wide)["0"], wide[0].bias),
+        rtol=0,
+        atol=1e-12,
+    )
     twin = adapted(method, r=2, dtype=torch.float32)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(x), model(x))
@@ -365,11 +429,23 @@ def test_conversions_and_copies(method):
 
 # Bad input
 
-@pytest.mark.parametrize(("method", "options", "says"), [
-    ("random_cla", {"selector": "blocks"}, "'block'"), ("random_c3la", {"selector": 3}, "selector"), ("cla", {"selector": "block"}, "selector"),
-    ("c3la", {"selector": "block"}, "selector"), ("paca", {"r": 7}, "7"), ("c3la", {"r": 0}, "r "), ("c3la", {"chain_length": 0}, "chain_length"),
-    ("random_c3la", {"reset_every": 1.5}, "reset_every"), ("cla", {"alpha": -1.0}, "alpha"), ("paca", {"lr_ratio": 4.0}, "lr_ratio"),
-    ("random_cla", {"seed": -1}, "seed")])
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("random_cla", {"selector": "blocks"}, "'block'"),
+        ("random_c3la", {"selector": 3}, "selector"),
+        ("cla", {"selector": "block"}, "selector"),
+        ("c3la", {"selector": "block"}, "selector"),
+        ("paca", {"r": 7}, "7"),
+        ("c3la", {"r": 0}, "r "),
+        ("c3la", {"chain_length": 0}, "chain_length"),
+        ("random_c3la", {"reset_every": 1.5}, "reset_every"),
+        ("cla", {"alpha": -1.0}, "alpha"),
+        ("paca", {"lr_ratio": 4.0}, "lr_ratio"),
+        ("random_cla", {"seed": -1}, "seed"),
+    ],
+)
 def test_bad_options_are_refused_and_change_nothing(method, options, says):
     model = nn.Sequential(nn.Linear(8, 6))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -393,6 +469,7 @@ def test_methods_without_links_do_not_advance(method):
 
 # Planted mistakes
 
+
 class Sliding(C3LA):
     "A window that slides without merging: the finished link is lost."
 
@@ -414,7 +491,9 @@ class StaleColumns(PaCA):
     def product(cls, x, W, bias, blocks):
         adapter = blocks[0].adapter
         adapter.passes = getattr(adapter, "passes", 0) + 1
-        return super().product(x, W, bias, blocks) if adapter.passes % 2 == 0 else F.linear(x, W, bias)
+        return (
+            super().product(x, W, bias, blocks) if adapter.passes % 2 == 0 else F.linear(x, W, bias)
+        )
 
 
 class Unscaled(CLA):
@@ -422,7 +501,9 @@ class Unscaled(CLA):
 
     @classmethod
     def product(cls, x, W, bias, blocks):
-        return column_linear(x, W, bias, [(b.rows, b.adapter.idx, b.adapter.B, 1.0) for b in blocks])
+        return column_linear(
+            x, W, bias, [(b.rows, b.adapter.idx, b.adapter.B, 1.0) for b in blocks]
+        )
 
 
 @pytest.mark.parametrize("mutant", [Sliding, StaleColumns, Unscaled])

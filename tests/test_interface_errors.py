@@ -1,4 +1,7 @@
-"""Whatever the interface refuses: the error's kinds, the name in its message, and a model that is exactly what it was."""
+"""Whatever the interface refuses: the error's kinds, the name in its message, and a model that is
+exactly what it was.
+"""
+
 import copy
 import math
 
@@ -18,7 +21,9 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def assert_refused(call, *words: str, model: nn.Module | None = None):
-    "The call raises a LoraBookError that is a ValueError, TypeError or KeyError, says these words, and leaves the model alone."
+    """The call raises a LoraBookError that is a ValueError, TypeError or KeyError, says these
+    words, and leaves the model alone.
+    """
     before = None if model is None else snapshot(model)
     state = torch.get_rng_state()
     with pytest.raises(lb.LoraBookError) as caught:
@@ -39,7 +44,10 @@ class Mixed(nn.Module):
         self.fc1, self.fc2, self.conv = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
         self.mha, self.table = nn.MultiheadAttention(8, 2), nn.Embedding(4, 8)
         self.two, self.lazy, self.norm = nn.Bilinear(8, 8, 8), nn.LazyLinear(8), nn.BatchNorm1d(8)
-        self.old, self.new = torch.nn.utils.weight_norm(nn.Linear(8, 8)), torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.old, self.new = (
+            torch.nn.utils.weight_norm(nn.Linear(8, 8)),
+            torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+        )
         self.whole = nn.Linear(8, 8)
         self.whole.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int64), requires_grad=False)
         self.own = nn.Linear(8, 8)
@@ -58,34 +66,85 @@ def mixed():
 
 # adapt
 
+
 @every_method
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"r": 0}, ["r", "0"]), ({"r": -3}, ["-3"]), ({"r": 9}, ["9", "8"]), ({"r": 2.0}, ["2.0"]), ({"r": True}, ["True"]), ({"r": "8"}, ["'8'"]),
-    ({"r": None}, ["None"]), ({"alpha": 0}, ["alpha", "0"]), ({"alpha": -1.5}, ["-1.5"]), ({"alpha": math.nan}, ["nan"]), ({"alpha": math.inf}, ["inf"]),
-    ({"alpha": "16"}, ["'16'"]), ({"seed": -1}, ["-1"]), ({"seed": 1.5}, ["1.5"]), ({"alhpa": 4}, ["alhpa", "alpha"]), ({"rank": 4}, ["rank"]),
-    ({"step": "sma"}, ["sma", "sam"]), ({"step": ["sam"]}, ["sam"]), ({"lr_ratio": 0}, ["0"]), ({"lr_ratio": "16"}, ["'16'"]), ({"dtype": "float32"}, ["'float32'"]),
-    ({"dtype": torch.int64}, ["int64"]), ({"generator": 3}, ["3"]), ({"generator": np.random.default_rng(0)}, ["Generator"]),
-    ({"head": "haed"}, ["haed", "head"]), ({"head": ["first", "nope"]}, ["nope"]), ({"head": 3}, ["3"]), ({"head": [3]}, ["3"]), ({"head": ""}, ["''"]),
-    ({"head": "first"}, ["first"]), ({"target_modules": ["frist"]}, ["frist", "first"]), ({"target_modules": "qkvv"}, ["qkvv", "qkv"]),
-    ({"target_modules": "first["}, ["first["]), ({"target_modules": []}, ["empty"]), ({"target_modules": 7}, ["7"]), ({"target_modules": [7]}, ["7"]),
-    ({"target_modules": ["qkv[q,w]"]}, ["'w'"]), ({"target_modules": ["qkv[0:25]"]}, ["0:25", "24"]), ({"target_modules": ["qkv[5:5]"]}, ["5:5"]),
-    ({"target_modules": ["qkv[q]", "qkv[0:4]"]}, ["q", "0:4"]), ({"target_modules": ["qkv", "qkv[v]"]}, ["qkv", "v"]), ({"target_modules": [""]}, ["''"]),
-    ({"target_modules": ["norm"]}, ["norm", "LayerNorm"]), ({"target_modules": ["qkv[]"]}, ["qkv[]"]), ({"target_modules": ["head"]}, ["head"]),
-    ({"target_modules": {"first": 1}}, ["first"]), ({"target_modules": ["qkv[-3:3]"]}, ["-3:3"]), ({"target_modules": ["qkv[q"]}, ["qkv[q"])])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"r": 0}, ["r", "0"]),
+        ({"r": -3}, ["-3"]),
+        ({"r": 9}, ["9", "8"]),
+        ({"r": 2.0}, ["2.0"]),
+        ({"r": True}, ["True"]),
+        ({"r": "8"}, ["'8'"]),
+        ({"r": None}, ["None"]),
+        ({"alpha": 0}, ["alpha", "0"]),
+        ({"alpha": -1.5}, ["-1.5"]),
+        ({"alpha": math.nan}, ["nan"]),
+        ({"alpha": math.inf}, ["inf"]),
+        ({"alpha": "16"}, ["'16'"]),
+        ({"seed": -1}, ["-1"]),
+        ({"seed": 1.5}, ["1.5"]),
+        ({"alhpa": 4}, ["alhpa", "alpha"]),
+        ({"rank": 4}, ["rank"]),
+        ({"step": "sma"}, ["sma", "sam"]),
+        ({"step": ["sam"]}, ["sam"]),
+        ({"lr_ratio": 0}, ["0"]),
+        ({"lr_ratio": "16"}, ["'16'"]),
+        ({"dtype": "float32"}, ["'float32'"]),
+        ({"dtype": torch.int64}, ["int64"]),
+        ({"generator": 3}, ["3"]),
+        ({"generator": np.random.default_rng(0)}, ["Generator"]),
+        ({"head": "haed"}, ["haed", "head"]),
+        ({"head": ["first", "nope"]}, ["nope"]),
+        ({"head": 3}, ["3"]),
+        ({"head": [3]}, ["3"]),
+        ({"head": ""}, ["''"]),
+        ({"head": "first"}, ["first"]),
+        ({"target_modules": ["frist"]}, ["frist", "first"]),
+        ({"target_modules": "qkvv"}, ["qkvv", "qkv"]),
+        ({"target_modules": "first["}, ["first["]),
+        ({"target_modules": []}, ["empty"]),
+        ({"target_modules": 7}, ["7"]),
+        ({"target_modules": [7]}, ["7"]),
+        ({"target_modules": ["qkv[q,w]"]}, ["'w'"]),
+        ({"target_modules": ["qkv[0:25]"]}, ["0:25", "24"]),
+        ({"target_modules": ["qkv[5:5]"]}, ["5:5"]),
+        ({"target_modules": ["qkv[q]", "qkv[0:4]"]}, ["q", "0:4"]),
+        ({"target_modules": ["qkv", "qkv[v]"]}, ["qkv", "v"]),
+        ({"target_modules": [""]}, ["''"]),
+        ({"target_modules": ["norm"]}, ["norm", "LayerNorm"]),
+        ({"target_modules": ["qkv[]"]}, ["qkv[]"]),
+        ({"target_modules": ["head"]}, ["head"]),
+        ({"target_modules": {"first": 1}}, ["first"]),
+        ({"target_modules": ["qkv[-3:3]"]}, ["-3:3"]),
+        ({"target_modules": ["qkv[q"]}, ["qkv[q"]),
+    ],
+)
 def test_adapt_refuses_and_changes_nothing(method, settings, words):
     model = net()
     model.first.requires_grad_(False)
     model.first.register_forward_hook(lambda *args: None)
     given = {"target_modules": TARGETS, "r": 2, "head": "head"} | settings
     if method in ("full", "linear_probe", "bitfit") and settings == {"r": 9}:
-        assert lb.adapt(model, method, **given) is model        # these have no rank
+        assert lb.adapt(model, method, **given) is model  # these have no rank
         return
     assert_refused(lambda: lb.adapt(model, method, **given), *words, model=model)
     assert lb.adapt(model, method, TARGETS, r=2, head="head")(inputs()).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "words"), [("lroa", ["lroa", "lora"]), ("LoRA", ["LoRA", "lora"]), ("", ["''"]), (3, ["3"]), (["lora"], ["lora"]),
-                                             (None, ["None"]), ("c3la ", ["c3la"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lroa", ["lroa", "lora"]),
+        ("LoRA", ["LoRA", "lora"]),
+        ("", ["''"]),
+        (3, ["3"]),
+        (["lora"], ["lora"]),
+        (None, ["None"]),
+        ("c3la ", ["c3la"]),
+    ],
+)
 def test_unknown_methods(name, words):
     model = net()
     assert_refused(lambda: lb.adapt(model, name, TARGETS), *words, model=model)
@@ -93,29 +152,61 @@ def test_unknown_methods(name, words):
 
 @pytest.mark.parametrize("thing", [None, "model", 3, [nn.Linear(2, 2)], torch.zeros(2)])
 def test_what_is_no_model(thing, tmp_path):
-    for call in (lambda: lb.adapt(thing, "lora", ["0"]), lambda: lb.merge(thing), lambda: lb.unmerge(thing), lambda: lb.advance(thing),
-                 lambda: lb.load(thing, tmp_path), lambda: lb.save(thing, tmp_path), lambda: lb.delta(thing), lambda: lb.n_trainable(thing),
-                 lambda: lb.param_groups(thing, 0.1), lambda: lb.to_peft(thing, tmp_path), lambda: lb.from_peft(thing, tmp_path)):
+    for call in (
+        lambda: lb.adapt(thing, "lora", ["0"]),
+        lambda: lb.merge(thing),
+        lambda: lb.unmerge(thing),
+        lambda: lb.advance(thing),
+        lambda: lb.load(thing, tmp_path),
+        lambda: lb.save(thing, tmp_path),
+        lambda: lb.delta(thing),
+        lambda: lb.n_trainable(thing),
+        lambda: lb.param_groups(thing, 0.1),
+        lambda: lb.to_peft(thing, tmp_path),
+        lambda: lb.from_peft(thing, tmp_path),
+    ):
         assert_refused(call)
 
 
-@pytest.mark.parametrize(("target", "word"), [("conv", "Conv2d"), ("table", "Embedding"), ("two", "Bilinear"), ("lazy", "LazyLinear"), ("norm", "BatchNorm1d"),
-                                              ("old", "old"), ("new", "new"), ("whole", "whole"), ("own", "own"), ("mha", "MultiheadAttention"),
-                                              ("out_proj", "MultiheadAttention")])
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [
+        ("conv", "Conv2d"),
+        ("table", "Embedding"),
+        ("two", "Bilinear"),
+        ("lazy", "LazyLinear"),
+        ("norm", "BatchNorm1d"),
+        ("old", "old"),
+        ("new", "new"),
+        ("whole", "whole"),
+        ("own", "own"),
+        ("mha", "MultiheadAttention"),
+        ("out_proj", "MultiheadAttention"),
+    ],
+)
 def test_modules_that_are_no_plain_linear_maps(mixed, target, word):
     for method in METHODS:
-        assert_refused(lambda method=method: lb.adapt(mixed, method, ["fc1", target], r=2), target, word, model=mixed)
+        assert_refused(
+            lambda method=method: lb.adapt(mixed, method, ["fc1", target], r=2),
+            target,
+            word,
+            model=mixed,
+        )
     assert_refused(lambda: lb.adapt(mixed, "lora", f".*{target}", r=2), target, model=mixed)
 
 
 def test_weights_without_numbers():
     with torch.device("meta"):
         model = Net()
-    assert_refused(lambda: lb.adapt(model, "lora", ["first"], r=2), "first.weight", "load its weights")
+    assert_refused(
+        lambda: lb.adapt(model, "lora", ["first"], r=2), "first.weight", "load its weights"
+    )
 
 
 def test_all_linear_takes_the_plain_maps_only(mixed):
-    assert_refused(lambda: lb.adapt(mixed, "lora", "all-linear", r=2), "lazy", "run the model", model=mixed)
+    assert_refused(
+        lambda: lb.adapt(mixed, "lora", "all-linear", r=2), "lazy", "run the model", model=mixed
+    )
     del mixed.lazy
     assert list(lb.adapters(lb.adapt(mixed, "lora", "all-linear", r=2))) == ["fc1", "fc2"]
 
@@ -123,8 +214,12 @@ def test_all_linear_takes_the_plain_maps_only(mixed):
 @every_method
 def test_a_model_is_adapted_once(method):
     model = adapted(method)
-    for call in (lambda: lb.adapt(model, "lora", ["first"], r=2), lambda: lb.adapt(model, method, TARGETS, r=2, head="head"),
-                 lambda: lb.adapt(nn.Sequential(model), "lora", "all-linear", r=2), lambda: lb.adapt(model.first, "lora", "all-linear", r=2)):
+    for call in (
+        lambda: lb.adapt(model, "lora", ["first"], r=2),
+        lambda: lb.adapt(model, method, TARGETS, r=2, head="head"),
+        lambda: lb.adapt(nn.Sequential(model), "lora", "all-linear", r=2),
+        lambda: lb.adapt(model.first, "lora", "all-linear", r=2),
+    ):
         assert_refused(call, "adapted", model=model)
 
 
@@ -136,7 +231,13 @@ def test_a_part_of_an_adapted_model_isn_t_adapted_again():
 
 def test_two_adapted_models_in_one_are_asked_one_by_one(tmp_path):
     pair = nn.ModuleDict({"text": adapted("lora"), "image": adapted("full")})
-    for call in (lambda: lb.merge(pair), lambda: lb.n_trainable(pair), lambda: lb.param_groups(pair, 0.1), lambda: lb.save(pair, tmp_path), lambda: lb.delta(pair)):
+    for call in (
+        lambda: lb.merge(pair),
+        lambda: lb.n_trainable(pair),
+        lambda: lb.param_groups(pair, 0.1),
+        lambda: lb.save(pair, tmp_path),
+        lambda: lb.delta(pair),
+    ):
         assert_refused(call, "text", "image", model=pair)
     assert lb.n_trainable(pair["text"]) > 0
 
@@ -147,7 +248,9 @@ def test_weights_that_aren_t_finite(method, bad):
     model = net()
     with torch.no_grad():
         model.qkv.weight[20, 3] = bad
-    assert_refused(lambda: lb.adapt(model, method, TARGETS, r=2, head="head"), "qkv[v]", "NaN", model=model)
+    assert_refused(
+        lambda: lb.adapt(model, method, TARGETS, r=2, head="head"), "qkv[v]", "NaN", model=model
+    )
 
 
 @every_method
@@ -175,7 +278,11 @@ def test_lr_ratio_needs_two_trained_factors(method):
     if {"A", "B"} <= names:
         assert lb.param_groups(adapted(method, lr_ratio=4.0), 0.1)
     else:
-        assert_refused(lambda: lb.adapt(model, method, TARGETS, r=2, head="head", lr_ratio=4.0), "lr_ratio", model=model)
+        assert_refused(
+            lambda: lb.adapt(model, method, TARGETS, r=2, head="head", lr_ratio=4.0),
+            "lr_ratio",
+            model=model,
+        )
 
 
 @given(r=st.integers(-5, 40), n=st.integers(1, 12), m=st.integers(1, 12))
@@ -188,12 +295,27 @@ def test_ranks_up_to_the_smaller_side_are_taken_and_no_others(r, n, m):
         assert_refused(lambda: lb.adapt(model, "lora", ["0"], r=r), str(r), model=model)
 
 
-@pytest.mark.parametrize(("method", "options", "words"), [
-    ("cola", {"chain_length": 0}, ["chain_length", "0"]), ("cola", {"reset_every": -1}, ["reset_every"]), ("c3la", {"chain_length": 1.5}, ["1.5"]),
-    ("random_cla", {"selector": "blok"}, ["blok", "block"]), ("random_c3la", {"selector": 3}, ["3"]), ("asymmetric", {"train": "C"}, ["'C'"]),
-    ("loldu", {"init": "regulr"}, ["regulr", "regular"]), ("lora", {"init": "xavier"}, ["xavier"]), ("mgpo", {"rho": -1}, ["rho"]), ("sam", {"rho": "x"}, ["rho"]),
-    ("mgpo", {"ema": 1.5}, ["ema"]), ("mgpo", {"sign": 2}, ["sign"]), ("lora_plus", {"lr_ratio": -2}, ["-2"]), ("lora", {"step": "mgpo", "rho": -0.1}, ["rho"]),
-    ("lora", {"selector": "block"}, ["selector"]), ("paca", {"chain_length": 2}, ["chain_length"])])
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("cola", {"chain_length": 0}, ["chain_length", "0"]),
+        ("cola", {"reset_every": -1}, ["reset_every"]),
+        ("c3la", {"chain_length": 1.5}, ["1.5"]),
+        ("random_cla", {"selector": "blok"}, ["blok", "block"]),
+        ("random_c3la", {"selector": 3}, ["3"]),
+        ("asymmetric", {"train": "C"}, ["'C'"]),
+        ("loldu", {"init": "regulr"}, ["regulr", "regular"]),
+        ("lora", {"init": "xavier"}, ["xavier"]),
+        ("mgpo", {"rho": -1}, ["rho"]),
+        ("sam", {"rho": "x"}, ["rho"]),
+        ("mgpo", {"ema": 1.5}, ["ema"]),
+        ("mgpo", {"sign": 2}, ["sign"]),
+        ("lora_plus", {"lr_ratio": -2}, ["-2"]),
+        ("lora", {"step": "mgpo", "rho": -0.1}, ["rho"]),
+        ("lora", {"selector": "block"}, ["selector"]),
+        ("paca", {"chain_length": 2}, ["chain_length"]),
+    ],
+)
 def test_options_of_the_methods(method, options, words):
     model = net()
     assert_refused(lambda: lb.adapt(model, method, TARGETS, r=2, **options), *words, model=model)
@@ -201,12 +323,22 @@ def test_options_of_the_methods(method, options, words):
 
 # On a plain, a merged and a disabled model
 
+
 def test_a_plain_model_is_refused_by_everything_that_needs_an_adapted_one(tmp_path):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for call in (lambda: lb.merge(model), lambda: lb.unmerge(model), lambda: lb.delta(model), lambda: lb.n_trainable(model), lambda: lb.param_groups(model, 0.1),
-                 lambda: lb.advance(model), lambda: lb.save(model, tmp_path / "x"), lambda: lb.to_peft(model, tmp_path / "x"),
-                 lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()), lambda: lb.disabled(model).__enter__()):
+    for call in (
+        lambda: lb.merge(model),
+        lambda: lb.unmerge(model),
+        lambda: lb.delta(model),
+        lambda: lb.n_trainable(model),
+        lambda: lb.param_groups(model, 0.1),
+        lambda: lb.advance(model),
+        lambda: lb.save(model, tmp_path / "x"),
+        lambda: lb.to_peft(model, tmp_path / "x"),
+        lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()),
+        lambda: lb.disabled(model).__enter__(),
+    ):
         assert_refused(call, "adapted", model=model)
     assert not (tmp_path / "x").exists()
 
@@ -217,7 +349,11 @@ def test_a_merged_model_isn_t_trained_advanced_or_filled(method):
     optimizer = torch.optim.AdamW(lb.param_groups(model, 0.1))
     state = copy.deepcopy(model.state_dict())
     lb.merge(model)
-    assert_refused(lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()), "merged", model=model)
+    assert_refused(
+        lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()),
+        "merged",
+        model=model,
+    )
     assert_refused(lambda: lb.advance(model), model=model)
     before = snapshot(model)["tensors"]["first.weight"]
     with pytest.raises(RuntimeError, match="merged"):
@@ -230,8 +366,13 @@ def test_a_disabled_model_isn_t_trained_saved_or_merged(method, tmp_path):
     model = moved(method)
     optimizer = torch.optim.AdamW(lb.param_groups(model, 0.1))
     with lb.disabled(model):
-        for call in (lambda: lb.merge(model), lambda: lb.save(model, tmp_path / "x"), lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()),
-                     lambda: lb.to_peft(model, tmp_path / "x"), lambda: lb.advance(model)):
+        for call in (
+            lambda: lb.merge(model),
+            lambda: lb.save(model, tmp_path / "x"),
+            lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum()),
+            lambda: lb.to_peft(model, tmp_path / "x"),
+            lambda: lb.advance(model),
+        ):
             assert_refused(call, model=model)
     lb.merge(model)
     with lb.disabled(model):
@@ -275,9 +416,17 @@ def test_learning_rates(lr):
 
 # train_step
 
+
 @every_method
-@pytest.mark.parametrize(("loss", "word"), [(lambda m: m(inputs()), "(5, 3)"), (lambda m: m(inputs()).detach().sum(), "depend"), (lambda m: 1.0, "1.0"),
-                                            (lambda m: None, "None")])
+@pytest.mark.parametrize(
+    ("loss", "word"),
+    [
+        (lambda m: m(inputs()), "(5, 3)"),
+        (lambda m: m(inputs()).detach().sum(), "depend"),
+        (lambda m: 1.0, "1.0"),
+        (lambda m: None, "None"),
+    ],
+)
 def test_losses_that_are_none(method, loss, word):
     model = moved(method)
     model(inputs())
@@ -290,23 +439,40 @@ def test_arguments_of_a_step(norm):
     model = moved("lora")
     model(inputs())
     optimizer = torch.optim.AdamW(lb.param_groups(model, 0.1))
-    assert_refused(lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum(), max_grad_norm=norm), "max_grad_norm", model=model)
-    assert_refused(lambda: lb.train_step(model, None, lambda: model(inputs()).sum()), "optimizer", model=model)
-    assert_refused(lambda: lb.train_step(model, optimizer, model(inputs()).sum()), "loss_fn", model=model)
+    assert_refused(
+        lambda: lb.train_step(model, optimizer, lambda: model(inputs()).sum(), max_grad_norm=norm),
+        "max_grad_norm",
+        model=model,
+    )
+    assert_refused(
+        lambda: lb.train_step(model, None, lambda: model(inputs()).sum()), "optimizer", model=model
+    )
+    assert_refused(
+        lambda: lb.train_step(model, optimizer, model(inputs()).sum()), "loss_fn", model=model
+    )
 
 
 # Errors as objects
 
+
 def test_errors_read_well_and_survive_being_taken_apart():
-    "As they are on their way from one process to another: class, arguments, attributes, and put together again."
+    """As they are on their way from one process to another: class, arguments, attributes, and put
+    together again.
+    """
     error = assert_refused(lambda: lb.adapt(net(), "lroa"))
-    assert isinstance(error, KeyError) and not str(error).startswith(("'", '"')) and "\n" not in str(error)
+    assert (
+        isinstance(error, KeyError)
+        and not str(error).startswith(("'", '"'))
+        and "\n" not in str(error)
+    )
     again = copy.deepcopy(error)
     assert type(again) is type(error) and str(again) == str(error)
 
 
 def test_gpt2_s_names_are_suggested():
     model = load_model("tiny_gpt2")
-    assert_refused(lambda: lb.adapt(model, "lora", ["q_proj"], r=2), "q_proj", "c_proj", model=model)
+    assert_refused(
+        lambda: lb.adapt(model, "lora", ["q_proj"], r=2), "q_proj", "c_proj", model=model
+    )
     assert_refused(lambda: lb.adapt(model, "lora", ["wte"], r=2), "wte", "Embedding", model=model)
     move(lb.adapt(model, "lora", ["c_attn[k]"], r=2))

@@ -1,4 +1,5 @@
 """Steps that break in the middle: weights, adapters, outputs and gradients are as they were before."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +42,9 @@ def test_a_step_that_raises_leaves_everything(method, when):
         if when == "before":
             raise Broken
         hidden = model.first(x)
-        value = model(x).pow(2).mean() + (Bomb.apply(hidden) if when == "backward" else hidden).sum()
+        value = (
+            model(x).pow(2).mean() + (Bomb.apply(hidden) if when == "backward" else hidden).sum()
+        )
         if when == "after":
             raise Broken
         return value
@@ -93,9 +96,13 @@ def test_a_loss_is_called_once_per_gradient_and_gradients_are_zeroed(method):
 def test_a_step_returns_the_loss_before_it_and_moves_only_what_trains(method):
     model, x = moved(method), inputs()
     optimizer = optimizer_of(model)
-    frozen = {n: v for n, v in snapshot(model)["tensors"].items() if not v[3] and ".adapters." not in n}
+    frozen = {
+        n: v for n, v in snapshot(model)["tensors"].items() if not v[3] and ".adapters." not in n
+    }
     want = model(x).pow(2).mean().item()
-    assert lb.train_step(model, optimizer, lambda: model(x).pow(2).mean()).item() == pytest.approx(want, rel=1e-2 if method == "ggpo" else 1e-5)
+    assert lb.train_step(model, optimizer, lambda: model(x).pow(2).mean()).item() == pytest.approx(
+        want, rel=1e-2 if method == "ggpo" else 1e-5
+    )
     after = snapshot(model)["tensors"]
     assert all(after[n] == v for n, v in frozen.items())
     assert model(x).pow(2).mean().item() < want
@@ -112,8 +119,16 @@ def test_backward_is_let_in_and_norms_are_clipped(method):
     optimizer = torch.optim.SGD(lb.param_groups(model, 1.0), momentum=0.9)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     before = [p.detach().clone() for p in trained(model)]
-    lb.train_step(model, optimizer, lambda: model(x).pow(2).mean(), backward=backward, max_grad_norm=0.01)
-    moved_by = sum(((p - b) / rates[id(p)]).pow(2).sum().item() for p, b in zip(trained(model), before, strict=True)) ** 0.5
+    lb.train_step(
+        model, optimizer, lambda: model(x).pow(2).mean(), backward=backward, max_grad_norm=0.01
+    )
+    moved_by = (
+        sum(
+            ((p - b) / rates[id(p)]).pow(2).sum().item()
+            for p, b in zip(trained(model), before, strict=True)
+        )
+        ** 0.5
+    )
     assert len(seen) == (2 if method == "sam" else 1)
     if method != "adalora":
         assert moved_by == pytest.approx(0.01, rel=1e-2)
@@ -149,7 +164,12 @@ def test_reset_every_advances_by_itself_up_to_the_chain_s_length(method, steps, 
 @every_method
 @pytest.mark.parametrize("step", ["sam", "mgpo", "ggpo"])
 def test_every_step_goes_with_every_adapter(method, step):
-    if not any(p.requires_grad for a in lb.adapters(adapted(method)).values() for p in a.parameters()) or method == "bitfit":
+    if (
+        not any(
+            p.requires_grad for a in lb.adapters(adapted(method)).values() for p in a.parameters()
+        )
+        or method == "bitfit"
+    ):
         pytest.skip("it moves no weight")
     model, x = adapted(method, step=step), inputs()
     optimizer = optimizer_of(model)

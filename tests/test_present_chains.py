@@ -1,4 +1,5 @@
 """CoLA, RAC and the chain they share: what a passage to a new link keeps, forgets, costs and saves."""
+
 import copy
 
 import pytest
@@ -19,18 +20,33 @@ from lora_book.present.rac import RAC, rac
 
 FEW = settings(max_examples=20, deadline=None)
 CHAINS = {"cola": cola, "rac": rac}
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(lambda nm: st.tuples(st.just(nm[0]), st.just(nm[1]), st.integers(1, min(nm))))
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
+    lambda nm: st.tuples(st.just(nm[0]), st.just(nm[1]), st.integers(1, min(nm)))
+)
 seeds = st.integers(0, 10**6)
 names = st.sampled_from(list(CHAINS))
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
-OPTIMIZERS = {"adam": lambda ps: torch.optim.Adam(ps, 0.05), "momentum": lambda ps: torch.optim.SGD(ps, 0.05, momentum=0.9),
-              "adamw": lambda ps: torch.optim.AdamW(ps, 0.05), "adagrad": lambda ps: torch.optim.Adagrad(ps, 0.05)}
+OPTIMIZERS = {
+    "adam": lambda ps: torch.optim.Adam(ps, 0.05),
+    "momentum": lambda ps: torch.optim.SGD(ps, 0.05, momentum=0.9),
+    "adamw": lambda ps: torch.optim.AdamW(ps, 0.05),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, 0.05),
+}
 
 
 @st.composite
 def cases(draw, **options):
     n, m, r = draw(shapes)
-    return Case(CHAINS[draw(names)], draw(st.sampled_from(list(HOSTS))), n, m, r, draw(dtypes), draw(seeds), options)
+    return Case(
+        CHAINS[draw(names)],
+        draw(st.sampled_from(list(HOSTS))),
+        n,
+        m,
+        r,
+        draw(dtypes),
+        draw(seeds),
+        options,
+    )
 
 
 def chained(case, links):
@@ -67,10 +83,14 @@ def batch(dtype=torch.float32):
 
 def train(model, optimizer, steps):
     x, y = batch(next(model.parameters()).dtype)
-    return [lb.train_step(model, optimizer, lambda: (model(x) - y).square().mean()).item() for _ in range(steps)]
+    return [
+        lb.train_step(model, optimizer, lambda: (model(x) - y).square().mean()).item()
+        for _ in range(steps)
+    ]
 
 
 # The passage keeps the function
+
 
 @FEW
 @given(cases(), st.integers(1, 4))
@@ -82,7 +102,11 @@ def test_advancing_keeps_outputs_and_delta_and_opens_at_zero_change(case, links)
     assert (model(x).double() - out.double()).abs().max() <= TOLERANCE[case.dtype] * scale
     for name, adapter in lb.adapters(model).items():
         assert adapter.done == links and not adapter.B.any() and adapter.A.any()
-        assert torch.allclose(lb.delta(model)[name].double(), change[name].double(), atol=1e-4 if case.dtype is not torch.float64 else 1e-11)
+        assert torch.allclose(
+            lb.delta(model)[name].double(),
+            change[name].double(),
+            atol=1e-4 if case.dtype is not torch.float64 else 1e-11,
+        )
 
 
 @FEW
@@ -91,18 +115,26 @@ def test_the_links_sum_to_delta_and_the_rank_is_theirs(case, links):
     model = chained(case, links)
     for adapter in lb.adapters(model).values():
         found = adapter.delta(None).detach().double()
-        total = sum(adapter.scaling * B.detach().double() @ A.detach().double() for A, B in adapter.links)
-        assert len(adapter.links) == links and torch.allclose(found, total, atol=1e-3 if case.dtype is not torch.float64 else 1e-10)
+        total = sum(
+            adapter.scaling * B.detach().double() @ A.detach().double() for A, B in adapter.links
+        )
+        assert len(adapter.links) == links and torch.allclose(
+            found, total, atol=1e-3 if case.dtype is not torch.float64 else 1e-10
+        )
         bound = adapter.rank_bound(case.n, case.m)
         assert bound == min(links * case.r, case.n, case.m)
-        assert case.dtype is not torch.float64 or torch.linalg.matrix_rank(found, rtol=1e-9) == bound
+        assert (
+            case.dtype is not torch.float64 or torch.linalg.matrix_rank(found, rtol=1e-9) == bound
+        )
 
 
 @FEW
 @given(st.integers(0, 4), shapes, seeds)
 def test_folded_is_the_sum_of_products(links, shape, seed):
     (n, m, r), g = shape, torch.Generator().manual_seed(seed)
-    Bs, As = (torch.randn(links, *size, generator=g, dtype=torch.float64) for size in ((n, r), (r, m)))
+    Bs, As = (
+        torch.randn(links, *size, generator=g, dtype=torch.float64) for size in ((n, r), (r, m))
+    )
     assert torch.allclose(folded(Bs, As), torch.einsum("knr,krm->nm", Bs, As), atol=1e-12)
 
 
@@ -116,13 +148,16 @@ def test_laws_hold(case):
 def test_rests_leave_rows_outside_the_views_and_the_base_weight_alone(name):
     case = Case(CHAINS[name], "fused_conv1d", 4, 5, 2)
     model, base = chained(case, 3), case.base()
-    (_, site), = sites(model)
+    ((_, site),) = sites(model)
     stored, before = site.resting_weight(), base.layer.weight
-    assert torch.equal(stored[:, 4:8], before[:, 4:8]) and not torch.equal(stored[:, :4], before[:, :4])
+    assert torch.equal(stored[:, 4:8], before[:, 4:8]) and not torch.equal(
+        stored[:, :4], before[:, :4]
+    )
     assert torch.equal(model.layer.weight, before)
 
 
 # The passage forgets the old link, and nothing else
+
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -135,7 +170,11 @@ def test_the_optimizer_forgets_the_link_and_keeps_the_head(name, optimizer):
     lb.advance(model, made)
     assert ids == [id(p) for p in model.parameters()] and set(made.state) == set(heads)
     for p, old in zip(heads, kept, strict=True):
-        assert all(torch.equal(torch.as_tensor(made.state[p][key]), torch.as_tensor(value)) for key, value in old.items() if value is not None)
+        assert all(
+            torch.equal(torch.as_tensor(made.state[p][key]), torch.as_tensor(value))
+            for key, value in old.items()
+            if value is not None
+        )
     for p in adapter.parameters():
         p.grad = torch.zeros_like(p)
     start = {key: p.detach().clone() for key, p in adapter.named_parameters()}
@@ -144,7 +183,9 @@ def test_the_optimizer_forgets_the_link_and_keeps_the_head(name, optimizer):
     for group in made.param_groups:
         group["weight_decay"] = 0.0
     made.step()
-    assert all(torch.equal(p, start[key]) for key, p in adapter.named_parameters()), "a gradient of zero moved the new link"
+    assert all(torch.equal(p, start[key]) for key, p in adapter.named_parameters()), (
+        "a gradient of zero moved the new link"
+    )
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -162,7 +203,9 @@ def test_the_new_link_trains_as_with_a_new_optimizer(name):
     train(stale, optimizer, 5)
     lb.advance(stale)
     train(stale, optimizer, 3)
-    assert not torch.equal(adapter_of(stale).B, adapter_of(one).B), "stale moments left no trace: the test is blind"
+    assert not torch.equal(adapter_of(stale).B, adapter_of(one).B), (
+        "stale moments left no trace: the test is blind"
+    )
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -176,7 +219,9 @@ def test_a_gradient_of_the_old_link_never_reaches_the_new_one(name):
     for p in model[2].parameters():
         p.grad = None
     optimizer.step()
-    assert torch.equal(model(x), out) and all(torch.equal(p, old) for p, old in zip(model[2].parameters(), heads, strict=True))
+    assert torch.equal(model(x), out) and all(
+        torch.equal(p, old) for p, old in zip(model[2].parameters(), heads, strict=True)
+    )
 
 
 def test_a_chain_advances_in_the_middle_of_an_epoch():
@@ -184,10 +229,13 @@ def test_a_chain_advances_in_the_middle_of_an_epoch():
     optimizer = OPTIMIZERS["adam"](lb.param_groups(model, 0.05))
     losses = train(model, optimizer, 10)
     assert adapter_of(model).done == 3 and losses[-1] < losses[0]
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 # What a step costs
+
 
 def flops(model, x):
     with FlopCounterMode(display=False) as counter:
@@ -204,10 +252,14 @@ def test_flops_and_kept_bytes_are_those_of_the_first_link(name):
     for _ in range(6):
         counts.append(flops(model, x))
         weights = [site.resting_weight() for _, site in sites(model)]
-        kept.append(saved_bytes(lambda: model(x), exclude=[x, *model.state_dict().values(), *weights]))  # noqa: B023
+        kept.append(
+            saved_bytes(lambda: model(x), exclude=[x, *model.state_dict().values(), *weights])
+        )  # noqa: B023
         lb.advance(model)
     assert len(set(counts)) == len(set(kept)) == 1
-    assert kept[0] == 4 * T * r and 4 * T * n * m < counts[0] <= 4 * T * n * m + 2 * T * r * (3 * m + 3 * n)
+    assert kept[0] == 4 * T * r and 4 * T * n * m < counts[0] <= 4 * T * n * m + 2 * T * r * (
+        3 * m + 3 * n
+    )
 
 
 def test_the_flop_check_sees_a_chain_that_never_folds():
@@ -218,7 +270,10 @@ def test_the_flop_check_sees_a_chain_that_never_folds():
         def rest(self, W0):
             return W0
 
-    case, x = Case(Method(Unfolded, "never folds", "none"), n=6, m=8), torch.randn(4, 8, dtype=torch.float64)
+    case, x = (
+        Case(Method(Unfolded, "never folds", "none"), n=6, m=8),
+        torch.randn(4, 8, dtype=torch.float64),
+    )
     assert flops(chained(case, 5), x) > flops(chained(case, 1), x)
 
 
@@ -227,10 +282,15 @@ def test_the_flop_check_sees_a_chain_that_never_folds():
 def test_trained_numbers_are_those_of_one_link(shape, links, name):
     n, m, r = shape
     model = chained(Case(CHAINS[name], "fused", n, m, r), links)
-    assert lb.n_trainable(model) == 2 * CHAINS[name].count(n, m, r) == 2 * r * (n + (m if name == "cola" else 0))
+    assert (
+        lb.n_trainable(model)
+        == 2 * CHAINS[name].count(n, m, r)
+        == 2 * r * (n + (m if name == "cola" else 0))
+    )
 
 
 # Saving, copying, merging
+
 
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -244,8 +304,12 @@ def test_a_saved_chain_goes_on_with_the_same_bits_in_the_middle_of_a_link(name, 
     for each in (model, again):
         train(each, torch.optim.SGD(lb.param_groups(each, 0.05)), 3)
     one, two = adapter_of(model), adapter_of(again)
-    assert one.done == two.done == 2, "the loaded chain doesn't change links when the other one does"
-    assert all(torch.equal(t, two.state_dict()[key]) for key, t in one.state_dict().items()) and torch.equal(again(x), model(x))
+    assert one.done == two.done == 2, (
+        "the loaded chain doesn't change links when the other one does"
+    )
+    assert all(
+        torch.equal(t, two.state_dict()[key]) for key, t in one.state_dict().items()
+    ) and torch.equal(again(x), model(x))
 
 
 @FEW
@@ -276,7 +340,9 @@ def test_links_depend_on_seed_and_number_alone(case, other):
     assert all(torch.equal(t, two.state_dict()[key]) for key, t in one.state_dict().items())
     state = torch.random.get_rng_state()
     lb.advance(one)
-    assert torch.equal(torch.random.get_rng_state(), state), "a link was drawn from the global generator"
+    assert torch.equal(torch.random.get_rng_state(), state), (
+        "a link was drawn from the global generator"
+    )
     starts = [A for A, _ in adapter_of(one).links]
     assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
 
@@ -289,13 +355,17 @@ def test_merging_with_finished_links(case, links):
     with lb.disabled(model):
         assert torch.equal(model(x), base(x))
     lb.merge(model)
-    assert (model(x).double() - out.double()).abs().max() <= TOLERANCE[case.dtype] * max(1.0, out.double().abs().max().item())
+    assert (model(x).double() - out.double()).abs().max() <= TOLERANCE[case.dtype] * max(
+        1.0, out.double().abs().max().item()
+    )
     with pytest.raises(ValueError, match="merged"):
         lb.advance(model)
     with lb.disabled(model):
         assert torch.equal(model(x), base(x))
     lb.unmerge(model)
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items()) and torch.equal(model(x), out)
+    assert all(
+        torch.equal(t, before[key]) for key, t in model.state_dict().items()
+    ) and torch.equal(model(x), out)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -308,7 +378,10 @@ def test_a_moved_or_copied_chain_computes_the_same(name):
     assert adapter_of(model).done == 2 and not torch.equal(twin(x), model(x))
     wide = copy.deepcopy(model).double()
     want = case.base().double()(x.double()) + x.double() @ lb.delta(wide)["layer"].T
-    assert torch.allclose(wide(x.double()), want, atol=1e-9) and (wide(x.double()) - model(x)).abs().max() < 1e-4
+    assert (
+        torch.allclose(wide(x.double()), want, atol=1e-9)
+        and (wide(x.double()) - model(x)).abs().max() < 1e-4
+    )
     assert adapter_of(copy.deepcopy(model).bfloat16()).links_A.dtype is torch.float32
 
 
@@ -316,22 +389,32 @@ def test_bfloat16_errors_dont_grow_with_the_number_of_links():
     case = Case(cola, n=48, m=48, r=2, dtype=torch.bfloat16)
     model, errors = randomise(case.adapt(case.base()), 0, 0.02), []
     in_place = model.layer.weight.detach().clone()
-    (_, site), = sites(model)
+    ((_, site),) = sites(model)
     for j in range(40):
         adapter = adapter_of(model)
         in_place += (adapter.scaling * adapter.B @ adapter.A).detach().bfloat16()
         randomise(lb.advance(model), j, 0.02)
-        exact = model.layer.weight.double() + sum(adapter.scaling * B.double() @ A.double() for A, B, _ in adapter.resting())
-        errors.append([(W.double() - exact).square().mean().sqrt().item() for W in (site.resting_weight(), in_place)])
+        exact = model.layer.weight.double() + sum(
+            adapter.scaling * B.double() @ A.double() for A, B, _ in adapter.resting()
+        )
+        errors.append(
+            [
+                (W.double() - exact).square().mean().sqrt().item()
+                for W in (site.resting_weight(), in_place)
+            ]
+        )
     assert errors[-1][0] < 2 * errors[0][0], "the resting weight drifts"
     assert errors[-1][1] > 3 * errors[-1][0], "adding in place doesn't drift: the test is blind"
 
 
 # Schedules and refusals
 
+
 @FEW
 @given(st.integers(1, 5), st.integers(1, 20), names)
-def test_reset_every_gives_every_link_its_steps_and_the_last_one_the_rest(chain_length, every, name):
+def test_reset_every_gives_every_link_its_steps_and_the_last_one_the_rest(
+    chain_length, every, name
+):
     model = net(name, chain_length=chain_length, reset_every=every)
     optimizer, found = torch.optim.SGD(lb.param_groups(model, 0.01)), []
     for _ in range(30):
@@ -340,18 +423,33 @@ def test_reset_every_gives_every_link_its_steps_and_the_last_one_the_rest(chain_
     assert found == [min(t // every, chain_length - 1) for t in range(30)]
 
 
-@pytest.mark.parametrize("method, options, error", [("lora", {}, TypeError), ("asymmetric", {}, TypeError), ("cola", {"chain_length": 1}, ValueError), ("rac", {"chain_length": 1}, ValueError)])
+@pytest.mark.parametrize(
+    "method, options, error",
+    [
+        ("lora", {}, TypeError),
+        ("asymmetric", {}, TypeError),
+        ("cola", {"chain_length": 1}, ValueError),
+        ("rac", {"chain_length": 1}, ValueError),
+    ],
+)
 def test_a_refused_advance_leaves_everything_as_it_was(method, options, error):
     model = net(method, **options)
     optimizer = OPTIMIZERS["adam"](lb.param_groups(model, 0.05))
     train(model, optimizer, 2)
     before, x = {key: t.clone() for key, t in model.state_dict().items()}, batch()[0]
-    out, states = model(x).detach(), {id(p): {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    out, states = (
+        model(x).detach(),
+        {id(p): {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()},
+    )
     with pytest.raises(error) as caught:
         lb.advance(model, optimizer)
     assert isinstance(caught.value, lb.LoraBookError)
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items()) and torch.equal(model(x), out)
-    assert all(torch.equal(v, states[id(p)][k]) for p, s in optimizer.state.items() for k, v in s.items()) and len(states) == len(optimizer.state)
+    assert all(
+        torch.equal(t, before[key]) for key, t in model.state_dict().items()
+    ) and torch.equal(model(x), out)
+    assert all(
+        torch.equal(v, states[id(p)][k]) for p, s in optimizer.state.items() for k, v in s.items()
+    ) and len(states) == len(optimizer.state)
 
 
 def test_advance_takes_an_optimizer_and_nothing_else():
@@ -363,17 +461,32 @@ def test_advance_takes_an_optimizer_and_nothing_else():
         lb.advance(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("options, error", [({"chain_length": 0}, ValueError), ({"chain_length": 2.0}, TypeError), ({"reset_every": 0}, ValueError), ({"reset_every": "epoch"}, TypeError),
-                                            ({"reset_every": True}, TypeError), ({"init": "svd"}, ValueError), ({"chain_lenght": 2}, KeyError)])
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"chain_length": 0}, ValueError),
+        ({"chain_length": 2.0}, TypeError),
+        ({"reset_every": 0}, ValueError),
+        ({"reset_every": "epoch"}, TypeError),
+        ({"reset_every": True}, TypeError),
+        ({"init": "svd"}, ValueError),
+        ({"chain_lenght": 2}, KeyError),
+    ],
+)
 @pytest.mark.parametrize("name", CHAINS)
 def test_impossible_options_are_refused_by_name_and_leave_the_model(name, options, error):
     model = nn.Sequential(nn.Linear(5, 4))
     with pytest.raises(error) as caught:
         lb.adapt(model, name, ["0"], r=2, **options)
-    assert isinstance(caught.value, lb.LoraBookError) and next(iter(options)) in str(caught.value) and type(model[0]) is nn.Linear
+    assert (
+        isinstance(caught.value, lb.LoraBookError)
+        and next(iter(options)) in str(caught.value)
+        and type(model[0]) is nn.Linear
+    )
 
 
 # What the laws would miss or must see
+
 
 class Sliding(CoLA):
     "Opens a new link without keeping the old one."
@@ -412,7 +525,16 @@ class TrainsA(RAC):
     trainable = "AB"
 
 
-@pytest.mark.parametrize("make, law, method", [(Sliding, "law 8", cola), (KeepsB, "law 8", cola), (Forgetful, "law 8", cola), (Amnesiac, "law 9", cola), (TrainsA, "law 4", rac)])
+@pytest.mark.parametrize(
+    "make, law, method",
+    [
+        (Sliding, "law 8", cola),
+        (KeepsB, "law 8", cola),
+        (Forgetful, "law 8", cola),
+        (Amnesiac, "law 9", cola),
+        (TrainsA, "law 4", rac),
+    ],
+)
 def test_planted_mutants_are_caught(make, law, method):
     with pytest.raises(BrokenLaw, match=law):
         check(Case(Method(make, "mutant", "none")), method.count)
@@ -423,7 +545,14 @@ def test_a_rac_that_never_draws_again_is_seen_by_its_rank():
         def init(self, W0, r, generator):
             return super().init(W0, r, torch.Generator().manual_seed(0))
 
-    ranks = {make: int(torch.linalg.matrix_rank(lb.delta(chained(Case(Method(make, "chain", "none")), 3))["layer"], rtol=1e-9)) for make in (RAC, Stubborn)}
+    ranks = {
+        make: int(
+            torch.linalg.matrix_rank(
+                lb.delta(chained(Case(Method(make, "chain", "none")), 3))["layer"], rtol=1e-9
+            )
+        )
+        for make in (RAC, Stubborn)
+    }
     assert ranks == {RAC: 6, Stubborn: 2}
 
 

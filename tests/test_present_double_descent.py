@@ -1,4 +1,7 @@
-"""Double descent: the best loss of a rank, what counts as a phase or a turn, sharpness of weights, and runs that resume."""
+"""Double descent: the best loss of a rank, what counts as a phase or a turn, sharpness of weights,
+and runs that resume.
+"""
+
 import copy
 import json
 
@@ -32,6 +35,7 @@ def drawn(seed, *shapes):
 
 
 # The best loss of each rank
+
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 6), m=st.integers(1, 6), extra=st.integers(0, 5), seed=SEEDS)
@@ -70,13 +74,18 @@ def test_enough_features_fit_the_training_set(N, more, noise, seed):
     assert (train, test) == feature_errors(p, N, N, noise, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("bad", [{"p": 0}, {"N": 0}, {"d": 0}, {"noise": -1.0}, {"noise": float("nan")}, {"p": 2.5}])
+@pytest.mark.parametrize(
+    "bad", [{"p": 0}, {"N": 0}, {"d": 0}, {"noise": -1.0}, {"noise": float("nan")}, {"p": 2.5}]
+)
 def test_features_refuse_what_makes_no_sense(bad):
     with pytest.raises(lb.LoraBookError, match=next(iter(bad))):
-        feature_errors(**{"p": 3, "N": 3, "d": 2, "noise": 0.1, "generator": torch.Generator()} | bad)
+        feature_errors(
+            **{"p": 3, "N": 3, "d": 2, "noise": 0.1, "generator": torch.Generator()} | bad
+        )
 
 
 # Phases and turns
+
 
 @settings(max_examples=50, deadline=None)
 @given(values=LOSSES, k=st.integers(1, 8))
@@ -86,26 +95,33 @@ def test_running_means(values, k):
         with pytest.raises(lb.LoraBookError):
             smooth(losses, k)
     else:
-        want = [sum(values[i:i + k]) / k for i in range(len(values) - k + 1)]
-        assert torch.allclose(smooth(losses, k), torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+        want = [sum(values[i : i + k]) / k for i in range(len(values) - k + 1)]
+        assert torch.allclose(
+            smooth(losses, k), torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-12
+        )
 
 
 def three_by_hand(values, share):
     "The definition, looked up pair by pair."
     whole = values[0] - min(values)
     for t2 in range(1, len(values)):
-        low = min(values[:t2 + 1])
+        low = min(values[: t2 + 1])
         if low < values[0] and values[t2] - low > share * whole:
             return values[-1] < low
     return False
 
 
 @settings(max_examples=200, deadline=None)
-@given(values=st.lists(st.integers(0, 12), min_size=2, max_size=20), share=st.sampled_from([0.05, 0.1, 0.5]))
+@given(
+    values=st.lists(st.integers(0, 12), min_size=2, max_size=20),
+    share=st.sampled_from([0.05, 0.1, 0.5]),
+)
 def test_three_phases_are_those_of_the_definition(values, share):
     losses = torch.tensor(values, dtype=torch.float64)
     assert has_three_phases(losses, 1, share) == three_by_hand(values, share)
-    assert has_three_phases(4 * losses + 8, 1, share) == has_three_phases(losses, 1, share), "units don't matter"
+    assert has_three_phases(4 * losses + 8, 1, share) == has_three_phases(losses, 1, share), (
+        "units don't matter"
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,18 +140,29 @@ def test_each_phase_is_needed():
 
 
 @settings(max_examples=40, deadline=None)
-@given(values=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=20), factor=st.sampled_from([0.5, 4.0]))
+@given(
+    values=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=20),
+    factor=st.sampled_from([0.5, 4.0]),
+)
 def test_roughness_has_no_unit(values, factor):
     losses = torch.tensor(values, dtype=torch.float64)
-    assert roughness(factor * losses) == pytest.approx(roughness(losses)) and roughness(torch.ones(5)) == 0
+    assert (
+        roughness(factor * losses) == pytest.approx(roughness(losses))
+        and roughness(torch.ones(5)) == 0
+    )
 
 
 @settings(max_examples=100, deadline=None)
-@given(values=st.lists(st.integers(0, 9), min_size=1, max_size=12), spread=st.sampled_from([0.0, 1.0, 3.0, 20.0]))
+@given(
+    values=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    spread=st.sampled_from([0.0, 1.0, 3.0, 20.0]),
+)
 def test_turns_alternate_and_keep_their_meaning(values, spread):
     found = turns(values, [spread] * len(values))
     assert not set(found) - set("+-") and "++" not in found and "--" not in found
-    assert turns([-v for v in values], [spread] * len(values)) == found.translate(str.maketrans("+-", "-+"))
+    assert turns([-v for v in values], [spread] * len(values)) == found.translate(
+        str.maketrans("+-", "-+")
+    )
     assert turns([2 * v + 1 for v in values], [2 * spread] * len(values)) == found
     if max(values) - min(values) <= spread:
         assert found == ""
@@ -154,6 +181,7 @@ def test_a_move_inside_the_spread_is_none_and_a_slow_fall_is_one():
 
 # Sharpness of the weights
 
+
 def rescaled(model, c):
     "A to cA and B to B/c: the same model in other numbers."
     twin = copy.deepcopy(model)
@@ -165,13 +193,21 @@ def rescaled(model, c):
 
 
 def test_sharpness_of_weights_knows_no_factors_and_leaves_the_model_alone():
-    model = randomise(lb.adapt(load_model("tiny_vit", dtype="float64"), "lora", ["attn.qkv[q,v]"], r=2), 0, 0.1)
+    model = randomise(
+        lb.adapt(load_model("tiny_vit", dtype="float64"), "lora", ["attn.qkv[q,v]"], r=2), 0, 0.1
+    )
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 1, 28, 28, generator=g).double(), torch.randint(10, (6,), generator=g)
     before = {name: t.clone() for name, t in model.state_dict().items()}
 
     def sharp(m):
-        return weight_sharpness(m, lambda own: torch.nn.functional.cross_entropy(own(x), y), 0.01, 3, torch.Generator().manual_seed(1))
+        return weight_sharpness(
+            m,
+            lambda own: torch.nn.functional.cross_entropy(own(x), y),
+            0.01,
+            3,
+            torch.Generator().manual_seed(1),
+        )
 
     one, other = sharp(model), sharp(rescaled(model, 8.0))
     assert one["ascent"] > 0 and one == pytest.approx(other, rel=1e-6)
@@ -181,7 +217,22 @@ def test_sharpness_of_weights_knows_no_factors_and_leaves_the_model_alone():
 
 # Runs
 
-TINY = Task("digits", "tiny_vit", None, ("attn.qkv[q,v]",), (1, 2), (1e-2,), 2, (1e-2,), 8, 3, 2, 16, 24, "tiny")
+TINY = Task(
+    "digits",
+    "tiny_vit",
+    None,
+    ("attn.qkv[q,v]",),
+    (1, 2),
+    (1e-2,),
+    2,
+    (1e-2,),
+    8,
+    3,
+    2,
+    16,
+    24,
+    "tiny",
+)
 
 
 @pytest.fixture
@@ -191,19 +242,30 @@ def tiny(monkeypatch):
 
 
 def contents(folder):
-    return {path.name: {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"} for path in folder.iterdir()}
+    return {
+        path.name: {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+        for path in folder.iterdir()
+    }
 
 
 def test_runs_resume_with_the_same_numbers(tiny, tmp_path):
     chapter.run_all(lb.adapt, tmp_path, ("tiny",), seeds=range(2))
     first = contents(tmp_path)
-    assert set(first) == {"sweep-tiny-lora-1-0.01.json", "sweep-tiny-lora-2-0.01.json", "sweep-tiny-rslora-2-0.01.json",
-                          "ways-tiny-lora-0.01.json", "ways-tiny-mgpo-0.01.json"}
+    assert set(first) == {
+        "sweep-tiny-lora-1-0.01.json",
+        "sweep-tiny-lora-2-0.01.json",
+        "sweep-tiny-rslora-2-0.01.json",
+        "ways-tiny-lora-0.01.json",
+        "ways-tiny-mgpo-0.01.json",
+    }
     for result in first.values():
         assert [run["seed"] for run in result["runs"]] == [0, 1]
         assert all(len(run["seen"]) == 3 and len(run["measured"]) == 3 for run in result["runs"])
     assert first["ways-tiny-mgpo-0.01.json"]["options"] in chapter.WAYS["mgpo"]
-    lost, kept = tmp_path / "sweep-tiny-rslora-2-0.01.json", tmp_path / "sweep-tiny-lora-2-0.01.json"
+    lost, kept = (
+        tmp_path / "sweep-tiny-rslora-2-0.01.json",
+        tmp_path / "sweep-tiny-lora-2-0.01.json",
+    )
     lost.unlink()
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"marked": 1}))
     chapter.run_all(lb.adapt, tmp_path, ("tiny",), seeds=range(2))
@@ -239,10 +301,18 @@ def test_stored_results_are_whole():
         assert found
         for result in found:
             made = chapter.TASKS[result["task"]]
-            assert (result["steps"], result["batch"], result["every"], result["judged"]) == (made.steps, made.batch, made.every, made.judged)
+            assert (result["steps"], result["batch"], result["every"], result["judged"]) == (
+                made.steps,
+                made.batch,
+                made.every,
+                made.judged,
+            )
             assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
             for run in result["runs"]:
-                assert len(run["seen"]) == made.steps and len(run["measured"]) == -(-made.steps // made.every) + 1
+                assert (
+                    len(run["seen"]) == made.steps
+                    and len(run["measured"]) == -(-made.steps // made.every) + 1
+                )
                 assert torch.isfinite(torch.tensor(run["seen"] + run["measured"])).all()
     have = {(d["task"], d["method"], d["r"], d["lr"]) for d in chapter.stored("sweep")}
     wanted = {(task, *setting) for task in chapter.TASKS for setting in chapter.sweep(task)}

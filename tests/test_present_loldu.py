@@ -1,4 +1,7 @@
-"LoLDU: the definition, all starts, the constraints, gradients and saved memory of the fast product, export, and what is refused."
+"""LoLDU: the definition, all starts, the constraints, gradients and saved memory of the fast
+product, export, and what is refused.
+"""
+
 import copy
 import math
 
@@ -22,11 +25,15 @@ KINDS = ("gaussian", "low rank", "zero", "hole", "integer")
 
 
 def draw(seed, *shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def weight(kind, n, m, seed):
-    "A float64 weight of some kind: of full rank, of rank 1, zero, with a dead first column, or with repeated values."
+    """A float64 weight of some kind: of full rank, of rank 1, zero, with a dead first column, or
+    with repeated values.
+    """
     W = draw(seed, n, m)
     if kind == "low rank":
         return draw(seed, n, 1) @ draw(seed + 1, 1, m)
@@ -38,7 +45,9 @@ def weight(kind, n, m, seed):
 @st.composite
 def weights(draw_from):
     n, m = draw_from(st.integers(1, 9)), draw_from(st.integers(1, 9))
-    return weight(draw_from(st.sampled_from(KINDS)), n, m, draw_from(st.integers(0, 10**6))), draw_from(st.integers(1, min(n, m)))
+    return weight(
+        draw_from(st.sampled_from(KINDS)), n, m, draw_from(st.integers(0, 10**6))
+    ), draw_from(st.integers(1, min(n, m)))
 
 
 def model(W, dtype=torch.float64, bias=True):
@@ -71,6 +80,7 @@ def algorithm1(W, r, alpha, z):
 
 # The start
 
+
 @some
 @given(weights(), inits, st.integers(0, 5), st.sampled_from([0.5, 1.0, 3.0]))
 def test_the_start_is_algorithm_1s(drawn, init, seed, scale):
@@ -96,7 +106,9 @@ def test_every_start_is_w0_when_the_residual_is_taken_after_it(drawn, init, seed
 def test_regular_starts_at_w0_bit_for_bit(drawn):
     W, r = drawn
     net, adapter = adapted(W, r=r)
-    assert torch.equal(adapter.delta(W), torch.zeros_like(W)) and torch.equal(adapter.z, leading(W, r)[1])
+    assert torch.equal(adapter.delta(W), torch.zeros_like(W)) and torch.equal(
+        adapter.z, leading(W, r)[1]
+    )
     if adapter.whole is None:
         x = draw(1, 4, W.shape[1])
         assert torch.equal(net(x), model(W)(x))
@@ -106,12 +118,20 @@ def test_what_each_start_is():
     W, r, n = draw(0, 50, 40), 30, 4000
     z = leading(W, r)[1]
     start = {init: LoLDU(W, r=r, init=init).z.detach() for init in INITS}
-    assert torch.equal(start["regular"], z) and not start["zeros"].any() and torch.equal(start["ones"], torch.ones(r).double())
+    assert (
+        torch.equal(start["regular"], z)
+        and not start["zeros"].any()
+        and torch.equal(start["ones"], torch.ones(r).double())
+    )
     assert torch.allclose(start["constant"], z.mean().expand(r))
     wide = {init: make(draw(1, n).abs(), generator(0)) for init, make in INITS.items()}
     mean, std = draw(1, n).abs().mean(), draw(1, n).abs().std()
     for init, half in (("uniform", 1), ("uniform_mean", mean / 2)):
-        assert wide[init].abs().max() <= half and abs(wide[init].std() / half - 1 / math.sqrt(3)) < 0.03 and abs(wide[init].mean() / half) < 0.05
+        assert (
+            wide[init].abs().max() <= half
+            and abs(wide[init].std() / half - 1 / math.sqrt(3)) < 0.03
+            and abs(wide[init].mean() / half) < 0.05
+        )
     for init, centre, spread in (("normal", 0, 1), ("normal_mean", mean, std)):
         assert abs(wide[init].mean() - centre) < 0.06 and abs(wide[init].std() / spread - 1) < 0.05
 
@@ -132,14 +152,25 @@ def test_rank_one_and_one_by_one_have_finite_starts(init):
 
 # The laws, for every start that keeps W0, and for the others all but the first
 
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("init, keep_start", [(init, keep) for init in INITS for keep in (False, True)])
+@pytest.mark.parametrize(
+    "init, keep_start", [(init, keep) for init in INITS for keep in (False, True)]
+)
 def test_the_laws_hold_for_every_start(init, keep_start, dtype):
     @settings(max_examples=2, deadline=None)
-    @given(st.sampled_from(["linear", "fused", "conv1d", "fused_conv1d"]), st.integers(1, 8), st.integers(1, 8), st.booleans(), st.integers(0, 10**5))
+    @given(
+        st.sampled_from(["linear", "fused", "conv1d", "fused_conv1d"]),
+        st.integers(1, 8),
+        st.integers(1, 8),
+        st.booleans(),
+        st.integers(0, 10**5),
+    )
     def run(host, n, m, full, seed):
         r = min(n, m) if full else max(1, min(n, m) // 2)
-        case = Case(loldu, host, n, m, r, dtype, seed, options={"init": init, "keep_start": keep_start})
+        case = Case(
+            loldu, host, n, m, r, dtype, seed, options={"init": init, "keep_start": keep_start}
+        )
         check(case, lambda n, m, r: r + 1, starts_at_zero=keep_start or init == "regular")
 
     run()
@@ -151,6 +182,7 @@ def test_a_start_that_forgets_the_order_of_phases_breaks_the_first_law():
 
 
 # Numbers trained
+
 
 @some
 @given(weights(), st.booleans())
@@ -173,10 +205,13 @@ def test_the_scale_has_its_own_learning_rate_or_none():
     groups = {id(p): group["lr"] for group in lb.param_groups(net, 0.5) for p in group["params"]}
     assert groups == {id(adapter.z): 0.5, id(adapter.sigma): 0.05}
     net, adapter = adapted(draw(0, 5, 4), r=3, train_scale=False)
-    assert [p for group in lb.param_groups(net, 0.5) for p in group["params"]] == [adapter.z] and adapter.sigma == 1
+    assert [p for group in lb.param_groups(net, 0.5) for p in group["params"]] == [
+        adapter.z
+    ] and adapter.sigma == 1
 
 
 # Gradients
+
 
 def by_definition(W0, residual, bias, PL, U, z, sigma, x):
     return x @ (residual + sigma * PL @ torch.diag(z) @ U).T + bias
@@ -190,11 +225,16 @@ def test_gradients_equal_autograds_through_the_definition(drawn, init, keep_star
     move(adapter)
     x, target = draw(7, 2, 3, W.shape[1]).requires_grad_(), draw(8, 2, 3, W.shape[0])
     PL, _, U = leading(W, r)
-    want = by_definition(W, adapter.residual(W), net[0].bias.detach(), PL, U, adapter.z, adapter.sigma, x)
+    want = by_definition(
+        W, adapter.residual(W), net[0].bias.detach(), PL, U, adapter.z, adapter.sigma, x
+    )
     size = max(1.0, want.abs().max().item())
     assert ((net(x) - want).abs() <= 1e-11 * size).all()
     wrt = (x, adapter.z, adapter.sigma)
-    for ours, theirs in zip(*(torch.autograd.grad((y / size * target).sin().sum(), wrt) for y in (net(x), want)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y / size * target).sin().sum(), wrt) for y in (net(x), want)),
+        strict=True,
+    ):
         assert (ours - theirs).abs().max() <= 1e-10 * max(1, theirs.abs().max())
 
 
@@ -223,7 +263,9 @@ def test_the_factors_strips_are_cut_once_and_follow_the_factors():
     assert torch.equal(net(x), start) and adapter.made is not first, "the buffers were moved"
     twin = copy.deepcopy(net)
     lb.adapters(twin)["0"].right.zero_()
-    assert torch.equal(twin(x), net[0].bias.expand(5, 12)) and torch.equal(net(x), start), "a copy's strips are the copy's"
+    assert torch.equal(twin(x), net[0].bias.expand(5, 12)) and torch.equal(net(x), start), (
+        "a copy's strips are the copy's"
+    )
     other = draw(2, 12, 12)
     adapter.rebase(other)
     with torch.no_grad():
@@ -248,7 +290,10 @@ def test_second_derivatives(rows, r):
     lb.adapt(net, "loldu", [f"qkv{rows}"], r=r)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     x = draw(2, 3, 4).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x, *p: torch.func.functional_call(net, dict(zip(named, p, strict=True)), (x,)), (x, *named.values()))
+    assert torch.autograd.gradgradcheck(
+        lambda x, *p: torch.func.functional_call(net, dict(zip(named, p, strict=True)), (x,)),
+        (x, *named.values()),
+    )
 
 
 @some
@@ -258,11 +303,18 @@ def test_products_with_triangles_are_products(r, more, block, seed):
     U = draw(seed, r, m).triu()
     before, chapter.BLOCK = chapter.BLOCK, block
     try:
-        assert torch.allclose(times(draw(1, T, r), column_strips(U), torch.empty(T, m).double()), draw(1, T, r) @ U)
-        assert torch.allclose(times(draw(2, T, m), row_strips(U), torch.empty(T, r).double()), draw(2, T, m) @ U.T)
+        assert torch.allclose(
+            times(draw(1, T, r), column_strips(U), torch.empty(T, m).double()), draw(1, T, r) @ U
+        )
+        assert torch.allclose(
+            times(draw(2, T, m), row_strips(U), torch.empty(T, r).double()), draw(2, T, m) @ U.T
+        )
         if r > block:
             full = torch.ones(r, m).double()
-            assert not torch.allclose(times(draw(1, T, r), column_strips(full), torch.empty(T, m).double()), draw(1, T, r) @ full), "nothing was skipped"
+            assert not torch.allclose(
+                times(draw(1, T, r), column_strips(full), torch.empty(T, m).double()),
+                draw(1, T, r) @ full,
+            ), "nothing was skipped"
     finally:
         chapter.BLOCK = before
 
@@ -276,16 +328,21 @@ def test_the_backward_pass_keeps_t_times_r_numbers(r):
 
 # Whole blocks: when the factors may stand for the weight
 
+
 def test_a_full_rank_block_takes_the_place_of_the_base_product_only_where_that_is_exact():
     square = draw(0, 12, 12)
     assert LoLDU(square, r=12).whole == torch.float64 and LoLDU(square, r=11).whole is None
-    assert LoLDU(square.bfloat16(), r=12).whole is None, "half precision would multiply the rounding errors"
+    assert LoLDU(square.bfloat16(), r=12).whole is None, (
+        "half precision would multiply the rounding errors"
+    )
     dead = square.clone()
     dead[:, 3] = 0
     assert LoLDU(dead, r=12).whole is None, "a row was given up, the factors aren't the weight"
     shrinking = torch.eye(60).double() - torch.ones(60, 60).double().tril(-1)
     shrinking[:, -1] = 1
-    assert LoLDU(shrinking.float(), r=60).whole is None, "the pivots grow like 2^60: large numbers would cancel"
+    assert LoLDU(shrinking.float(), r=60).whole is None, (
+        "the pivots grow like 2^60: large numbers would cancel"
+    )
 
 
 def test_widening_the_model_computes_in_float64_even_for_a_whole_block():
@@ -310,6 +367,7 @@ def test_singular_weights_train_without_nan(kind):
 
 # Projection
 
+
 @some
 @given(weights(), st.floats(0.1, 3), st.floats(0.01, 1), inits)
 def test_projected_steps_stay_in_the_set(drawn, eps, share, init):
@@ -330,7 +388,9 @@ def test_the_projection_is_the_nearest_point_and_leaves_feasible_points_alone():
             adapter.sigma.fill_(sigma)
         z = adapter.z.detach().clone()
         adapter.constrain()
-        assert torch.allclose(adapter.z, z * min(1, 2 / float(z.norm()))) and adapter.sigma == nearest
+        assert (
+            torch.allclose(adapter.z, z * min(1, 2 / float(z.norm()))) and adapter.sigma == nearest
+        )
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -338,7 +398,9 @@ def test_the_default_bound_admits_the_start(init):
     adapter = LoLDU(draw(0, 9, 9), r=9, project=True, init=init)
     z = adapter.z.detach().clone()
     adapter.constrain()
-    assert torch.allclose(adapter.z, z, rtol=1e-12) and adapter.eps >= leading(draw(0, 9, 9), 9)[1].norm() * (1 - 1e-12)
+    assert torch.allclose(adapter.z, z, rtol=1e-12) and adapter.eps >= leading(draw(0, 9, 9), 9)[
+        1
+    ].norm() * (1 - 1e-12)
 
 
 def test_without_project_nothing_is_projected():
@@ -350,12 +412,16 @@ def test_without_project_nothing_is_projected():
 
 # Around the adapter
 
-@pytest.mark.parametrize("init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", False, 2)])
+
+@pytest.mark.parametrize(
+    "init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", False, 2)]
+)
 def test_r_plus_one_numbers_are_stored_and_reload_with_the_same_bits(tmp_path, init, keep_start, r):
     net, adapter = adapted(draw(0, 6, 8), r=r, init=init, keep_start=keep_start, seed=3)
     move(adapter)
     lb.save(net, tmp_path)
     from safetensors.torch import load_file
+
     assert sum(t.numel() for t in load_file(tmp_path / "adapter.safetensors").values()) == r + 1
     again, x = lb.load(model(draw(0, 6, 8)), tmp_path), draw(1, 4, 8)
     assert torch.equal(again(x), net(x)) and torch.equal(copy.deepcopy(net)(x), net(x))
@@ -363,9 +429,14 @@ def test_r_plus_one_numbers_are_stored_and_reload_with_the_same_bits(tmp_path, i
         lb.load(model(draw(9, 6, 8)), tmp_path)
 
 
-@pytest.mark.parametrize("init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", True, 2)])
+@pytest.mark.parametrize(
+    "init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", True, 2)]
+)
 def test_a_state_dict_carries_over_to_a_model_that_was_adapted_on_another_base(init, keep_start, r):
-    one, other = (adapted(draw(seed, 6, 8), r=r, init=init, keep_start=keep_start, seed=3)[0] for seed in (0, 9))
+    one, other = (
+        adapted(draw(seed, 6, 8), r=r, init=init, keep_start=keep_start, seed=3)[0]
+        for seed in (0, 9)
+    )
     move(lb.adapters(one)["0"])
     x = draw(1, 4, 8)
     assert not torch.allclose(other(x), one(x))
@@ -377,9 +448,12 @@ def test_the_factors_are_the_change():
     W = draw(0, 7, 5)
     adapter = LoLDU(W, r=3, init="normal", alpha=2.0)
     move(adapter)
-    (A, B, s), = adapter.factors()
+    ((A, B, s),) = adapter.factors()
     assert A.shape == (3, 5) and B.shape == (7, 3) and torch.allclose(s * B @ A, adapter.delta(W))
-    on_residual = adapter.residual(W) + adapter.ordered(adapter.left) @ torch.diag(adapter.sigma * adapter.z) @ adapter.right
+    on_residual = (
+        adapter.residual(W)
+        + adapter.ordered(adapter.left) @ torch.diag(adapter.sigma * adapter.z) @ adapter.right
+    )
     assert torch.allclose(on_residual, W + adapter.delta(W), atol=1e-12)
 
 
@@ -401,12 +475,21 @@ def test_the_tangent_is_the_derivative_along_it(drawn, seed):
     W, r = drawn
     adapter = LoLDU(W, r=r, init="normal")
     M = {"z": draw(seed, r), "sigma": draw(seed + 1)}
-    _, want = torch.func.jvp(lambda z, sigma: torch.func.functional_call(Delta(adapter), {"a.z": z, "a.sigma": sigma}, (W,)),
-                             (adapter.z.detach(), adapter.sigma.detach()), (M["z"], M["sigma"]))
+    _, want = torch.func.jvp(
+        lambda z, sigma: torch.func.functional_call(
+            Delta(adapter), {"a.z": z, "a.sigma": sigma}, (W,)
+        ),
+        (adapter.z.detach(), adapter.sigma.detach()),
+        (M["z"], M["sigma"]),
+    )
     assert torch.allclose(adapter.tangent(M), want, atol=1e-10 * float(1 + want.abs().max()))
-    (A, B, s), = adapter.direction(M, W)
+    ((A, B, s),) = adapter.direction(M, W)
     assert torch.allclose(s * B @ A, adapter.tangent(M), atol=1e-10 * float(1 + want.abs().max()))
-    assert torch.allclose(adapter.tangent({"z": M["z"]}) + adapter.tangent({"sigma": M["sigma"]}), adapter.tangent(M), atol=1e-10 * float(1 + want.abs().max()))
+    assert torch.allclose(
+        adapter.tangent({"z": M["z"]}) + adapter.tangent({"sigma": M["sigma"]}),
+        adapter.tangent(M),
+        atol=1e-10 * float(1 + want.abs().max()),
+    )
 
 
 @pytest.mark.parametrize("r", [3, 6])
@@ -429,11 +512,25 @@ class Delta(nn.Module):
 
 # What is refused
 
-BAD = [({"r": 0}, "r must be"), ({"r": 5}, "min"), ({"r": 2.5}, "r must be"), ({"init": "unifrom"}, "uniform"), ({"init": None}, "init"),
-       ({"project": True, "alpha": 9}, "alpha/r = 3"), ({"project": True, "eps": 0}, "eps"), ({"project": True, "eps": -1.0}, "eps"),
-       ({"eps": 1.0}, "project=True"), ({"project": True, "eps": float("nan")}, "eps"), ({"project": 1}, "project"), ({"keep_start": "yes"}, "keep_start"),
-       ({"train_scale": None}, "train_scale"), ({"scale_lr_ratio": 0}, "scale_lr_ratio"), ({"alpha": 0}, "alpha"), ({"inti": "ones"}, "init"),
-       ({"project": True, "alpha": 9, "train_scale": False}, "alpha/r")]
+BAD = [
+    ({"r": 0}, "r must be"),
+    ({"r": 5}, "min"),
+    ({"r": 2.5}, "r must be"),
+    ({"init": "unifrom"}, "uniform"),
+    ({"init": None}, "init"),
+    ({"project": True, "alpha": 9}, "alpha/r = 3"),
+    ({"project": True, "eps": 0}, "eps"),
+    ({"project": True, "eps": -1.0}, "eps"),
+    ({"eps": 1.0}, "project=True"),
+    ({"project": True, "eps": float("nan")}, "eps"),
+    ({"project": 1}, "project"),
+    ({"keep_start": "yes"}, "keep_start"),
+    ({"train_scale": None}, "train_scale"),
+    ({"scale_lr_ratio": 0}, "scale_lr_ratio"),
+    ({"alpha": 0}, "alpha"),
+    ({"inti": "ones"}, "init"),
+    ({"project": True, "alpha": 9, "train_scale": False}, "alpha/r"),
+]
 
 
 @pytest.mark.parametrize("options, message", BAD, ids=lambda o: str(o)[:40])
@@ -444,7 +541,9 @@ def test_bad_options_are_refused_and_the_model_is_untouched(options, message):
         lb.adapt(net, "loldu", ["0"], **({"r": 3} | options))
     assert isinstance(caught.value, (ValueError, TypeError, KeyError))
     assert type(net[0]) is nn.Linear and flags == [p.requires_grad for p in net.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(state.values(), net.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -459,6 +558,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
 
 # Mutants: each would be a plausible way to write the method
 
+
 def dense_transposed(adapter, W):
     "The permutation applied in the wrong direction."
     return ((adapter.left * adapter.change()) @ adapter.right)[adapter.order]
@@ -466,7 +566,11 @@ def dense_transposed(adapter, W):
 
 def residual_after(adapter, W):
     "The start of `keep_start` taken for the paper's order."
-    return unpermute(adapter.order, (adapter.left * (adapter.sigma * adapter.z - adapter.sigma0 * adapter.z.detach())) @ adapter.right)
+    return unpermute(
+        adapter.order,
+        (adapter.left * (adapter.sigma * adapter.z - adapter.sigma0 * adapter.z.detach()))
+        @ adapter.right,
+    )
 
 
 def dsm_as_change(adapter, W):
@@ -479,5 +583,7 @@ def test_mutants_of_the_definition_are_caught(mutant):
     W = draw(4, 6, 6)
     adapter = LoLDU(W, r=6, init="ones")
     want = algorithm1(W, 6, 6.0, adapter.z.detach())
-    assert torch.allclose(W + adapter.delta(W), want, atol=1e-10) and not torch.equal(adapter.order, adapter.inverse)
+    assert torch.allclose(W + adapter.delta(W), want, atol=1e-10) and not torch.equal(
+        adapter.order, adapter.inverse
+    )
     assert not torch.allclose(W + mutant(adapter, W), want, atol=1e-3)

@@ -1,4 +1,7 @@
-"""SAM, MGPO and GGPO: what a step perturbs, by how much, what gradient it takes there, and that nothing stays perturbed."""
+"""SAM, MGPO and GGPO: what a step perturbs, by how much, what gradient it takes there, and that
+nothing stays perturbed.
+"""
+
 import copy
 
 import pytest
@@ -28,15 +31,21 @@ UNMOVED = {"linear_probe", "bitfit"}
 
 def network(seed=0, dtype=torch.float64, n=6, m=5):
     g = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(m, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(m, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, 3)
+    ).double()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / p.shape[-1] ** 0.5)
     return model.to(dtype)
 
 
-def adapted(method="lora", seed=0, dtype=torch.float64, targets=("0", "2"), r=2, moved=True, **options):
-    model = lb.adapt(network(seed, dtype), method, list(targets), r=r, alpha=2.0 * r, seed=seed, **options)
+def adapted(
+    method="lora", seed=0, dtype=torch.float64, targets=("0", "2"), r=2, moved=True, **options
+):
+    model = lb.adapt(
+        network(seed, dtype), method, list(targets), r=r, alpha=2.0 * r, seed=seed, **options
+    )
     return randomise(model, seed, 0.3) if moved else model
 
 
@@ -67,12 +76,18 @@ def same(before, after):
 
 
 def dense_gradients(model, epsilons, loss):
-    """Gradients of the adapters' parameters with W0 replaced by W0 + ε for the base product: a constant added to each layer's output."""
+    """Gradients of the adapters' parameters with W0 replaced by W0 + ε for the base product: a
+    constant added to each layer's output.
+    """
     hooks = []
     for name, site in sites(model):
         e = epsilons.get(name)
         if e is not None:
-            hooks.append(site.register_forward_hook(lambda module, inputs, out, e=e: out + inputs[0] @ e.to(inputs[0]).T))
+            hooks.append(
+                site.register_forward_hook(
+                    lambda module, inputs, out, e=e: out + inputs[0] @ e.to(inputs[0]).T
+                )
+            )
     value = loss()
     extra = record_of(model).method.penalty(adapters(model))
     value = value if extra is None else value + extra
@@ -84,20 +99,31 @@ def dense_gradients(model, epsilons, loss):
 
 
 def seen(model, optimizer, loss):
-    "One train_step; returns each adapter's nudge as a matrix (or None) by name, and under `grads` what the optimizer got."
+    """One train_step; returns each adapter's nudge as a matrix (or None) by name, and under `grads`
+    what the optimizer got.
+    """
     caught = {}
 
     def watching():
         for key, block in adapted_blocks(model).items():
             nudge = block.adapter.nudge
-            caught[key] = None if nudge is None else sum(B if A is None else B @ A for A, B in nudge.pieces(block))
+            caught[key] = (
+                None
+                if nudge is None
+                else sum(B if A is None else B @ A for A, B in nudge.pieces(block))
+            )
         return loss()
 
     original = optimizer.step
 
     def stepping(*args, **kwargs):
-        caught["grads"] = [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+        caught["grads"] = [
+            None if p.grad is None else p.grad.clone()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
         return original(*args, **kwargs)
+
     optimizer.step = stepping
     lb.train_step(model, optimizer, watching)
     del optimizer.step
@@ -106,19 +132,36 @@ def seen(model, optimizer, loss):
 
 # How large the perturbation is
 
+
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), rho=st.floats(1e-3, 1.0), ema=st.sampled_from([0.0, 0.5, 0.9]), sign=st.sampled_from([-1, 1]),
-       scale=st.sampled_from([1e-3, 1.0, 30.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    rho=st.floats(1e-3, 1.0),
+    ema=st.sampled_from([0.0, 0.5, 0.9]),
+    sign=st.sampled_from([-1, 1]),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
 def test_norm_is_rho_over_the_smoothed_gradient_norm_capped(seed, rho, ema, sign, scale):
     model = adapted(seed=seed, step="mgpo", rho=rho, ema=ema, sign=sign)
     optimizer, loss, level = adam(model), problem(model, seed), {}
     for _ in range(4):
-        v = {name: a.tangent(M).detach() for name, a in adapters(model).items() if (M := momenta(a, optimizer))}
+        v = {
+            name: a.tangent(M).detach()
+            for name, a in adapters(model).items()
+            if (M := momenta(a, optimizer))
+        }
         caught = seen(model, optimizer, lambda: scale * loss())
         for name in adapters(model):
             if level:
-                assert torch.allclose(caught[name], sign * rho * v[name] / v[name].norm() * min(1 / level[name], 10), rtol=1e-9, atol=1e-15)
-                assert caught[name].norm().item() == pytest.approx(rho * min(1 / level[name], 10), rel=1e-9)
+                assert torch.allclose(
+                    caught[name],
+                    sign * rho * v[name] / v[name].norm() * min(1 / level[name], 10),
+                    rtol=1e-9,
+                    atol=1e-15,
+                )
+                assert caught[name].norm().item() == pytest.approx(
+                    rho * min(1 / level[name], 10), rel=1e-9
+                )
             else:
                 assert caught[name] is None, "the first step has no momentum and must be plain"
         level = {name: record_of(model).step.memory[name].item() for name in adapters(model)}
@@ -130,7 +173,10 @@ def test_smoothed_norm_starts_at_the_first_and_follows_the_average(seed, ema):
     model, want = adapted(seed=seed, step="mgpo", ema=ema), {}
     optimizer, loss = adam(model), problem(model, seed)
     for _ in range(4):
-        before = {name: (a.A.detach().clone(), a.B.detach().clone(), a.scaling) for name, a in adapters(model).items()}
+        before = {
+            name: (a.A.detach().clone(), a.B.detach().clone(), a.scaling)
+            for name, a in adapters(model).items()
+        }
         grads = iter(seen(model, optimizer, loss)["grads"])
         for name, (A, B, s) in before.items():
             gA, gB = next(grads), next(grads)
@@ -146,14 +192,23 @@ def test_global_scope_shares_one_norm():
     level = record_of(model).step.memory["all"].item()
     caught = seen(model, optimizer, loss)
     total = sum(caught[name].norm() ** 2 for name in adapters(model)) ** 0.5
-    assert total.item() == pytest.approx(0.3 * min(1 / level, 10), rel=1e-9) and set(record_of(model).step.memory) == {"all"}
+    assert total.item() == pytest.approx(0.3 * min(1 / level, 10), rel=1e-9) and set(
+        record_of(model).step.memory
+    ) == {"all"}
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 9), m=st.integers(1, 9), R=st.integers(1, 5), seed=st.integers(0, 10**6))
 def test_norms_from_gram_matrices_are_those_of_the_dense_sum(n, m, R, seed):
     g = torch.Generator().manual_seed(seed)
-    pieces = [(torch.randn(R, m, generator=g, dtype=torch.float64), torch.randn(n, R, generator=g, dtype=torch.float64), s) for s in (1.0, -0.7)]
+    pieces = [
+        (
+            torch.randn(R, m, generator=g, dtype=torch.float64),
+            torch.randn(n, R, generator=g, dtype=torch.float64),
+            s,
+        )
+        for s in (1.0, -0.7)
+    ]
     dense = sum(s * B @ A for A, B, s in pieces)
     assert torch.allclose(square(pieces), dense.square().sum(), rtol=1e-11)
     assert torch.allclose(row_norms(pieces), dense.norm(dim=1), rtol=1e-7, atol=1e-7)
@@ -161,6 +216,7 @@ def test_norms_from_gram_matrices_are_those_of_the_dense_sum(n, m, R, seed):
 
 
 # Which gradient is taken
+
 
 def tangent(block, M, h=1e-3):
     "d/dt delta(θ + tM) by differences of fourth order, whatever the method says."
@@ -185,7 +241,10 @@ def moved_by_hand(model, optimizer, rho, sign):
     "ε of the next step by the dense definition, for each adapter."
     found = {}
     for name, block in adapted_blocks(model).items():
-        v, level = dense(block, momenta(block.adapter, optimizer)), record_of(model).step.memory[name].item()
+        v, level = (
+            dense(block, momenta(block.adapter, optimizer)),
+            record_of(model).step.memory[name].item(),
+        )
         found[name] = sign * rho * v / v.norm() * min(1 / level, 10) if v.norm() > 0 else None
     return found
 
@@ -200,14 +259,25 @@ def test_every_method_gets_the_dense_definitions_gradient(method):
         base = stored(model)
         for block in adapted_blocks(model).values():
             a = block.adapter
-            M = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype) for name, p in a.named_parameters()}
-            assert torch.allclose(dense(block, M), tangent(block, M), rtol=1e-6, atol=1e-8), "the direction isn't the derivative"
+            M = {
+                name: torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype
+                )
+                for name, p in a.named_parameters()
+            }
+            assert torch.allclose(dense(block, M), tangent(block, M), rtol=1e-6, atol=1e-8), (
+                "the direction isn't the derivative"
+            )
         seen(model, optimizer, loss)
         want = dense_gradients(model, moved_by_hand(model, optimizer, 0.2, sign), loss)
         caught = seen(model, optimizer, loss)
         for got, exact in zip(caught["grads"], want, strict=True):
-            assert (got is None and exact is None) or torch.allclose(got, exact, rtol=1e-10, atol=1e-12)
-        assert same(base, stored(model)) and all("nudge" not in vars(a) for a in adapters(model).values())
+            assert (got is None and exact is None) or torch.allclose(
+                got, exact, rtol=1e-10, atol=1e-12
+            )
+        assert same(base, stored(model)) and all(
+            "nudge" not in vars(a) for a in adapters(model).values()
+        )
 
     run()
 
@@ -216,27 +286,51 @@ def test_every_method_gets_the_dense_definitions_gradient(method):
 @given(T=st.integers(1, 6), n=st.integers(2, 7), m=st.integers(2, 7), seed=st.integers(0, 10**6))
 def test_the_fused_product_is_the_dense_sum_with_a_constant(T, n, m, seed):
     g = torch.Generator().manual_seed(seed)
-    x, W, A, B, EA, EB, target = (torch.randn(s, generator=g, dtype=torch.float64) for s in
-                                  [(T, m), (n, m), (2, m), (n, 2), (2, m), (n, 2), (T, n)])
+    x, W, A, B, EA, EB, target = (
+        torch.randn(s, generator=g, dtype=torch.float64)
+        for s in [(T, m), (n, m), (2, m), (n, 2), (2, m), (n, 2), (T, n)]
+    )
     leaves = [t.requires_grad_() for t in (x, A, B, EA, EB)]
     y = nudged_linear(x, W, None, [(None, A, B, 0.7, EA, EB)])
     dense = x @ (W + 0.7 * (B @ A) + 0.7 * (EB @ A + B @ EA).detach()).T
-    got, want = (torch.autograd.grad((out * target).sum(), leaves, allow_unused=True) for out in (y, dense))
+    got, want = (
+        torch.autograd.grad((out * target).sum(), leaves, allow_unused=True) for out in (y, dense)
+    )
     assert torch.allclose(y, dense, rtol=0, atol=1e-12) and got[3] is got[4] is None
     assert all(torch.allclose(a, b, rtol=0, atol=1e-11) for a, b in zip(got[:3], want[:3]))
     undetached = x @ (W + 0.7 * (B @ A + EB @ A + B @ EA)).T
     mutant = torch.autograd.grad((undetached * target).sum(), leaves[:3])
-    assert not all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(mutant, want)), "an ε that isn't detached must be noticed"
+    assert not all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(mutant, want)), (
+        "an ε that isn't detached must be noticed"
+    )
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), rho=st.floats(0.01, 0.5))
 def test_momentum_along_the_gradient_with_sign_plus_is_sam(seed, rho):
-    """One layer, ΔW linear in its parameters with unit scale (columns): then weight space is parameter space.
-    The first moment of SGD is the gradient itself after one step of no length."""
+    """One layer, ΔW linear in its parameters with unit scale (columns): then weight space is
+    parameter space. The first moment of SGD is the gradient itself after one step of no length.
+    """
+
     def build(step, size):
-        model = randomise(lb.adapt(network(seed), "paca", ["2"], r=2, seed=seed, step=step, rho=size, **({"sign": 1} if step == "mgpo" else {})), seed)
-        return model, torch.optim.SGD(lb.param_groups(model, 1e-300), momentum=0.9), problem(model, seed)
+        model = randomise(
+            lb.adapt(
+                network(seed),
+                "paca",
+                ["2"],
+                r=2,
+                seed=seed,
+                step=step,
+                rho=size,
+                **({"sign": 1} if step == "mgpo" else {}),
+            ),
+            seed,
+        )
+        return (
+            model,
+            torch.optim.SGD(lb.param_groups(model, 1e-300), momentum=0.9),
+            problem(model, seed),
+        )
 
     model, optimizer, loss = build("mgpo", rho)
     seen(model, optimizer, loss)
@@ -244,9 +338,13 @@ def test_momentum_along_the_gradient_with_sign_plus_is_sam(seed, rho):
     along = seen(model, optimizer, loss)["grads"]
     other, optimizer, loss = build("sam", rho * min(1 / level, 10))
     ascent = seen(other, optimizer, loss)["grads"]
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(along, ascent, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(along, ascent, strict=True)
+    )
     plain = torch.autograd.grad(loss(), [p for p in other.parameters() if p.requires_grad])
-    assert not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ascent, plain, strict=True))
+    assert not all(
+        torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ascent, plain, strict=True)
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -265,10 +363,13 @@ def test_sam_is_the_gradient_at_the_end_of_the_ascent(seed, rho):
     want = torch.autograd.grad(again(), qs)
     calls = []
     got = seen(model, torch.optim.SGD(ps, 1e-300), lambda: calls.append(1) or loss())["grads"]
-    assert len(calls) == 2 and all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(got, want, strict=True))
+    assert len(calls) == 2 and all(
+        torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(got, want, strict=True)
+    )
 
 
 # Nothing stays moved
+
 
 class Failed(Exception):
     pass
@@ -287,13 +388,21 @@ def test_base_weights_keep_their_bits(step, dtype):
 
 
 @settings(max_examples=20, deadline=None)
-@given(step=st.sampled_from(STEP_IDS), call=st.integers(1, 2), in_backward=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    step=st.sampled_from(STEP_IDS),
+    call=st.integers(1, 2),
+    in_backward=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_a_step_that_raises_leaves_everything_as_it_was(step, call, in_backward, seed):
     model = adapted(seed=seed, step=step, rho=0.3)
     optimizer, loss, calls = adam(model), problem(model, seed), []
     lb.train_step(model, optimizer, loss)
     before, out = {k: v.clone() for k, v in model.state_dict().items()}, loss().item()
-    memory, attributes = record_of(model).step.state(model), [sorted(vars(m)) for m in model.modules()]
+    memory, attributes = (
+        record_of(model).step.state(model),
+        [sorted(vars(m)) for m in model.modules()],
+    )
 
     def failing():
         calls.append(1)
@@ -358,6 +467,7 @@ def test_a_perturbation_left_on_is_noticed():
 
 # How steps live with the rest
 
+
 def test_loss_is_called_once_a_gradient_and_the_first_loss_returned():
     for step, times in (("plain", 1), ("mgpo", 1), ("ggpo", 1), ("sam", 2)):
         model = adapted(step=step)
@@ -377,15 +487,22 @@ def test_a_new_link_starts_without_momentum_and_without_memory(method):
     for _ in range(3):
         lb.train_step(model, optimizer, loss)
     lb.advance(model, optimizer)
-    found = {name: dense(b, {key: p.new_zeros(p.shape) for key, p in b.adapter.named_parameters()}).shape for name, b in adapted_blocks(model).items()}
+    found = {
+        name: dense(b, {key: p.new_zeros(p.shape) for key, p in b.adapter.named_parameters()}).shape
+        for name, b in adapted_blocks(model).items()
+    }
     before = copy.deepcopy(model)
     caught = seen(model, optimizer, loss)
     assert all(caught[name] is None for name in found)
-    for p, g in zip([p for p in before.parameters() if p.requires_grad], caught["grads"], strict=True):
+    for p, g in zip(
+        [p for p in before.parameters() if p.requires_grad], caught["grads"], strict=True
+    ):
         p.grad = g
     for name, b in adapted_blocks(before).items():
         first = dense(b, gradients(b.adapter)).norm().item()
-        assert record_of(model).step.memory[name].item() == pytest.approx(first, rel=1e-9), "the average starts anew"
+        assert record_of(model).step.memory[name].item() == pytest.approx(first, rel=1e-9), (
+            "the average starts anew"
+        )
         assert b.adapter.done == 1
     assert all(seen(model, optimizer, loss)[name] is not None for name in found)
 
@@ -399,9 +516,14 @@ def test_gradients_collected_over_several_calls_keep_one_perturbation():
     real = optimizer.step, optimizer.zero_grad
     optimizer.step = optimizer.zero_grad = lambda *a, **k: None
     lb.train_step(model, optimizer, lambda: loss() / 2)
-    assert same(memory, record_of(model).step.state(model)), "no step was taken, so nothing is remembered"
+    assert same(memory, record_of(model).step.state(model)), (
+        "no step was taken, so nothing is remembered"
+    )
     optimizer.step, optimizer.zero_grad = real
-    nudged = {name: b.adapter.direction(momenta(b.adapter, optimizer), b.W0) for name, b in adapted_blocks(model).items()}
+    nudged = {
+        name: b.adapter.direction(momenta(b.adapter, optimizer), b.W0)
+        for name, b in adapted_blocks(model).items()
+    }
     assert all(square(pieces) > 0 for pieces in nudged.values())
     lb.train_step(model, optimizer, lambda: loss() / 2)
     assert not same(memory, record_of(model).step.state(model))
@@ -439,7 +561,9 @@ def test_ggpo_draws_by_seed_and_leaves_the_global_state_alone():
         drawn.append([seen(model, optimizer, problem(model))["0"] for _ in range(2)])
         assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
-    assert not torch.allclose(drawn[0][0], drawn[2][0]) and not torch.allclose(drawn[0][0], drawn[0][1])
+    assert not torch.allclose(drawn[0][0], drawn[2][0]) and not torch.allclose(
+        drawn[0][0], drawn[0][1]
+    )
 
 
 @settings(max_examples=10, deadline=None)
@@ -451,8 +575,11 @@ def test_ggpo_scales_its_rows_by_weight_and_gradient_norms(seed, mix):
     rows, W = record_of(model).step.memory["0"], model[0].weight + lb.delta(model)["0"]
     want = 0.1 * (mix * W.norm(dim=1) + (1 - mix) * rows)
     from lora_book.core.adapter import generator
+
     noise = torch.randn(6, 5, generator=generator(seed, "ggpo", "0", 1)).double() / 5**0.5
-    assert torch.allclose(seen(model, optimizer, loss)["0"], want[:, None] * noise, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(
+        seen(model, optimizer, loss)["0"], want[:, None] * noise, rtol=1e-9, atol=1e-15
+    )
 
 
 def test_ratio_of_rates_and_heads_combine_with_every_step():
@@ -468,7 +595,10 @@ def test_a_fused_weight_is_moved_in_its_own_rows():
     g = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 9)).double()
     lb.adapt(model, "lora", ["0[q,v]"], r=2, step="mgpo", rho=0.3)
-    x, y = torch.randn(4, 5, generator=g, dtype=torch.float64), torch.randn(4, 9, generator=g, dtype=torch.float64)
+    x, y = (
+        torch.randn(4, 5, generator=g, dtype=torch.float64),
+        torch.randn(4, 9, generator=g, dtype=torch.float64),
+    )
     optimizer, outs = adam(model), []
 
     def loss():
@@ -490,23 +620,34 @@ def flops_of_a_step(step, x, n, r):
 def test_flops_of_a_moved_step_and_of_sam():
     T, n, m, r = 64, 32, 48, 4
     g = torch.Generator().manual_seed(0)
-    x, W, A, B, EA, EB = (torch.randn(s, generator=g) for s in [(T, m), (n, m), (r, m), (n, r), (r, m), (n, r)])
+    x, W, A, B, EA, EB = (
+        torch.randn(s, generator=g) for s in [(T, m), (n, m), (r, m), (n, r), (r, m), (n, r)]
+    )
     for t in (x, A, B):
         t.requires_grad_()
     plain = count_flops(lambda: low_rank_linear(x, W, None, [(None, A, B, 1.0)]).sum().backward())
-    moved = count_flops(lambda: nudged_linear(x, W, None, [(None, A, B, 1.0, EA, EB)]).sum().backward())
+    moved = count_flops(
+        lambda: nudged_linear(x, W, None, [(None, A, B, 1.0, EA, EB)]).sum().backward()
+    )
     assert plain == 4 * T * m * n + 6 * T * r * (m + n) and moved == plain + 4 * T * r * (m + n)
     spent = {}
     for step in ("plain", "sam", "mgpo"):
         spent[step] = flops_of_a_step(step, x, n, r)
     R, s = 2 * r, 2 * (2 * r) ** 2 * (n + m)
-    assert spent["sam"] == 2 * spent["plain"] and spent["mgpo"] == spent["plain"] + 4 * T * r * (m + n) + 2 * s and R == 8
+    assert (
+        spent["sam"] == 2 * spent["plain"]
+        and spent["mgpo"] == spent["plain"] + 4 * T * r * (m + n) + 2 * s
+        and R == 8
+    )
 
 
 # Optimizers
 
+
 class Lion(torch.optim.Optimizer):
-    "The sign of an interpolated momentum, as Chen et al. 2023 have it; `counted` writes so that torch counts the writes, else to .data."
+    """The sign of an interpolated momentum, as Chen et al. 2023 have it; `counted` writes so that
+    torch counts the writes, else to .data.
+    """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), counted=True, key="exp_avg"):
         super().__init__(params, {"lr": lr, "betas": betas})
@@ -523,9 +664,19 @@ class Lion(torch.optim.Optimizer):
 
 
 O = torch.optim
-WITH_MOMENTUM = {"adamw": O.AdamW, "amsgrad": lambda ps: O.AdamW(ps, amsgrad=True), "adam": O.Adam, "nadam": O.NAdam, "radam": O.RAdam,
-                 "adamax": O.Adamax, "sgd": lambda ps: O.SGD(ps, 0.01, momentum=0.9), "nesterov": lambda ps: O.SGD(ps, 0.01, momentum=0.9, nesterov=True),
-                 "rmsprop": lambda ps: O.RMSprop(ps, momentum=0.9), "lion": Lion, "lion writing to .data": lambda ps: Lion(ps, counted=False)}
+WITH_MOMENTUM = {
+    "adamw": O.AdamW,
+    "amsgrad": lambda ps: O.AdamW(ps, amsgrad=True),
+    "adam": O.Adam,
+    "nadam": O.NAdam,
+    "radam": O.RAdam,
+    "adamax": O.Adamax,
+    "sgd": lambda ps: O.SGD(ps, 0.01, momentum=0.9),
+    "nesterov": lambda ps: O.SGD(ps, 0.01, momentum=0.9, nesterov=True),
+    "rmsprop": lambda ps: O.RMSprop(ps, momentum=0.9),
+    "lion": Lion,
+    "lion writing to .data": lambda ps: Lion(ps, counted=False),
+}
 
 
 @pytest.mark.parametrize("make", WITH_MOMENTUM.values(), ids=WITH_MOMENTUM.keys())
@@ -538,8 +689,12 @@ def test_every_optimizer_with_a_first_moment_will_do(method, make):
     for _ in range(2):
         want, caught = moved_by_hand(model, optimizer, 0.2, 1), seen(model, optimizer, loss)
         for name in adapted_blocks(model):
-            assert want[name] is not None and torch.allclose(caught[name], want[name], rtol=1e-9, atol=1e-14)
-            assert 0 < caught[name].norm() <= 2 * (1 + 1e-9), "the length is rho / level, at most 10 rho"
+            assert want[name] is not None and torch.allclose(
+                caught[name], want[name], rtol=1e-9, atol=1e-14
+            )
+            assert 0 < caught[name].norm() <= 2 * (1 + 1e-9), (
+                "the length is rho / level, at most 10 rho"
+            )
     assert same(base, stored(model))
 
 
@@ -561,18 +716,27 @@ def test_one_group_without_momentum_is_refused_only_where_adapters_are():
     for _ in range(2):
         lb.train_step(model, fine, problem(model))
     with pytest.raises(lb.LoraBookError, match="momentum"):
-        lb.train_step(model, torch.optim.SGD([{"params": [*ps, *heads], "momentum": 0.9}, {"params": rest}], lr=0.01), problem(model))
+        lb.train_step(
+            model,
+            torch.optim.SGD(
+                [{"params": [*ps, *heads], "momentum": 0.9}, {"params": rest}], lr=0.01
+            ),
+            problem(model),
+        )
 
 
 # Accelerate, mixed precision, clipping
 
+
 @pytest.fixture
 def accelerate():
     "A way to make accelerators whose process-wide state is forgotten afterwards."
+
     def make(**settings):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         return Accelerator(cpu=True, **settings)
+
     yield make
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -580,7 +744,10 @@ def accelerate():
 
 def rows_of_problem(model, rows):
     g = torch.Generator().manual_seed(7)
-    x, y = torch.randn(8, 5, generator=g, dtype=torch.float64), torch.randn(8, 3, generator=g, dtype=torch.float64)
+    x, y = (
+        torch.randn(8, 5, generator=g, dtype=torch.float64),
+        torch.randn(8, 3, generator=g, dtype=torch.float64),
+    )
     first = next(p for p in model.parameters() if p.dim() == 2)
     return lambda: F.mse_loss(model(x[rows].to(first.dtype)).double(), y[rows])
 
@@ -599,8 +766,13 @@ def test_two_half_batches_of_accelerate_are_one_step(step, bound, accelerate):
         for rows in (slice(0, 4), slice(4, 8)):
             record_of(two).steps = record_of(one).steps - 1
             with accelerator.accumulate(prepared):
-                lb.train_step(prepared, theirs, rows_of_problem(prepared, rows), backward=accelerator.backward,
-                              max_grad_norm=bound if accelerator.sync_gradients else None)
+                lb.train_step(
+                    prepared,
+                    theirs,
+                    rows_of_problem(prepared, rows),
+                    backward=accelerator.backward,
+                    max_grad_norm=bound if accelerator.sync_gradients else None,
+                )
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
     a, b = record_of(one).step.state(one), record_of(two).step.state(two)
@@ -610,11 +782,18 @@ def test_two_half_batches_of_accelerate_are_one_step(step, bound, accelerate):
 @pytest.mark.parametrize("method", ["lora", "asymmetric", "cla", "dora"])
 @pytest.mark.parametrize("step", STEP_IDS)
 def test_bf16_by_accelerate_keeps_the_base_and_the_length(step, method, accelerate):
-    accelerator, model = accelerate(mixed_precision="bf16"), adapted(method, dtype=torch.float32, step=step, rho=0.05)
+    accelerator, model = (
+        accelerate(mixed_precision="bf16"),
+        adapted(method, dtype=torch.float32, step=step, rho=0.05),
+    )
     prepared, optimizer = accelerator.prepare(model, adam(model))
     base, losses, loss = stored(model), [], rows_of_problem(prepared, slice(0, 8))
     for _ in range(6):
-        losses.append(lb.train_step(prepared, optimizer, loss, backward=accelerator.backward, max_grad_norm=1.0).item())
+        losses.append(
+            lb.train_step(
+                prepared, optimizer, loss, backward=accelerator.backward, max_grad_norm=1.0
+            ).item()
+        )
         assert same(base, stored(model)) and all(torch.isfinite(torch.tensor(losses)))
     if step == "mgpo":
         level = record_of(model).step.memory
@@ -627,12 +806,19 @@ def test_bf16_by_accelerate_keeps_the_base_and_the_length(step, method, accelera
 
 # Each law fails on a mutant
 
+
 def in_place(self, model, optimizer, run):
     "The released program: ε is added to the stored weight, and subtracted afterwards."
     blocks = adapted_blocks(model)
     with torch.no_grad():
-        moves = {name: sum(B if A is None else B @ A for A, B in nudge.pieces(blocks[name])).to(blocks[name].W0)
-                 for name, nudge in self.nudges(model, optimizer).items()}
+        moves = {
+            name: (
+                sum(B if A is None else B @ A for A, B in nudge.pieces(blocks[name])).to(
+                    blocks[name].W0
+                )
+            )
+            for name, nudge in self.nudges(model, optimizer).items()
+        }
         for name, e in moves.items():
             blocks[name].W0.add_(e)
     loss = run()
@@ -665,12 +851,18 @@ def bare(test):
 
 
 def norm_law():
-    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(seed=1, rho=0.3, ema=0.5, sign=1, scale=1e-3)
-    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(seed=1, rho=0.3, ema=0.5, sign=-1, scale=30.0)
+    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(
+        seed=1, rho=0.3, ema=0.5, sign=1, scale=1e-3
+    )
+    bare(test_norm_is_rho_over_the_smoothed_gradient_norm_capped)(
+        seed=1, rho=0.3, ema=0.5, sign=-1, scale=30.0
+    )
 
 
 def raising_law(step, call):
-    bare(test_a_step_that_raises_leaves_everything_as_it_was)(step=step, call=call, in_backward=True, seed=3)
+    bare(test_a_step_that_raises_leaves_everything_as_it_was)(
+        step=step, call=call, in_backward=True, seed=3
+    )
 
 
 def unscaled(self, M, W0):
@@ -680,24 +872,95 @@ def unscaled(self, M, W0):
 real_size, real_climb = Mgpo.size, sharpness.climb
 MUTANTS = {
     "no cap": (chapter, "CAP", 1e9, norm_law),
-    "the other sign": (Mgpo, "size", lambda self, norm, level: -real_size(self, norm, level), norm_law),
-    "not divided by the gradient's norm": (Mgpo, "size", lambda self, norm, level: self.sign * self.rho / norm, norm_law),
-    "no average": (Mgpo, "smoothed", lambda self, key, norm: norm, lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
-    "an average from zero": (Mgpo, "smoothed", lambda self, key, norm: self.ema * self.memory.get(key, 0.0) + (1 - self.ema) * norm,
-                             lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
-    "the norm without the scale": (LowRank, "direction", unscaled, lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(seed=1, ema=0.9)),
-    "in place": (Mgpo, "gradient", in_place, lambda: test_base_weights_keep_their_bits("mgpo", torch.float32)),
+    "the other sign": (
+        Mgpo,
+        "size",
+        lambda self, norm, level: -real_size(self, norm, level),
+        norm_law,
+    ),
+    "not divided by the gradient's norm": (
+        Mgpo,
+        "size",
+        lambda self, norm, level: self.sign * self.rho / norm,
+        norm_law,
+    ),
+    "no average": (
+        Mgpo,
+        "smoothed",
+        lambda self, key, norm: norm,
+        lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(
+            seed=1, ema=0.9
+        ),
+    ),
+    "an average from zero": (
+        Mgpo,
+        "smoothed",
+        lambda self, key, norm: self.ema * self.memory.get(key, 0.0) + (1 - self.ema) * norm,
+        lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(
+            seed=1, ema=0.9
+        ),
+    ),
+    "the norm without the scale": (
+        LowRank,
+        "direction",
+        unscaled,
+        lambda: bare(test_smoothed_norm_starts_at_the_first_and_follows_the_average)(
+            seed=1, ema=0.9
+        ),
+    ),
+    "in place": (
+        Mgpo,
+        "gradient",
+        in_place,
+        lambda: test_base_weights_keep_their_bits("mgpo", torch.float32),
+    ),
     "left on after an error": (chapter, "moved_by", Careless, lambda: raising_law("mgpo", 1)),
-    "SAM that doesn't return": (sharpness, "put_back", lambda ps, kept: None, lambda: raising_law("sam", 2)),
-    "SAM downhill": (sharpness, "climb", lambda ps, grads, rho: real_climb(ps, grads, -rho), lambda: bare(test_sam_is_the_gradient_at_the_end_of_the_ascent)(seed=1, rho=0.2)),
-    "MGPO downhill is not SAM": (Mgpo, "size", lambda self, norm, level: -real_size(self, norm, level),
-                                 lambda: bare(test_momentum_along_the_gradient_with_sign_plus_is_sam)(seed=1, rho=0.2)),
-    "memory of the old link": (Mgpo, "smoothed", lambda self, key, norm: kept_forever(self, key, norm), lambda: test_a_new_link_starts_without_momentum_and_without_memory("cola")),
-    "every call counts as a step": (chapter, "changed", lambda before, after: True, lambda: test_gradients_collected_over_several_calls_keep_one_perturbation()),
-    "only counted writes": (chapter, "marks", lambda model, optimizer: [(p, p._version) for a in adapters(model).values() for p in a.parameters()],
-                            lambda: test_every_optimizer_with_a_first_moment_will_do("lora", WITH_MOMENTUM["lion writing to .data"])),
-    "a direction that isn't the derivative": (LowRank, "direction", lambda self, M, W0: [(self.A.detach(), M["B"].detach(), self.scaling)],
-                                              lambda: test_every_method_gets_the_dense_definitions_gradient("lora")),
+    "SAM that doesn't return": (
+        sharpness,
+        "put_back",
+        lambda ps, kept: None,
+        lambda: raising_law("sam", 2),
+    ),
+    "SAM downhill": (
+        sharpness,
+        "climb",
+        lambda ps, grads, rho: real_climb(ps, grads, -rho),
+        lambda: bare(test_sam_is_the_gradient_at_the_end_of_the_ascent)(seed=1, rho=0.2),
+    ),
+    "MGPO downhill is not SAM": (
+        Mgpo,
+        "size",
+        lambda self, norm, level: -real_size(self, norm, level),
+        lambda: bare(test_momentum_along_the_gradient_with_sign_plus_is_sam)(seed=1, rho=0.2),
+    ),
+    "memory of the old link": (
+        Mgpo,
+        "smoothed",
+        lambda self, key, norm: kept_forever(self, key, norm),
+        lambda: test_a_new_link_starts_without_momentum_and_without_memory("cola"),
+    ),
+    "every call counts as a step": (
+        chapter,
+        "changed",
+        lambda before, after: True,
+        lambda: test_gradients_collected_over_several_calls_keep_one_perturbation(),
+    ),
+    "only counted writes": (
+        chapter,
+        "marks",
+        lambda model, optimizer: [
+            (p, p._version) for a in adapters(model).values() for p in a.parameters()
+        ],
+        lambda: test_every_optimizer_with_a_first_moment_will_do(
+            "lora", WITH_MOMENTUM["lion writing to .data"]
+        ),
+    ),
+    "a direction that isn't the derivative": (
+        LowRank,
+        "direction",
+        lambda self, M, W0: [(self.A.detach(), M["B"].detach(), self.scaling)],
+        lambda: test_every_method_gets_the_dense_definitions_gradient("lora"),
+    ),
 }
 
 
@@ -719,22 +982,52 @@ def test_each_law_holds_and_fails_on_a_mutant(place, name, wrong, law, monkeypat
 
 # What is refused
 
-@pytest.mark.parametrize("step, options", [("mgpo", {"rho": 0}), ("mgpo", {"rho": -1.0}), ("mgpo", {"rho": float("nan")}), ("mgpo", {"ema": 1.0}),
-                                           ("mgpo", {"ema": -0.1}), ("mgpo", {"sign": 0}), ("mgpo", {"sign": 2}), ("mgpo", {"scope": "row"}),
-                                           ("sam", {"rho": 0}), ("sam", {"rho": -0.1}), ("ggpo", {"rho": 0}), ("ggpo", {"mix": 1.5}),
-                                           ("mgpo", {"rho": "a"}), ("mgpo", {"beta": 0.9}), ("sam", {"ema": 0.9})])
+
+@pytest.mark.parametrize(
+    "step, options",
+    [
+        ("mgpo", {"rho": 0}),
+        ("mgpo", {"rho": -1.0}),
+        ("mgpo", {"rho": float("nan")}),
+        ("mgpo", {"ema": 1.0}),
+        ("mgpo", {"ema": -0.1}),
+        ("mgpo", {"sign": 0}),
+        ("mgpo", {"sign": 2}),
+        ("mgpo", {"scope": "row"}),
+        ("sam", {"rho": 0}),
+        ("sam", {"rho": -0.1}),
+        ("ggpo", {"rho": 0}),
+        ("ggpo", {"mix": 1.5}),
+        ("mgpo", {"rho": "a"}),
+        ("mgpo", {"beta": 0.9}),
+        ("sam", {"ema": 0.9}),
+    ],
+)
 def test_bad_options_are_refused_before_the_model_changes(step, options):
     model = network()
-    before, kinds = {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
+    before, kinds = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [type(m) for m in model.modules()],
+    )
     for method, extra in (("lora", {"step": step}), (step, {})):
         with pytest.raises(lb.LoraBookError) as caught:
             lb.adapt(model, method, ["0"], r=2, **extra, **options)
-        assert isinstance(caught.value, (ValueError, TypeError, KeyError)) and next(iter(options)) in str(caught.value)
+        assert isinstance(caught.value, (ValueError, TypeError, KeyError)) and next(
+            iter(options)
+        ) in str(caught.value)
     assert same(before, model.state_dict()) and [type(m) for m in model.modules()] == kinds
 
 
-@pytest.mark.parametrize("make", [lambda ps: torch.optim.SGD(ps, 0.1), torch.optim.Adagrad, torch.optim.RMSprop, lambda ps: object()],
-                         ids=["sgd", "adagrad", "rmsprop", "none"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ps: torch.optim.SGD(ps, 0.1),
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+        lambda ps: object(),
+    ],
+    ids=["sgd", "adagrad", "rmsprop", "none"],
+)
 def test_an_optimizer_without_momentum_is_refused(make):
     model = adapted(step="mgpo")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -752,5 +1045,13 @@ def test_methods_that_move_no_weight_are_refused(method, step):
 
 
 def test_options_have_the_papers_defaults():
-    assert (Mgpo().rho, Mgpo().ema, Mgpo().sign) == (0.05, 0.9, -1) and set(STEPS) >= {"plain", *STEP_IDS}
-    assert STEPS["sam"] is Sam and STEPS["ggpo"] is Ggpo and STEPS["mgpo"] is Mgpo and gradients(adapters(adapted())["0"]) == {}
+    assert (Mgpo().rho, Mgpo().ema, Mgpo().sign) == (0.05, 0.9, -1) and set(STEPS) >= {
+        "plain",
+        *STEP_IDS,
+    }
+    assert (
+        STEPS["sam"] is Sam
+        and STEPS["ggpo"] is Ggpo
+        and STEPS["mgpo"] is Mgpo
+        and gradients(adapters(adapted())["0"]) == {}
+    )

@@ -1,4 +1,7 @@
-"""Every optimizer-side option with every adapter: SAM, MGPO and GGPO, LoRA+'s ratio, also on chains; closed-form counts on real models."""
+"""Every optimizer-side option with every adapter: SAM, MGPO and GGPO, LoRA+'s ratio, also on
+chains; closed-form counts on real models.
+"""
+
 import copy
 
 import pytest
@@ -19,7 +22,11 @@ STEPS = ("sam", "mgpo", "ggpo")
 
 def two_factors(method: str) -> bool:
     "Whether LoRA+'s ratio means something: the method trains an A and a B."
-    names = {name.split(".")[-1] for a in lb.adapters(adapted(method)).values() for name, _ in a.named_parameters()}
+    names = {
+        name.split(".")[-1]
+        for a in lb.adapters(adapted(method)).values()
+        for name, _ in a.named_parameters()
+    }
     return {"A", "B"} <= names
 
 
@@ -38,14 +45,22 @@ def loss_of(model: nn.Module, step: int):
 
 
 def after_two_steps(method: str, rho: float | None, step: str, **options) -> torch.Tensor:
-    "What trains, in one vector, after a plain-sized warm-up step and one more, the second with a perturbation of size rho (None: none)."
-    model = move(adapted(method, torch.float64, **({} if rho is None else {"step": step, "rho": rho}), **options))
+    """What trains, in one vector, after a plain-sized warm-up step and one more, the second with a
+    perturbation of size rho (None: none).
+    """
+    model = move(
+        adapted(
+            method, torch.float64, **({} if rho is None else {"step": step, "rho": rho}), **options
+        )
+    )
     optimizer = torch.optim.SGD(lb.param_groups(model, 0.01), momentum=0.9)
     before = fixed(model)
     for number in range(2):
         lb.train_step(model, optimizer, loss_of(model, number))
     assert fixed(model) == before
-    return torch.cat([p.detach().flatten() for group in optimizer.param_groups for p in group["params"]])
+    return torch.cat(
+        [p.detach().flatten() for group in optimizer.param_groups for p in group["params"]]
+    )
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -111,21 +126,41 @@ def test_loras_ratio_holds_on_every_link_of_a_chain(ratio):
 
 def remembered(optimizer, model) -> list:
     "What the optimizer remembers of the adapters' parameters."
-    return [optimizer.state[p] for a in lb.adapters(model).values() for p in a.parameters() if optimizer.state.get(p)]
+    return [
+        optimizer.state[p]
+        for a in lb.adapters(model).values()
+        for p in a.parameters()
+        if optimizer.state.get(p)
+    ]
 
 
 def check_first_step(model, optimizer, ratio) -> None:
-    "One step of the new link moves A by lr times its gradient and B by lr·ratio times its own: no momentum is left."
-    found = {(name, part): p for name, a in lb.adapters(model).items() for part, p in a.named_parameters()}
-    grads = dict(zip(found, torch.autograd.grad(loss_of(model, 9)(), list(found.values()), allow_unused=True), strict=True))
+    """One step of the new link moves A by lr times its gradient and B by lr·ratio times its own: no
+    momentum is left.
+    """
+    found = {
+        (name, part): p
+        for name, a in lb.adapters(model).items()
+        for part, p in a.named_parameters()
+    }
+    grads = dict(
+        zip(
+            found,
+            torch.autograd.grad(loss_of(model, 9)(), list(found.values()), allow_unused=True),
+            strict=True,
+        )
+    )
     before = {key: p.detach().clone() for key, p in found.items()}
     lb.train_step(model, optimizer, loss_of(model, 9))
     for (name, part), p in found.items():
         rate = 0.01 * (ratio if part.split(".")[-1] == "B" else 1)
-        assert torch.allclose(p - before[name, part], -rate * grads[name, part], rtol=1e-9, atol=1e-13)
+        assert torch.allclose(
+            p - before[name, part], -rate * grads[name, part], rtol=1e-9, atol=1e-13
+        )
 
 
 # Counts on real architectures
+
 
 def minilm():
     return load_model("minilm"), ["query", "value"], [(384, 384)] * 12
@@ -138,7 +173,11 @@ def vit():
 
 def gpt2():
     config = transformers.GPT2Config(n_layer=1, vocab_size=64)
-    return transformers.GPT2LMHeadModel(config), ["attn.c_attn[q,v]", "mlp.c_proj"], [(768, 768)] * 2 + [(768, 3072)]
+    return (
+        transformers.GPT2LMHeadModel(config),
+        ["attn.c_attn[q,v]", "mlp.c_proj"],
+        [(768, 768)] * 2 + [(768, 3072)],
+    )
 
 
 @pytest.mark.parametrize("make", [minilm, vit, gpt2], ids=lambda make: make.__name__)
@@ -148,6 +187,16 @@ def test_counts_on_real_models_are_the_closed_forms(make):
         model = lb.adapt(copy.deepcopy(base), method, targets, r=4)
         assert lb.n_trainable(model) == sum(COUNTS[method](n, m, 4) for n, m in shapes), method
         if method not in ("full", "bitfit"):
-            assert lb.n_trainable(model) == sum(p.numel() for p in model.parameters() if p.requires_grad), method
-    probe = lb.adapt(base, "linear_probe", head=(last := [name for name, part in base.named_modules() if isinstance(part, nn.Linear)][-1]))
-    assert lb.n_trainable(probe) == 0 and lb.n_trainable(probe, heads=True) == sum(p.numel() for p in base.get_submodule(last).parameters())
+            assert lb.n_trainable(model) == sum(
+                p.numel() for p in model.parameters() if p.requires_grad
+            ), method
+    probe = lb.adapt(
+        base,
+        "linear_probe",
+        head=(
+            last := [name for name, part in base.named_modules() if isinstance(part, nn.Linear)][-1]
+        ),
+    )
+    assert lb.n_trainable(probe) == 0 and lb.n_trainable(probe, heads=True) == sum(
+        p.numel() for p in base.get_submodule(last).parameters()
+    )

@@ -1,4 +1,5 @@
 """The offline renderer on small books: what it shows, and what it refuses."""
+
 import base64
 import json
 import os
@@ -18,7 +19,11 @@ from tools.site.maths import mathml
 from tools.site.render import render
 from tools.site.spread import FORKS, spread
 
-PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
+PNG = base64.b64encode(
+    base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    )
+).decode()
 BIB = """
 @article{hu, author={Hu, Edward}, title={Low ranks}, journal={J}, year={2021}}
 @article{hu2, author={Hu, Edward}, title={More ranks}, journal={J}, year={2021}}
@@ -36,19 +41,37 @@ def md(text: str) -> dict:
 
 
 def code(text: str, *outputs: dict) -> dict:
-    return {"cell_type": "code", "metadata": {}, "source": lines(textwrap.dedent(text).strip()), "outputs": list(outputs), "execution_count": None}
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "source": lines(textwrap.dedent(text).strip()),
+        "outputs": list(outputs),
+        "execution_count": None,
+    }
 
 
 def shown(**data: str) -> dict:
-    names = {"png": "image/png", "svg": "image/svg+xml", "html": "text/html", "plain": "text/plain", "markdown": "text/markdown"}
-    return {"output_type": "display_data", "metadata": {}, "data": {names[kind]: value for kind, value in data.items()}}
+    names = {
+        "png": "image/png",
+        "svg": "image/svg+xml",
+        "html": "text/html",
+        "plain": "text/plain",
+        "markdown": "text/markdown",
+    }
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {names[kind]: value for kind, value in data.items()},
+    }
 
 
 def printed(text: str, name: str = "stdout") -> dict:
     return {"output_type": "stream", "name": name, "text": lines(text)}
 
 
-def write(root: Path, chapters: dict, config: str = "", index: str = "# Home {.unnumbered}\n\nHello.\n") -> Path:
+def write(
+    root: Path, chapters: dict, config: str = "", index: str = "# Home {.unnumbered}\n\nHello.\n"
+) -> Path:
     "A book of notebooks (lists of cells) and pages (texts), in two parts."
     root.mkdir(parents=True, exist_ok=True)
     (root / "references.bib").write_text(BIB)
@@ -60,17 +83,26 @@ def write(root: Path, chapters: dict, config: str = "", index: str = "# Home {.u
             (root / path).write_text(textwrap.dedent(content))
         else:
             cells = [{"id": f"c{n:02d}", **cell} for n, cell in enumerate(content)]
-            (root / path).write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+            (root / path).write_text(
+                json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+            )
     half = (len(chapters) + 1) // 2
-    parts = "".join(f"    - part: Part {n}\n      chapters: {json.dumps(paths)}\n"
-                    for n, paths in enumerate((list(chapters)[:half], list(chapters)[half:]), 1) if paths)
-    (root / "_quarto.yml").write_text(f"project:\n  type: book\nbook:\n  title: Small\n  chapters:\n    - index.qmd\n{parts}"
-                                      f"    - references.qmd\nbibliography: references.bib\n{config}")
+    parts = "".join(
+        f"    - part: Part {n}\n      chapters: {json.dumps(paths)}\n"
+        for n, paths in enumerate((list(chapters)[:half], list(chapters)[half:]), 1)
+        if paths
+    )
+    (root / "_quarto.yml").write_text(
+        f"project:\n  type: book\nbook:\n  title: Small\n  chapters:\n    - index.qmd\n{parts}"
+        f"    - references.qmd\nbibliography: references.bib\n{config}"
+    )
     return root
 
 
 def problems(root: Path) -> str:
-    "Render and give back what was wrong; with a problem the site isn't there and the exit status is 1."
+    """Render and give back what was wrong; with a problem the site isn't there and the exit status
+    is 1.
+    """
     book, _ = render(root, None, root / "_site")
     assert (root / "_site/index.html").exists() == (not book.problems)
     return str(book.problems)
@@ -88,8 +120,11 @@ def words(html: str) -> str:
 def book(tmp_path_factory) -> Path:
     "A book with one of everything."
     first = [
-        md("# First $x^2$ {#sec-first}\n\nThe claim."), code("#| default_exp: core.first\n#| include: false"),
-        code("#| export: true\ndef doubled(x):\n    return 2 * x\n\n\ndef _hidden(x):\n    return x"),
+        md("# First $x^2$ {#sec-first}\n\nThe claim."),
+        code("#| default_exp: core.first\n#| include: false"),
+        code(
+            "#| export: true\ndef doubled(x):\n    return 2 * x\n\n\ndef _hidden(x):\n    return x"
+        ),
         md("""
            ## Setting {#sec-first-set}
 
@@ -109,16 +144,29 @@ def book(tmp_path_factory) -> Path:
 
            ### Deeper {#sec-first-deep}
            """),
-        code("#| label: fig-first-plot\n#| fig-cap: 'A *plot* of $y$, as in @eq-first-b, after [@hu].'\n#| fig-alt: Rising line\nprint(1)",
-             printed("said\n"), shown(png=PNG, plain="<Figure>")),
-        code("#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\nframe", shown(html="<table><tr><td>7</td></tr></table>", plain="7")),
+        code(
+            "#| label: fig-first-plot\n#| fig-cap: 'A *plot* of $y$, as in @eq-first-b, after"
+            " [@hu].'\n#| fig-alt: Rising line\nprint(1)",
+            printed("said\n"),
+            shown(png=PNG, plain="<Figure>"),
+        ),
+        code(
+            "#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\nframe",
+            shown(html="<table><tr><td>7</td></tr></table>", plain="7"),
+        ),
         code("#| echo: false\n'hidden source'", shown(plain="'only output'")),
         code("#| output: false\nquiet = 'only source'", shown(plain="'hidden output'")),
         code("#| include: false\nsecret = 'never shown'", shown(plain="'never shown'")),
-        md("::: {.callout-tip collapse=\"true\" title=\"Solution\"}\nFolded.\n:::\n\n::: {.callout-warning}\n## Mind\nOpen.\n:::"),
-        code("loop()", printed("10%\r90%\r100%\n"), printed("more\n"), printed("careful\n", "stderr")),
+        md(
+            '::: {.callout-tip collapse="true" title="Solution"}\nFolded.\n:::\n\n:::'
+            " {.callout-warning}\n## Mind\nOpen.\n:::"
+        ),
+        code(
+            "loop()", printed("10%\r90%\r100%\n"), printed("more\n"), printed("careful\n", "stderr")
+        ),
         code("view()", shown(html="<svg role='img'></svg><script>var own = 1;</script>")),
-        code("words()", shown(markdown="Result **bold**, see @fig-first-plot."))]
+        code("words()", shown(markdown="Result **bold**, see @fig-first-plot.")),
+    ]
     second = [
         md("# Second {#sec-second}\n\nClaim."),
         md("""
@@ -151,34 +199,76 @@ def book(tmp_path_factory) -> Path:
            ```
 
            By @lst-second-x and @def-second-one.
-           """)]
-    root = write(tmp_path_factory.mktemp("book"), {"nbs/first.ipynb": first, "nbs/second.ipynb": second},
-                 index="# Home {.unnumbered}\n\nBegin with @sec-first, then [the second](nbs/second.ipynb).\n")
+           """),
+    ]
+    root = write(
+        tmp_path_factory.mktemp("book"),
+        {"nbs/first.ipynb": first, "nbs/second.ipynb": second},
+        index=(
+            "# Home {.unnumbered}\n\nBegin with @sec-first, then [the second](nbs/second.ipynb).\n"
+        ),
+    )
     assert problems(root) == ""
     return root
 
 
 # What is shown
 
-@pytest.mark.parametrize("text", [
-    "1.1 Setting", "1.1.1 Deeper", "(1.1)", "(1.2)", "(1.3)", "Theorem 1.1 (Of", "Figure 1.1 A plot of", "Table 1.1 A frame.", "Chapter 1"])
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.1 Setting",
+        "1.1.1 Deeper",
+        "(1.1)",
+        "(1.2)",
+        "(1.3)",
+        "Theorem 1.1 (Of",
+        "Figure 1.1 A plot of",
+        "Table 1.1 A frame.",
+        "Chapter 1",
+    ],
+)
 def test_the_first_chapter_is_numbered(book, text):
     assert text in words(page(book, "nbs/first.html"))
 
 
-@pytest.mark.parametrize("text", [
-    "Theorem 2.1.", "Definition 2.1.", "Theorem 2.2.", "(2.1)", "Table 2.1 Numbers.", "Listing 2.1 A listing.", "By Listing 2.1 and Definition 2.1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Theorem 2.1.",
+        "Definition 2.1.",
+        "Theorem 2.2.",
+        "(2.1)",
+        "Table 2.1 Numbers.",
+        "Listing 2.1 A listing.",
+        "By Listing 2.1 and Definition 2.1",
+    ],
+)
 def test_counting_begins_again_in_each_chapter(book, text):
     assert text in words(page(book, "nbs/second.html"))
 
 
-@pytest.mark.parametrize("text, target", [
-    ("Figure 1.1", "../nbs/first.html#fig-first-plot"), ("Table 1.1", "../nbs/first.html#tbl-first-frame"),
-    ("Equation 1.3", "../nbs/first.html#eq-first-c"), ("Theorem 1.1", "../nbs/first.html#thm-first-one"),
-    ("Chapter 1", "../nbs/first.html"), ("Section 1.1.1", "../nbs/first.html#sec-first-deep"),
-    ("1.1", "../nbs/first.html#eq-first-a"), ("Table 2.1", "#tbl-second-x"), ("Figs. 1.1", "../nbs/first.html#fig-first-plot")])
+@pytest.mark.parametrize(
+    "text, target",
+    [
+        ("Figure 1.1", "../nbs/first.html#fig-first-plot"),
+        ("Table 1.1", "../nbs/first.html#tbl-first-frame"),
+        ("Equation 1.3", "../nbs/first.html#eq-first-c"),
+        ("Theorem 1.1", "../nbs/first.html#thm-first-one"),
+        ("Chapter 1", "../nbs/first.html"),
+        ("Section 1.1.1", "../nbs/first.html#sec-first-deep"),
+        ("1.1", "../nbs/first.html#eq-first-a"),
+        ("Table 2.1", "#tbl-second-x"),
+        ("Figs. 1.1", "../nbs/first.html#fig-first-plot"),
+    ],
+)
 def test_references_lead_across_pages(book, text, target):
-    found = re.findall(r'<a href="([^"]*)"[^>]*class="ref"[^>]*>(.*?)</a>', page(book, "nbs/second.html"), re.DOTALL)
+    found = re.findall(
+        r'<a href="([^"]*)"[^>]*class="ref"[^>]*>(.*?)</a>',
+        page(book, "nbs/second.html"),
+        re.DOTALL,
+    )
     assert (target, text) in [(to, words(inner)) for to, inner in found]
 
 
@@ -189,7 +279,9 @@ def test_links_between_sources_become_links_between_pages(book):
 
 
 def test_citations_are_told_apart_over_the_whole_book(book):
-    first, second, refs = (page(book, name) for name in ("nbs/first.html", "nbs/second.html", "references.html"))
+    first, second, refs = (
+        page(book, name) for name in ("nbs/first.html", "nbs/second.html", "references.html")
+    )
     assert "2021a" in words(first) and "2021b" in words(second)
     assert 'href="../references.html#ref-hu"' in first
     assert 'id="ref-hu"' in refs and 'id="ref-li"' not in refs
@@ -208,7 +300,10 @@ def test_cell_options_are_honoured(book):
 def test_exported_cells_are_marked_and_named(book):
     html = page(book, "nbs/first.html")
     assert 'class="code exported"' in html
-    assert re.search(r'<a href="#cell-c02"><code>doubled</code></a>', html) and "_hidden</code></a>" not in html
+    assert (
+        re.search(r'<a href="#cell-c02"><code>doubled</code></a>', html)
+        and "_hidden</code></a>" not in html
+    )
     assert 'href="first.ipynb" download' in html and (book / "_site/nbs/first.ipynb").is_file()
 
 
@@ -226,10 +321,21 @@ def test_outputs_of_every_kind(book):
     assert 'class="output printed stderr"' in html and "&lt;Figure" not in html
 
 
-@given(st.lists(st.tuples(st.text("abc xyz", min_size=1).map(lambda text: "w" + text), st.floats(-1e3, 1e3), st.sampled_from(["0.5 ± 0.1", "6 of 27", "-", "nan"])),
-                min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(
+            st.text("abc xyz", min_size=1).map(lambda text: "w" + text),
+            st.floats(-1e3, 1e3),
+            st.sampled_from(["0.5 ± 0.1", "6 of 27", "-", "nan"]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_columns_of_words_read_from_the_left(rows):
-    frame = pd.DataFrame(rows, columns=["method", "loss", "share"]).assign(share=lambda frame: ["1 of 2", *frame["share"][1:]])
+    frame = pd.DataFrame(rows, columns=["method", "loss", "share"]).assign(
+        share=lambda frame: ["1 of 2", *frame["share"][1:]]
+    )
     for one in (frame, frame.set_index("loss"), frame.T):
         html = one.to_html()
         assert marked(html).replace(' class="words"', "") == html
@@ -242,21 +348,31 @@ def test_columns_of_words_read_from_the_left(rows):
 def test_heads_that_span_columns_stay_where_they_are():
     columns = pd.MultiIndex.from_product([["left", "right"], ["verdict", "gap"]])
     html = marked(pd.DataFrame([["none", 0.1, "better", 0.2]], columns=columns).to_html())
-    assert re.findall(r'class="words">(\w+)', html) == ["verdict", "verdict", "none", "better"] and "colspan" in html
+    assert (
+        re.findall(r'class="words">(\w+)', html) == ["verdict", "verdict", "none", "better"]
+        and "colspan" in html
+    )
 
 
 def test_callouts_fold_or_stand_open(book):
     html = page(book, "nbs/first.html")
     assert re.search(r'<details class="callout tip"><summary>\s*Solution', html)
     assert re.search(r'<div class="callout warning"[^>]*><p class="callout-title">\s*Mind', html)
-    assert "Mind" not in words(re.search(r'<nav class="contents wide".*?</nav>', html, re.DOTALL)[0])
+    assert "Mind" not in words(
+        re.search(r'<nav class="contents wide".*?</nav>', html, re.DOTALL)[0]
+    )
 
 
 def test_search_index_has_every_section_and_exported_name(book):
     script = page(book, "assets/search.js")
     entries = json.loads(script.removeprefix("window.BOOK_INDEX=").rstrip().rstrip(";"))
     by_address = {entry[0]: entry for entry in entries}
-    assert {"index.html", "nbs/first.html", "nbs/first.html#sec-first-set", "nbs/second.html"} <= set(by_address)
+    assert {
+        "index.html",
+        "nbs/first.html",
+        "nbs/first.html#sec-first-set",
+        "nbs/second.html",
+    } <= set(by_address)
     assert "doubled" in by_address["nbs/first.html"][3]
     assert "Folded" in by_address["nbs/first.html#sec-first-deep"][3]
     assert "<" not in script and "2x" not in script
@@ -264,7 +380,10 @@ def test_search_index_has_every_section_and_exported_name(book):
 
 def test_the_way_through_the_book(book):
     html = page(book, "nbs/second.html")
-    assert 'rel="prev" href="../nbs/first.html"' in html and 'rel="next" href="../references.html"' in html
+    assert (
+        'rel="prev" href="../nbs/first.html"' in html
+        and 'rel="next" href="../references.html"' in html
+    )
     assert '<a class="skip" href="#main">' in html and '<html lang="en">' in html
     assert re.search(r'<details open><summary>Part 2</summary>.*aria-current="page"', html)
 
@@ -282,20 +401,32 @@ def test_pages_fetch_nothing_from_elsewhere(book):
 def test_rendering_twice_gives_the_same_bytes(book):
     before = {file: file.read_bytes() for file in (book / "_site").rglob("*") if file.is_file()}
     assert problems(book) == ""
-    assert before == {file: file.read_bytes() for file in (book / "_site").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (book / "_site").rglob("*") if file.is_file()
+    }
 
 
 # Formulas
+
 
 def test_formulas_are_mathml_with_their_source_as_text():
     html = mathml([(True, r"\frac{a}{b}")])[True, r"\frac{a}{b}"]
     assert html.startswith('<math display="block" alttext="\\frac{a}{b}">') and "<mfrac>" in html
 
 
-@pytest.mark.parametrize("tex, expected", [
-    (r"\mathbf{Ab}", "<mi>𝐀</mi><mi>𝐛</mi>"), (r"s\log n", '<mspace width="0.167em">'), (r"\lVert x \rVert", 'lspace="0"'), (r"f''", "′′"),
-    (r"\hat x", 'accent="true"'), (r"\overline{AB}", 'class="over"'), (r"\begin{aligned} a &= b \end{aligned}", 'class="aligned"'),
-    (r"\begin{aligned} a &= b \end{aligned}", "text-align: right; text-align: -webkit-right")])
+@pytest.mark.parametrize(
+    "tex, expected",
+    [
+        (r"\mathbf{Ab}", "<mi>𝐀</mi><mi>𝐛</mi>"),
+        (r"s\log n", '<mspace width="0.167em">'),
+        (r"\lVert x \rVert", 'lspace="0"'),
+        (r"f''", "′′"),
+        (r"\hat x", 'accent="true"'),
+        (r"\overline{AB}", 'class="over"'),
+        (r"\begin{aligned} a &= b \end{aligned}", 'class="aligned"'),
+        (r"\begin{aligned} a &= b \end{aligned}", "text-align: right; text-align: -webkit-right"),
+    ],
+)
 def test_formulas_are_mended(tex, expected):
     assert expected in mathml([(True, tex)])[True, tex]
 
@@ -308,62 +439,124 @@ def test_a_long_formula_in_a_line_may_break_after_its_relations():
 
 # What is refused
 
-@pytest.mark.parametrize("text, label, message", [
-    ("See @fig-nowhere.", "fig-nowhere", "unresolved reference"),
-    ("See @sec-nowhere.", "sec-nowhere", "unresolved reference"),
-    ("As [@nobody] says.", "@nobody", "unknown citation"),
-    ("Both [@hu; @sec-a].", "hu; sec-a", "share one bracket"),
-    ("A [link](other.ipynb).", "other.ipynb", "dead link"),
-    ("A [link](#nowhere).", "#nowhere", "dead link"),
-    ("![Text](no.png)", "no.png", "dead link"),
-    ("$$ \\frac{a $$", "\\frac{a", "formula can't be read"),
-    ("Inline $\\nosuchthing{a}{b}$.", "\\nosuchthing", "formula can't be read"),
-    ("::: {#thm-a}\nA\n:::\n\n::: {#thm-a}\nB\n:::", "thm-a", "already used"),
-    ("$$ a $$ {#eq-a}\n\n$$ b $$ {#eq-a}", "eq-a", "already used"),
-    ("## One {#sec-b-x}", "sec-b-x", "already used"),
-    ("Text {#eq-a}.", "eq-a", "isn't behind a displayed formula"),
-    ("![Caption](x.png){#fig-a}", "fig-a", "without alt text"),
-    ("Text ![](x.png) text.", "x.png", "without alt text"),
-    ("{{< video x.mp4 >}}", "{{<", "shortcodes"),
-    ("::: {.panel-tabset}\n## A\n:::", "panel-tabset", "isn't supported"),
-    ("::: {layout-ncol=2}\nA\n:::", "layout-ncol", "isn't supported"),
-    ("::: {.callout-danger}\nA\n:::", "danger", "isn't one of"),
-    ("```{mermaid}\ngraph TD\n```", "{mermaid}", "isn't supported"),
-    ("::: {.callout-note}\nnever closed", "::: {.callout-note}", "unclosed"),
-    ("closes nothing\n:::", "closes nothing", "left open or closes nothing"),
-    ("```python\nnever closed", "```python", "left open"),
-    ("$$ a", "$$ a", "left open"),
-    ("# Again", "Again", "second level-1 heading"),
-    ("#### Too deep", "Too deep", "without one of level 3"),
-    ("Outside \\emph{dollars}.", "\\emph", "LaTeX outside dollars"),
-    ("A list:\n- one\n- two", "A list:", "empty line above"),
-    ("<img src='https://example.org/x.png' alt='x'>", "https://example.org/x.png", "from elsewhere"),
-    ("<script src='//example.org/x.js'></script>", "//example.org/x.js", "from elsewhere"),
-    ("<div id='a-b'></div>\n\n<div id='a-b'></div>", "a-b", "twice")])
+
+@pytest.mark.parametrize(
+    "text, label, message",
+    [
+        ("See @fig-nowhere.", "fig-nowhere", "unresolved reference"),
+        ("See @sec-nowhere.", "sec-nowhere", "unresolved reference"),
+        ("As [@nobody] says.", "@nobody", "unknown citation"),
+        ("Both [@hu; @sec-a].", "hu; sec-a", "share one bracket"),
+        ("A [link](other.ipynb).", "other.ipynb", "dead link"),
+        ("A [link](#nowhere).", "#nowhere", "dead link"),
+        ("![Text](no.png)", "no.png", "dead link"),
+        ("$$ \\frac{a $$", "\\frac{a", "formula can't be read"),
+        ("Inline $\\nosuchthing{a}{b}$.", "\\nosuchthing", "formula can't be read"),
+        ("::: {#thm-a}\nA\n:::\n\n::: {#thm-a}\nB\n:::", "thm-a", "already used"),
+        ("$$ a $$ {#eq-a}\n\n$$ b $$ {#eq-a}", "eq-a", "already used"),
+        ("## One {#sec-b-x}", "sec-b-x", "already used"),
+        ("Text {#eq-a}.", "eq-a", "isn't behind a displayed formula"),
+        ("![Caption](x.png){#fig-a}", "fig-a", "without alt text"),
+        ("Text ![](x.png) text.", "x.png", "without alt text"),
+        ("{{< video x.mp4 >}}", "{{<", "shortcodes"),
+        ("::: {.panel-tabset}\n## A\n:::", "panel-tabset", "isn't supported"),
+        ("::: {layout-ncol=2}\nA\n:::", "layout-ncol", "isn't supported"),
+        ("::: {.callout-danger}\nA\n:::", "danger", "isn't one of"),
+        ("```{mermaid}\ngraph TD\n```", "{mermaid}", "isn't supported"),
+        ("::: {.callout-note}\nnever closed", "::: {.callout-note}", "unclosed"),
+        ("closes nothing\n:::", "closes nothing", "left open or closes nothing"),
+        ("```python\nnever closed", "```python", "left open"),
+        ("$$ a", "$$ a", "left open"),
+        ("# Again", "Again", "second level-1 heading"),
+        ("#### Too deep", "Too deep", "without one of level 3"),
+        ("Outside \\emph{dollars}.", "\\emph", "LaTeX outside dollars"),
+        ("A list:\n- one\n- two", "A list:", "empty line above"),
+        (
+            "<img src='https://example.org/x.png' alt='x'>",
+            "https://example.org/x.png",
+            "from elsewhere",
+        ),
+        ("<script src='//example.org/x.js'></script>", "//example.org/x.js", "from elsewhere"),
+        ("<div id='a-b'></div>\n\n<div id='a-b'></div>", "a-b", "twice"),
+    ],
+)
 def test_a_page_with_a_fault_is_refused(tmp_path, text, label, message):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs/x.png").write_bytes(base64.b64decode(PNG))
-    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), md(text)], "nbs/b.ipynb": [md("# B {#sec-b}\n\nClaim.\n\n## X {#sec-b-x}")]})
+    root = write(
+        tmp_path,
+        {
+            "nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), md(text)],
+            "nbs/b.ipynb": [md("# B {#sec-b}\n\nClaim.\n\n## X {#sec-b-x}")],
+        },
+    )
     found = [line for line in problems(root).split("\n") if label in line and message in line]
     assert found and found[0].startswith(("nbs/a.ipynb: ", "nbs/b.ipynb: "))
 
 
-@pytest.mark.parametrize("cell, label, message", [
-    (code("plot()", shown(png=PNG)), "cell 1", "without alt text"),
-    (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()"), "fig-a", "shows none"),
-    (code("#| label: fig-a\n#| fig-alt: A\nplot()", shown(png=PNG)), "fig-a", "needs #| fig-cap"),
-    (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()", shown(plain="3"), shown(png=PNG)), "fig-a", "print it"),
-    (code("#| export\nx = 1"), "cell 1", "as '#| export: true'"),
-    (code("#| layout-ncol: 2\nx = 1"), "cell 1", "'layout-ncol' isn't supported"),
-    (code("#| label: fig-a: b\nx = 1"), "cell 1", "aren't YAML"),
-    (code("1 / 0", {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "", "traceback": []}), "cell 1", "stored error"),
-    (code("view()", shown(html="<script src='https://example.org/d3.js'></script>")), "example.org", "from elsewhere"),
-    ({"cell_type": "raw", "metadata": {}, "source": ["---\n", "title: x\n", "---"]}, "cell 1", "raw cells"),
-    ({"cell_type": "markdown", "metadata": {}, "source": "one\nlong string"}, "cell 1", "one long string"),
-    (md("<!-- never closed"), "cell 2", "swallowed")])
+@pytest.mark.parametrize(
+    "cell, label, message",
+    [
+        (code("plot()", shown(png=PNG)), "cell 1", "without alt text"),
+        (code("#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()"), "fig-a", "shows none"),
+        (
+            code("#| label: fig-a\n#| fig-alt: A\nplot()", shown(png=PNG)),
+            "fig-a",
+            "needs #| fig-cap",
+        ),
+        (
+            code(
+                "#| label: fig-a\n#| fig-cap: C\n#| fig-alt: A\nplot()",
+                shown(plain="3"),
+                shown(png=PNG),
+            ),
+            "fig-a",
+            "print it",
+        ),
+        (code("#| export\nx = 1"), "cell 1", "as '#| export: true'"),
+        (code("#| layout-ncol: 2\nx = 1"), "cell 1", "'layout-ncol' isn't supported"),
+        (code("#| label: fig-a: b\nx = 1"), "cell 1", "aren't YAML"),
+        (
+            code(
+                "1 / 0",
+                {
+                    "output_type": "error",
+                    "ename": "ZeroDivisionError",
+                    "evalue": "",
+                    "traceback": [],
+                },
+            ),
+            "cell 1",
+            "stored error",
+        ),
+        (
+            code("view()", shown(html="<script src='https://example.org/d3.js'></script>")),
+            "example.org",
+            "from elsewhere",
+        ),
+        (
+            {"cell_type": "raw", "metadata": {}, "source": ["---\n", "title: x\n", "---"]},
+            "cell 1",
+            "raw cells",
+        ),
+        (
+            {"cell_type": "markdown", "metadata": {}, "source": "one\nlong string"},
+            "cell 1",
+            "one long string",
+        ),
+        (md("<!-- never closed"), "cell 2", "swallowed"),
+    ],
+)
 def test_a_cell_with_a_fault_is_refused(tmp_path, cell, label, message):
-    root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), cell, code("1 + 1"), md("<!-- x -->")]})
-    assert [line for line in problems(root).split("\n") if line.startswith("nbs/a.ipynb: ") and label in line and message in line]
+    root = write(
+        tmp_path,
+        {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), cell, code("1 + 1"), md("<!-- x -->")]},
+    )
+    assert [
+        line
+        for line in problems(root).split("\n")
+        if line.startswith("nbs/a.ipynb: ") and label in line and message in line
+    ]
 
 
 def test_a_missing_chapter_is_refused(tmp_path):
@@ -373,7 +566,9 @@ def test_a_missing_chapter_is_refused(tmp_path):
 
 
 def test_a_second_title_is_refused(tmp_path):
-    assert "counts as a second title" in problems(write(tmp_path, {"nbs/a.ipynb": [md("---\ntitle: A\n---"), md("# A {#sec-a}\n\nClaim.")]}))
+    assert "counts as a second title" in problems(
+        write(tmp_path, {"nbs/a.ipynb": [md("---\ntitle: A\n---"), md("# A {#sec-a}\n\nClaim.")]})
+    )
 
 
 def test_problems_are_printed_and_the_last_good_site_stays(tmp_path, capsys):
@@ -390,22 +585,54 @@ def test_problems_are_printed_and_the_last_good_site_stays(tmp_path, capsys):
 
 
 def test_a_book_of_many_pages_is_shared_out_and_judged_as_a_whole(tmp_path, monkeypatch):
-    chapters = {f"nbs/p{n}.ipynb": [md(f"# Page {n} {{#sec-p{n}}}\n\nClaim {n}, after @sec-p{(n + 1) % 12}.\n\n```python\ndef f{n}(): return {n}\n```")] for n in range(12)}
+    chapters = {
+        f"nbs/p{n}.ipynb": [
+            md(
+                f"# Page {n} {{#sec-p{n}}}\n\nClaim {n}, after"
+                f" @sec-p{(n + 1) % 12}.\n\n```python\ndef f{n}(): return {n}\n```"
+            )
+        ]
+        for n in range(12)
+    }
     root = write(tmp_path, chapters)
     assert main(["--root", str(root)]) == 0
-    shared = {file.relative_to(root / "_site"): file.read_bytes() for file in (root / "_site").rglob("*") if file.is_file()}
+    shared = {
+        file.relative_to(root / "_site"): file.read_bytes()
+        for file in (root / "_site").rglob("*")
+        if file.is_file()
+    }
     assert all(f"Claim {n}" in words(page(root, f"nbs/p{n}.html")) for n in range(12))
     monkeypatch.setattr("tools.site.spread.FEW", 99)
     assert main(["--root", str(root)]) == 0
-    assert shared == {file.relative_to(root / "_site"): file.read_bytes() for file in (root / "_site").rglob("*") if file.is_file()}
+    assert shared == {
+        file.relative_to(root / "_site"): file.read_bytes()
+        for file in (root / "_site").rglob("*")
+        if file.is_file()
+    }
     monkeypatch.undo()
     faults = {3: "[away](p4.ipynb#nowhere)", 10: "[gone](p99.html)", 11: "[]{#twice} []{#twice}"}
-    found = problems(write(tmp_path / "faulty", chapters | {f"nbs/p{n}.ipynb": [md(f"# Page {n} {{#sec-p{n}}}\n\n{text}")] for n, text in faults.items()}))
-    assert "nbs/p3.ipynb" in found and "nbs/p10.ipynb" in found and "nbs/p11.ipynb: twice" in found and "nbs/p5.ipynb" not in found
+    found = problems(
+        write(
+            tmp_path / "faulty",
+            chapters
+            | {
+                f"nbs/p{n}.ipynb": [md(f"# Page {n} {{#sec-p{n}}}\n\n{text}")]
+                for n, text in faults.items()
+            },
+        )
+    )
+    assert (
+        "nbs/p3.ipynb" in found
+        and "nbs/p10.ipynb" in found
+        and "nbs/p11.ipynb: twice" in found
+        and "nbs/p5.ipynb" not in found
+    )
 
 
 def test_work_is_shared_out_in_order_and_a_failure_comes_back():
-    assert spread(lambda n: (n * n, os.getpid()), [3, 1, 2]) == [(n * n, os.getpid()) for n in (3, 1, 2)]
+    assert spread(lambda n: (n * n, os.getpid()), [3, 1, 2]) == [
+        (n * n, os.getpid()) for n in (3, 1, 2)
+    ]
     found = spread(lambda n: (n * n, os.getpid()), list(range(30)))
     assert [square for square, _ in found] == [n * n for n in range(30)]
     if FORKS and len(os.sched_getaffinity(0)) > 1:
@@ -416,7 +643,10 @@ def test_work_is_shared_out_in_order_and_a_failure_comes_back():
 
 def test_executed_notebooks_come_from_the_build_folder(tmp_path):
     root = write(tmp_path, {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), code("1")]})
-    build = write(tmp_path / "_build", {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), code("1", shown(plain="executed"))]})
+    build = write(
+        tmp_path / "_build",
+        {"nbs/a.ipynb": [md("# A {#sec-a}\n\nClaim."), code("1", shown(plain="executed"))]},
+    )
     assert main(["--root", str(root), "--build", str(build)]) == 0
     assert "executed" in page(root, "nbs/a.html")
     (build / "nbs/a.ipynb").unlink()

@@ -1,4 +1,7 @@
-"The ledger: every claim verifies, verdicts follow from figures, and a mutant of a table or a formula changes them."
+"""The ledger: every claim verifies, verdicts follow from figures, and a mutant of a table or a
+formula changes them.
+"""
+
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -37,13 +40,19 @@ def test_claim_comes_out_as_recorded(id, results):
     result, claim = results[id], LEDGER[id]
     assert (result.id, result.verdict) == (id, claim.verdict)
     assert result.mended and result.holds == (claim.verdict == "holds")
-    assert result.figures and all(type(x) is float and np.isfinite(x) for x in result.figures.values())
+    assert result.figures and all(
+        type(x) is float and np.isfinite(x) for x in result.figures.values()
+    )
 
 
 @pytest.mark.parametrize("claim", LEDGER, ids=IDS)
 def test_record_is_complete(claim):
     assert claim.claim and claim.amended and claim.location and claim.title
-    assert claim.paper in {"P0", "P1", "P2", "P3", "P4"} and claim.chapter.startswith("sec-") and claim.verdict in CLASSES
+    assert (
+        claim.paper in {"P0", "P1", "P2", "P3", "P4"}
+        and claim.chapter.startswith("sec-")
+        and claim.verdict in CLASSES
+    )
 
 
 def test_ids_are_the_reports_in_its_order():
@@ -87,10 +96,18 @@ def test_verdict_follows_from_the_finding(printed, mended, kind):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.dictionaries(st.sampled_from(["a", "b_c", "d"]), st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-1, 1)), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b_c", "d"]),
+        st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-1, 1)),
+        min_size=1,
+    )
+)
 def test_figures_become_plain_numbers(figures):
     found = finding(True, True, **{name: np.float64(x) for name, x in figures.items()})
-    assert all(type(x) is float for x in found.figures.values()) and found.figures == {k: float(v) for k, v in figures.items()}
+    assert all(type(x) is float for x in found.figures.values()) and found.figures == {
+        k: float(v) for k, v in figures.items()
+    }
 
 
 def test_figure_that_is_no_number_is_refused():
@@ -102,6 +119,7 @@ def test_figure_that_is_no_number_is_refused():
 
 def test_registering_reads_the_docstring():
     try:
+
         @check("Z9", "typo", "P1", "nowhere", "sec-claims")
         def z9_two_and_two():
             """Two and two
@@ -109,8 +127,13 @@ def test_registering_reads_the_docstring():
 
             Four."""
             return finding(2 + 2 == 5, 2 + 2 == 4, total=4)
+
         record = claims()["Z9"]
-        assert (record.claim, record.amended, record.title) == ("Two and two make five.", "Four.", "two and two")
+        assert (record.claim, record.amended, record.title) == (
+            "Two and two make five.",
+            "Four.",
+            "two and two",
+        )
         assert verify("Z9").verdict == "typo"
     finally:
         del claims_record.REGISTRY["Z9"]
@@ -119,13 +142,18 @@ def test_registering_reads_the_docstring():
 
 def edited(paper, number, row, column, value):
     "A stand-in for `tables.table` in which one cell has another value."
+
     def table(p, n):
         printed = tables.table(p, n)
         if (p, str(n)) != (paper, str(number)):
             return printed
         printed.cell(row, column)
-        cells = [c._replace(value=value) if (c.row, c.column) == (row, column) else c for c in printed.cells]
+        cells = [
+            c._replace(value=value) if (c.row, c.column) == (row, column) else c
+            for c in printed.cells
+        ]
         return replace(printed, cells=tuple(cells))
+
     return table
 
 
@@ -139,21 +167,33 @@ TABLE_MUTANTS = [
     ("D1", claims_experiments, ("P2", "2", "RoBERTa-Base / MRPC", "cLA drop", 12.94), "false"),
     ("D2", claims_experiments, ("P2", "2", "DeBERTa-v3-Base / MRPC", "c3LA", 90.22), "holds"),
     ("D3", claims_experiments, ("P2", "13", "CoLA", "eps 0.8, 100 %", 100.0), "false"),
-    ("D7", claims_experiments, ("P2", "12", "ViT-Base / CIFAR-10", "naive sparse", 1.6e15), "false"),
+    (
+        "D7",
+        claims_experiments,
+        ("P2", "12", "ViT-Base / CIFAR-10", "naive sparse", 1.6e15),
+        "false",
+    ),
 ]
 
 
-@pytest.mark.parametrize("id, module, cell, verdict", TABLE_MUTANTS, ids=[m[0] for m in TABLE_MUTANTS])
+@pytest.mark.parametrize(
+    "id, module, cell, verdict", TABLE_MUTANTS, ids=[m[0] for m in TABLE_MUTANTS]
+)
 def test_altered_cell_changes_the_verdict(id, module, cell, verdict, monkeypatch, results):
     monkeypatch.setattr(module, "table", edited(*cell))
     assert verify(id).verdict == verdict != results[id].verdict
 
 
-@pytest.mark.parametrize("id, module, cell", [
-    ("E20", claims_loldu, ("P4", "XII", "768", "FGVC", 38.5)),
-    ("E14", claims_loldu, ("P4", "II", "LoRA", "parameters percent", 0.677)),
-    ("E12", claims_loldu, ("P4", "III", "LoLDU", "parameters", 33_600_000 / 100)),
-    ("D2", claims_experiments, ("P2", "2", "ViT-Base / OfficeHome", "FFT", 95.0))], ids=["E20", "E14", "E12", "D2"])
+@pytest.mark.parametrize(
+    "id, module, cell",
+    [
+        ("E20", claims_loldu, ("P4", "XII", "768", "FGVC", 38.5)),
+        ("E14", claims_loldu, ("P4", "II", "LoRA", "parameters percent", 0.677)),
+        ("E12", claims_loldu, ("P4", "III", "LoLDU", "parameters", 33_600_000 / 100)),
+        ("D2", claims_experiments, ("P2", "2", "ViT-Base / OfficeHome", "FFT", 95.0)),
+    ],
+    ids=["E20", "E14", "E12", "D2"],
+)
 def test_altered_cell_of_a_false_claim_breaks_its_correction(id, module, cell, monkeypatch):
     monkeypatch.setattr(module, "table", edited(*cell))
     assert not verify(id).mended
@@ -167,11 +207,36 @@ FORMULA_MUTANTS = [
     ("B7", claims_generalization, "perturbation_bound", printed_recurrence),
     ("B8", claims_generalization, "perturbation_bound", lambda w, d, ell, s, C: 0.1 * C * sum(d)),
     ("B5", claims_generalization, "perturbation_bound", printed_recurrence),
-    ("B4", claims_generalization, "path_term", lambda i, w, d: np.prod(w if (i - 1) >> (len(w) - 1) & 1 else d)),
-    ("B13", claims_generalization, "hoeffding_bound", lambda N, delta, C: 0.5 * (np.log(1 / delta) / 2 / N) ** 0.5),
-    ("C6", claims_convergence, "theorem2_bound", lambda gap, lam, gamma, T: gap / (lam * gamma * T) / 2),
-    ("C8", claims_convergence, "cycle_bound", lambda gap, L_G, gamma, cycles, k, s: gap / (gamma * cycles) / 100),
-    ("C9", claims_convergence, "theorem2_bound", lambda gap, lam, gamma, T: gap / (lam * gamma * T)),
+    (
+        "B4",
+        claims_generalization,
+        "path_term",
+        lambda i, w, d: np.prod(w if (i - 1) >> (len(w) - 1) & 1 else d),
+    ),
+    (
+        "B13",
+        claims_generalization,
+        "hoeffding_bound",
+        lambda N, delta, C: 0.5 * (np.log(1 / delta) / 2 / N) ** 0.5,
+    ),
+    (
+        "C6",
+        claims_convergence,
+        "theorem2_bound",
+        lambda gap, lam, gamma, T: gap / (lam * gamma * T) / 2,
+    ),
+    (
+        "C8",
+        claims_convergence,
+        "cycle_bound",
+        lambda gap, L_G, gamma, cycles, k, s: gap / (gamma * cycles) / 100,
+    ),
+    (
+        "C9",
+        claims_convergence,
+        "theorem2_bound",
+        lambda gap, lam, gamma, T: gap / (lam * gamma * T),
+    ),
     ("C14", claims_convergence, "frozen_smoothness", lambda frozen: 1.0),
     ("C17", claims_convergence, "local_smoothness_bound", lambda A, B, g: 0.5 * g),
     ("A4", claims_algorithms, "mended_link", claims_algorithms.printed_link),
@@ -180,7 +245,9 @@ FORMULA_MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("id, module, name, mutant", FORMULA_MUTANTS, ids=[m[0] for m in FORMULA_MUTANTS])
+@pytest.mark.parametrize(
+    "id, module, name, mutant", FORMULA_MUTANTS, ids=[m[0] for m in FORMULA_MUTANTS]
+)
 def test_wrong_formula_in_the_mended_place_fails(id, module, name, mutant, monkeypatch, results):
     monkeypatch.setattr(module, name, mutant)
     result = verify(id)
@@ -192,7 +259,9 @@ def test_wrong_formula_in_the_mended_place_fails(id, module, name, mutant, monke
 @given(T=st.integers(1, 200), data=st.data())
 def test_mended_schedule_gives_every_link_its_steps(T, data):
     k = data.draw(st.integers(1, T))
-    steps = np.bincount([claims_algorithms.mended_link(t, T, k) for t in range(1, T + 1)], minlength=k)
+    steps = np.bincount(
+        [claims_algorithms.mended_link(t, T, k) for t in range(1, T + 1)], minlength=k
+    )
     assert len(steps) == k and steps.min() >= T // k and steps.sum() == T
     assert claims_algorithms.printed_link(T, T, k) >= k
 
@@ -217,7 +286,9 @@ def test_wrapped_chain_reaches_every_column(m, data):
 
 
 class Rows(HTMLParser):
-    "Collects the class of every table row, the ids of inputs, and complains about unknown closing tags."
+    """Collects the class of every table row, the ids of inputs, and complains about unknown closing
+    tags.
+    """
 
     def __init__(self):
         super().__init__()
@@ -227,7 +298,9 @@ class Rows(HTMLParser):
         attrs = dict(attrs)
         self.rows += [attrs["class"]] if tag == "tr" and "class" in attrs else []
         self.inputs += [attrs["id"]] if tag == "input" else []
-        self.outside += [v for k, v in attrs.items() if k in ("src", "href") and "//" in v] + ([tag] if tag == "script" else [])
+        self.outside += [v for k, v in attrs.items() if k in ("src", "href") and "//" in v] + (
+            [tag] if tag == "script" else []
+        )
 
 
 def test_html_lists_every_claim_and_needs_no_network(results):

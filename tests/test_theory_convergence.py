@@ -1,4 +1,7 @@
-"""Theorem 2 and its amendments on random smooth losses: exact expectations by walking every history, and their mutants."""
+"""Theorem 2 and its amendments on random smooth losses: exact expectations by walking every
+history, and their mutants.
+"""
+
 import math
 
 import pytest
@@ -25,7 +28,9 @@ def square(M):
 
 @st.composite
 def problems(draw, most=6):
-    "A smooth nonconvex loss of W (n, m) with minimum 0: W0, the loss, its gradient and its constant."
+    """A smooth nonconvex loss of W (n, m) with minimum 0: W0, the loss, its gradient and its
+    constant.
+    """
     n, m = draw(st.integers(1, 4)), draw(st.integers(1, most))
     generator = seeded(draw(st.integers(0, 2**31)))
     W0, goal = torch.randn(2, n, m, generator=generator, dtype=torch.float64)
@@ -38,11 +43,14 @@ def problems(draw, most=6):
     def grad(W):
         z = (W - goal) @ X
         return 2 * z / (1 + z**2) ** 2 @ X.mT
+
     return W0, loss, grad, 2 * torch.linalg.matrix_norm(X, 2).item() ** 2
 
 
 def histories(grad, W0, projectors, step, links, inner=1):
-    "The exact E‖∇L(W^t)‖² for every t, and all end points, each link drawing one of `projectors` evenly."
+    """The exact E‖∇L(W^t)‖² for every t, and all end points, each link drawing one of `projectors`
+    evenly.
+    """
     W, H, squares = W0[None], torch.stack(projectors), []
     for _ in range(links):
         W, chosen = W.repeat_interleave(len(H), 0), H.repeat(len(W), 1, 1)
@@ -92,13 +100,18 @@ def test_theorem_2_exactly(problem, law, share, data):
     squares, ends = histories(grad, W0, choices(law, m, r), share / L_G, T)
     bound = theorem2_bound(loss(W0).item(), lambda_min(law, m, r), share / L_G, T)
     assert squares.mean() <= bound * (1 + 1e-12)
-    assert squares.sum() <= 2 * (loss(W0) - loss(ends).mean()) / (lambda_min(law, m, r) * share / L_G) + 1e-10
+    assert (
+        squares.sum()
+        <= 2 * (loss(W0) - loss(ends).mean()) / (lambda_min(law, m, r) * share / L_G) + 1e-10
+    )
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 5), st.floats(0.3, 0.99), st.integers(1, 60))
 def test_theorem_2_is_nearly_sharp_and_needs_the_right_dimension(m, step, T):
-    "½‖w‖², one output, rank 1: the exact mean is a geometric sum, below the bound with r/m; with r/n it passes it."
+    """½‖w‖², one output, rank 1: the exact mean is a geometric sum, below the bound with r/m; with
+    r/n it passes it.
+    """
     shrink = 1 - step * (2 - step) / m
     exact = sum(shrink**t for t in range(T)) / T
     assert exact <= theorem2_bound(0.5, lambda_min("gaussian", m, 1), step, T)
@@ -111,7 +124,9 @@ def test_theorem_2_is_nearly_sharp_and_needs_the_right_dimension(m, step, T):
 @FEW
 @given(st.integers(2, 6), st.floats(0.1, 0.99), st.data())
 def test_a_frozen_draw_breaks_the_bound(m, step, data):
-    "Mutant of the hypothesis: one projector for all steps. What A cannot see never moves; what it sees obeys Theorem frozen."
+    """Mutant of the hypothesis: one projector for all steps. What A cannot see never moves; what it
+    sees obeys Theorem frozen.
+    """
     r = data.draw(st.integers(1, m - 1))
     goal = torch.ones(1, m, dtype=torch.float64)
     path = projected_gd(lambda W: W - goal, torch.zeros_like(goal), "fixed", r, step, 400)
@@ -122,7 +137,9 @@ def test_a_frozen_draw_breaks_the_bound(m, step, data):
 
 
 def test_the_smallest_frozen_counterexample():
-    path = projected_gd(lambda W: W - torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), "fixed", 1, 0.99, 100)
+    path = projected_gd(
+        lambda W: W - torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2), "fixed", 1, 0.99, 100
+    )
     assert not path.any()
     assert theorem2_bound(0.5, 0.5, 0.99, 100) < 1.0 < theorem2_bound(0.5, 0.5, 0.99, 1)
 
@@ -134,9 +151,11 @@ def test_cycles(problem, inner, share, data):
     r, cycles = data.draw(st.integers(1, W0.shape[1])), data.draw(st.integers(1, 4))
     blocks = len(starts("cyclic", W0.shape[1], r))
     path = chained_gd(grad, W0, "cyclic", r, share / L_G, cycles * blocks, inner)
-    begins = path[:-1:inner * blocks]
+    begins = path[: -1 : inner * blocks]
     assert len(begins) == cycles
-    assert square(grad(begins)).mean() <= cycle_bound(loss(W0).item(), L_G, share / L_G, cycles, blocks, inner) * (1 + 1e-12)
+    assert square(grad(begins)).mean() <= cycle_bound(
+        loss(W0).item(), L_G, share / L_G, cycles, blocks, inner
+    ) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("inner", [1, 2, 3, 10])
@@ -152,20 +171,32 @@ def test_chains_counted_in_links(problem, inner, share, data):
     m = W0.shape[1]
     r = data.draw(st.sampled_from([r for r in range(1, m + 1) if m % r == 0]))
     squares, _ = histories(grad, W0, choices("block", m, r), share / L_G, 4, inner)
-    assert squares[::inner].mean() <= theorem2_bound(loss(W0).item(), r / m, share / L_G, 4) * (1 + 1e-12)
+    assert squares[::inner].mean() <= theorem2_bound(loss(W0).item(), r / m, share / L_G, 4) * (
+        1 + 1e-12
+    )
 
 
 @pytest.mark.parametrize("inner", [1, 2, 4, 20])
 def test_chains_counted_in_steps_break_the_bound(inner):
     "The mutant counts every step of a link; exact over all 64 histories of two coordinates."
-    squares, _ = histories(lambda w: w, torch.tensor([[0.0, 1.0]]).double(), choices("block", 2, 1), 0.99, 6, inner)
+    squares, _ = histories(
+        lambda w: w, torch.tensor([[0.0, 1.0]]).double(), choices("block", 2, 1), 0.99, 6, inner
+    )
     assert squares[::inner].mean() <= theorem2_bound(0.5, 0.5, 0.99, 6)
     assert (squares.mean() > theorem2_bound(0.5, 0.5, 0.99, 6 * inner)) == (inner > 1)
 
 
 @FEW
-@given(problems(), st.floats(0.2, 3.0), st.integers(1, 3), st.sampled_from((*SELECTING, "orthonormal", "gaussian")), st.data())
-def test_descent_on_B_is_the_projected_descent_when_rows_are_orthonormal(problem, scale, inner, law, data):
+@given(
+    problems(),
+    st.floats(0.2, 3.0),
+    st.integers(1, 3),
+    st.sampled_from((*SELECTING, "orthonormal", "gaussian")),
+    st.data(),
+)
+def test_descent_on_B_is_the_projected_descent_when_rows_are_orthonormal(
+    problem, scale, inner, law, data
+):
     W0, _, grad, L_G = problem
     m = W0.shape[1]
     r, generator = data.draw(st.integers(1, m)), seeded(data.draw(st.integers(0, 2**31)))
@@ -192,31 +223,58 @@ def test_bounds_are_their_formulas():
 W = torch.zeros(2, 3)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: projected_gd(torch.sin, W, "block", 4, 0.1, 3, seeded(0)), lambda: projected_gd(torch.sin, W, "block", 0, 0.1, 3, seeded(0)),
-    lambda: projected_gd(torch.sin, W, "block", 1, 0.0, 3, seeded(0)), lambda: projected_gd(torch.sin, W, "block", 1, -1.0, 3, seeded(0)),
-    lambda: projected_gd(torch.sin, W, "block", 1, math.nan, 3, seeded(0)), lambda: projected_gd(torch.sin, W, "block", 1, 0.1, -1, seeded(0)),
-    lambda: projected_gd(torch.sin, W * math.nan, "block", 1, 0.1, 3, seeded(0)), lambda: projected_gd(torch.sin, W[0], "block", 1, 0.1, 3),
-    lambda: projected_gd(lambda W: W.mT, W, "block", 1, 0.1, 3, seeded(0)), lambda: projected_gd(lambda W: W / 0, W, "block", 1, 0.1, 3, seeded(0)),
-    lambda: chained_gd(torch.sin, W, "block", 1, 0.1, 3, 0, seeded(0)), lambda: chained_gd(torch.sin, W, "block", 1, 0.1, -3, 1, seeded(0)),
-    lambda: theorem2_bound(-1.0, 0.5, 0.1, 3), lambda: theorem2_bound(1.0, 0.0, 0.1, 3), lambda: theorem2_bound(1.0, -0.5, 0.1, 3),
-    lambda: theorem2_bound(1.0, 1.5, 0.1, 3), lambda: theorem2_bound(1.0, 0.5, 0.0, 3), lambda: theorem2_bound(1.0, 0.5, 0.1, 0),
-    lambda: theorem2_bound(math.inf, 0.5, 0.1, 3), lambda: theorem2_bound(1.0, math.nan, 0.1, 3), lambda: theorem2_bound(1.0, 0.5, 0.1, -3),
-    lambda: cycle_bound(1.0, 2.0, 0.6, 3, 2), lambda: cycle_bound(1.0, 2.0, 0.1, 0, 2), lambda: cycle_bound(1.0, 0.0, 0.1, 3, 2),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: projected_gd(torch.sin, W, "block", 4, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 0, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, 0.0, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, -1.0, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, math.nan, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, 0.1, -1, seeded(0)),
+        lambda: projected_gd(torch.sin, W * math.nan, "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W[0], "block", 1, 0.1, 3),
+        lambda: projected_gd(lambda W: W.mT, W, "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(lambda W: W / 0, W, "block", 1, 0.1, 3, seeded(0)),
+        lambda: chained_gd(torch.sin, W, "block", 1, 0.1, 3, 0, seeded(0)),
+        lambda: chained_gd(torch.sin, W, "block", 1, 0.1, -3, 1, seeded(0)),
+        lambda: theorem2_bound(-1.0, 0.5, 0.1, 3),
+        lambda: theorem2_bound(1.0, 0.0, 0.1, 3),
+        lambda: theorem2_bound(1.0, -0.5, 0.1, 3),
+        lambda: theorem2_bound(1.0, 1.5, 0.1, 3),
+        lambda: theorem2_bound(1.0, 0.5, 0.0, 3),
+        lambda: theorem2_bound(1.0, 0.5, 0.1, 0),
+        lambda: theorem2_bound(math.inf, 0.5, 0.1, 3),
+        lambda: theorem2_bound(1.0, math.nan, 0.1, 3),
+        lambda: theorem2_bound(1.0, 0.5, 0.1, -3),
+        lambda: cycle_bound(1.0, 2.0, 0.6, 3, 2),
+        lambda: cycle_bound(1.0, 2.0, 0.1, 0, 2),
+        lambda: cycle_bound(1.0, 0.0, 0.1, 3, 2),
+    ],
+)
 def test_bad_values_are_refused(call):
     with pytest.raises(BadValue):
         call()
 
 
-@pytest.mark.parametrize("call", [
-    lambda: projected_gd(None, W, "block", 1, 0.1, 3, seeded(0)), lambda: projected_gd(torch.sin, [[0.0]], "block", 1, 0.1, 3, seeded(0)),
-    lambda: projected_gd(torch.sin, W.long(), "block", 1, 0.1, 3, seeded(0)), lambda: projected_gd(torch.sin, W, 3, 1, 0.1, 3, seeded(0)),
-    lambda: projected_gd(torch.sin, W, "block", 1, "0.1", 3, seeded(0)), lambda: projected_gd(torch.sin, W, "block", 1, 0.1, 3.0, seeded(0)),
-    lambda: projected_gd(torch.sin, W, "block", 1, 0.1, 3, 0), lambda: projected_gd(torch.sin, W, "gaussian", 1, 0.1, 3, None),
-    lambda: projected_gd(lambda W: 1.0, W, "block", 1, 0.1, 3, seeded(0)), lambda: projected_gd(lambda W: None, W, "fixed", 1, 0.1, 3),
-    lambda: theorem2_bound("1", 0.5, 0.1, 3), lambda: theorem2_bound(1.0, 0.5, 0.1, 3.0), lambda: theorem2_bound(1.0, None, 0.1, 3),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: projected_gd(None, W, "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, [[0.0]], "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W.long(), "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, 3, 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, "0.1", 3, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, 0.1, 3.0, seeded(0)),
+        lambda: projected_gd(torch.sin, W, "block", 1, 0.1, 3, 0),
+        lambda: projected_gd(torch.sin, W, "gaussian", 1, 0.1, 3, None),
+        lambda: projected_gd(lambda W: 1.0, W, "block", 1, 0.1, 3, seeded(0)),
+        lambda: projected_gd(lambda W: None, W, "fixed", 1, 0.1, 3),
+        lambda: theorem2_bound("1", 0.5, 0.1, 3),
+        lambda: theorem2_bound(1.0, 0.5, 0.1, 3.0),
+        lambda: theorem2_bound(1.0, None, 0.1, 3),
+    ],
+)
 def test_bad_types_are_refused(call):
     with pytest.raises(BadType):
         call()
@@ -228,11 +286,17 @@ def test_unknown_laws_name_the_nearest():
 
 
 def test_nothing_outside_is_touched():
-    "No change of W0, of the global random state, or of an earlier iterate by a gradient that writes into its argument."
+    """No change of W0, of the global random state, or of an earlier iterate by a gradient that
+    writes into its argument.
+    """
     start, before = torch.ones(1, 4, dtype=torch.float64, requires_grad=True), torch.get_rng_state()
     path = projected_gd(lambda W: W.mul_(1.0), start, "gaussian", 2, 0.5, 5, seeded(3))
-    vandal = projected_gd(lambda W: W.clone() + 0 * W.zero_(), start, "gaussian", 2, 0.5, 5, seeded(3))
-    assert torch.equal(path, vandal) and torch.equal(start.detach(), torch.ones(1, 4, dtype=torch.float64))
+    vandal = projected_gd(
+        lambda W: W.clone() + 0 * W.zero_(), start, "gaussian", 2, 0.5, 5, seeded(3)
+    )
+    assert torch.equal(path, vandal) and torch.equal(
+        start.detach(), torch.ones(1, 4, dtype=torch.float64)
+    )
     assert torch.equal(before, torch.get_rng_state()) and not path.requires_grad
     assert len(projected_gd(lambda W: W, start, "cyclic", 2, 0.5, 0)) == 1
 

@@ -1,4 +1,7 @@
-"""Properties of lora_book.theory.projections: exact averages against enumeration and sampling, for every law."""
+"""Properties of lora_book.theory.projections: exact averages against enumeration and sampling, for
+every law.
+"""
+
 import math
 
 import pytest
@@ -30,8 +33,13 @@ def by_formula(A):
 def windows(law, m, r):
     "The selected columns of each equally likely draw, written out again from the law's wording."
     whole, part = m // r, -(-m // r)
-    first = {"block": [j * r for j in range(whole)], "literal": list(range(whole)), "window": list(range(m - r + 1)),
-             "fixed": [0], "cyclic": [j * r for j in range(part)]}[law]
+    first = {
+        "block": [j * r for j in range(whole)],
+        "literal": list(range(whole)),
+        "window": list(range(m - r + 1)),
+        "fixed": [0],
+        "cyclic": [j * r for j in range(part)],
+    }[law]
     return [[(start + q) % m for q in range(r)] for start in first]
 
 
@@ -45,7 +53,9 @@ def test_exact_average_is_the_enumerated_one(law):
             exact = P.expected_projection(law, m, r)
             assert exact.shape == (m, m) and exact.dtype == torch.float64
             torch.testing.assert_close(exact, torch.diag(rates), rtol=0, atol=1e-12)
-            assert P.lambda_min(law, m, r) == pytest.approx(torch.linalg.eigvalsh(torch.diag(rates))[0].item(), abs=1e-12)
+            assert P.lambda_min(law, m, r) == pytest.approx(
+                torch.linalg.eigvalsh(torch.diag(rates))[0].item(), abs=1e-12
+            )
             assert type(P.lambda_min(law, m, r)) is float
 
 
@@ -53,7 +63,9 @@ def test_exact_average_is_the_enumerated_one(law):
 @given(sizes())
 def test_gaussian_average_is_r_over_m(size):
     m, r = size
-    torch.testing.assert_close(P.expected_projection("gaussian", m, r), r / m * torch.eye(m, dtype=torch.float64))
+    torch.testing.assert_close(
+        P.expected_projection("gaussian", m, r), r / m * torch.eye(m, dtype=torch.float64)
+    )
     assert P.lambda_min("gaussian", m, r) == r / m
 
 
@@ -80,7 +92,9 @@ def test_closed_forms(size):
 @settings(max_examples=18, deadline=None)
 @given(sizes(8), st.sampled_from(P.LAWS), st.integers(0, 2**31))
 def test_samples_agree_with_the_exact_average(size, law, seed):
-    "Each entry of a projector lies in [-1, 1], so the mean of 400 draws is within 6 standard errors of at most 1/20."
+    """Each entry of a projector lies in [-1, 1], so the mean of 400 draws is within 6 standard
+    errors of at most 1/20.
+    """
     (m, r), draws = size, 400
     if law == "cyclic":
         draws = 5 * len(P.starts(law, m, r))
@@ -96,8 +110,13 @@ def test_sampling_tells_the_printed_selector_from_the_proved_one():
 
 
 def test_an_excluded_upper_end_is_noticed():
-    "Mutant of ledger C5: the last block is never drawn, and lambda_min of the sampled average is 0."
-    drawn = [P.selector(12, 3, 3 * int(torch.randint(0, 12 // 3 - 1, (1,), generator=seeded(i)))) for i in range(200)]
+    """Mutant of ledger C5: the last block is never drawn, and lambda_min of the sampled average is
+    0.
+    """
+    drawn = [
+        P.selector(12, 3, 3 * int(torch.randint(0, 12 // 3 - 1, (1,), generator=seeded(i))))
+        for i in range(200)
+    ]
     mutant = torch.stack([P.projector(A) for A in drawn]).mean(0)
     assert torch.linalg.eigvalsh(mutant)[0].abs() < 1e-12 < P.lambda_min("block", 12, 3)
 
@@ -108,7 +127,9 @@ def test_projector_laws(size, seed, copies):
     m, r = size
     generator = seeded(seed)
     A = torch.randn(r, m, generator=generator, dtype=torch.float64)
-    S = torch.randn(r, r, generator=generator, dtype=torch.float64) + 3 * torch.eye(r, dtype=torch.float64)
+    S = torch.randn(r, r, generator=generator, dtype=torch.float64) + 3 * torch.eye(
+        r, dtype=torch.float64
+    )
     H = P.projector(torch.cat([S @ A] * copies))
     torch.testing.assert_close(H, H.mT, rtol=0, atol=1e-8)
     torch.testing.assert_close(H @ H, H, rtol=0, atol=1e-8)
@@ -137,7 +158,9 @@ def test_draws_are_reproducible_and_leave_the_global_state(size, law, seed, step
     assert torch.equal(first, second) and first.shape == (r, m) and first.dtype == torch.float64
     assert torch.equal(before, torch.get_rng_state())
     if law != "gaussian":
-        assert first.sum(1).tolist() == [1.0] * r and sorted(first.argmax(1).tolist()) in map(sorted, windows(law, m, r))
+        assert first.sum(1).tolist() == [1.0] * r and sorted(first.argmax(1).tolist()) in map(
+            sorted, windows(law, m, r)
+        )
 
 
 @FEW
@@ -148,7 +171,10 @@ def test_turns_of_the_cycle(size):
     seen = [P.draw("cyclic", m, r, step=step).argmax(1).tolist() for step in range(2 * blocks)]
     assert seen[:blocks] == seen[blocks:] == windows("cyclic", m, r)
     assert {column for block in seen for column in block} == set(range(m))
-    assert all(torch.equal(P.draw("fixed", m, r, step=step), torch.eye(r, m, dtype=torch.float64)) for step in (0, 3))
+    assert all(
+        torch.equal(P.draw("fixed", m, r, step=step), torch.eye(r, m, dtype=torch.float64))
+        for step in (0, 3)
+    )
 
 
 @pytest.mark.parametrize("function", [P.expected_projection, P.lambda_min, P.column_rates, P.draw])
@@ -159,7 +185,14 @@ def test_bad_arguments(function):
     for m, r in ((4, 5), (4, 0), (4, -1), (0, 1), (-3, 1)):
         with pytest.raises(BadValue):
             function("block", m, r)
-    for law, m, r in ((None, 4, 2), (3, 4, 2), (["block"], 4, 2), ("block", 4.0, 2), ("block", 4, True), ("block", "4", 2)):
+    for law, m, r in (
+        (None, 4, 2),
+        (3, 4, 2),
+        (["block"], 4, 2),
+        ("block", 4.0, 2),
+        ("block", 4, True),
+        ("block", "4", 2),
+    ):
         with pytest.raises(BadType):
             function(law, m, r)
 
@@ -175,10 +208,18 @@ def test_more_bad_arguments():
     for value in ([[1.0]], torch.ones(2, 2, dtype=torch.long), None):
         with pytest.raises(BadType):
             P.projector(value)
-    for call in (lambda: P.draw("block", 4, 2, 7), lambda: P.draw("gaussian", 4, 2), lambda: P.draw("fixed", 4, 2, step=0.5)):
+    for call in (
+        lambda: P.draw("block", 4, 2, 7),
+        lambda: P.draw("gaussian", 4, 2),
+        lambda: P.draw("fixed", 4, 2, step=0.5),
+    ):
         with pytest.raises(BadType):
             call()
-    for call in (lambda: P.starts("gaussian", 4, 2), lambda: P.selector(4, 2, 4), lambda: P.draw("cyclic", 4, 2, step=-1),
-                 lambda: P.sampled_projection("block", 4, 2, 0, seeded(0))):
+    for call in (
+        lambda: P.starts("gaussian", 4, 2),
+        lambda: P.selector(4, 2, 4),
+        lambda: P.draw("cyclic", 4, 2, step=-1),
+        lambda: P.sampled_projection("block", 4, 2, 0, seeded(0)),
+    ):
         with pytest.raises(LoraBookError):
             call()

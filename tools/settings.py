@@ -1,8 +1,10 @@
-"""The book's one reader of settings.ini, taken from its module without importing the rest of the package.
+"""The book's one reader of settings.ini, taken from its module without importing the rest of the
+package.
 
-`import lora_book` brings torch with it, which takes seconds, and it fails while a chapter is broken, which is just when
-the tools have to say which one.
+`import lora_book` brings torch with it, which takes seconds, and it fails while a chapter is
+broken, which is just when the tools have to say which one.
 """
+
 import importlib
 import sys
 import types

@@ -12,32 +12,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def stored(name: str) -> tuple[dict, list]:
-    """The setting and the rows of a stored benchmark: "layer-2048", "layer-256", "layer-3072", "layer-four" and with "-other_processor" or "-third_processor", "model",
-    "steps", "chains", "merge", "imports", "gpu-roberta_base", "gpu-tinyllama" and both with "-slow_host"."""
-    found = json.loads(files("lora_book").joinpath("data", "benchmarks", f"{name}.json").read_text())
+    """The setting and the rows of a stored benchmark: "layer-2048",
+    "layer-256", "layer-3072", "layer-four" and with "-other_processor" or
+    "-third_processor", "model", "steps", "chains", "merge", "imports",
+    "gpu-roberta_base", "gpu-tinyllama" and both with "-slow_host".
+    """
+    found = json.loads(
+        files("lora_book")
+        .joinpath("data", "benchmarks", f"{name}.json")
+        .read_text()
+    )
     return found["setting"], found["rows"]
 
 
 def verdict(ratio: float, low: float, goal: float | None) -> str:
-    """What a ratio says of its goal: met, missed with the whole interval above it, or within the noise of it; "" without a goal."""
+    """What a ratio says of its goal: met, missed with the whole interval above
+    it, or within the noise of it; "" without a goal.
+    """
     if goal is None:
         return ""
-    return "met" if ratio <= goal else "missed" if low > goal else "within noise"
+    return (
+        "met" if ratio <= goal else "missed" if low > goal else "within noise"
+    )
 
 # %% ../../nbs/analysis/benchmarks.ipynb #c35
 class _Calls(TorchDispatchMode):
-    "Counts the operators that are called, but for those that only look at memory, or ask for it."
+    """Counts the operators that are called, but for those that only look at
+    memory, or ask for it.
+    """
 
     count = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += not (op.is_view or "empty" in op.name() or op.name() == "aten::_local_scalar_dense")
+        self.count += not (
+            op.is_view
+            or "empty" in op.name()
+            or op.name() == "aten::_local_scalar_dense"
+        )
         return op(*args, **(kwargs or {}))
 
 
 def calls(run: Callable) -> int:
-    """How many of PyTorch's operators `run()` calls, forward and backward; views, new memory and the reading of a number aren't counted. On a GPU
-    each starts a kernel, a few of them more than one."""
+    """How many of PyTorch's operators `run()` calls, forward and backward;
+    views, new memory and the reading of a number aren't counted. On a GPU each
+    starts a kernel, a few of them more than one.
+    """
     with _Calls() as counter:
         run()
     return counter.count

@@ -23,7 +23,9 @@ def check_sizes(T: int, n: int, m: int, r: int = 1) -> None:
 
 
 def floor_flops(T: int, n: int, m: int) -> int:
-    "4Tmn: forward and input gradient of a frozen (n, m) map on T tokens, in operations (@eq-flops-floor). Raises BadType, BadValue, as all below."
+    """4Tmn: forward and input gradient of a frozen (n, m) map on T tokens, in
+    operations (@eq-flops-floor). Raises BadType, BadValue, as all below.
+    """
     check_sizes(T, n, m)
     return 4 * T * n * m
 
@@ -35,33 +37,56 @@ def dense_flops(T: int, n: int, m: int, r: int = 1) -> int:
 
 
 def low_rank_flops(T: int, n: int, m: int, r: int) -> int:
-    "2Tr(3m+2n) + 2rmn beyond the floor: s·B A with both factors trained, added to the weight in the forward pass for T >= 2m; 6Tr(m+n) where it isn't."
+    """2Tr(3m+2n) + 2rmn beyond the floor: s·B A with both factors trained,
+    added to the weight in the forward pass for T >= 2m; 6Tr(m+n) where it
+    isn't.
+    """
     check_sizes(T, n, m, r)
-    return 2 * T * r * (3 * m + 2 * n) + 2 * r * m * n if T >= 2 * m else 6 * T * r * (m + n)
+    return (
+        2 * T * r * (3 * m + 2 * n) + 2 * r * m * n
+        if T >= 2 * m
+        else 6 * T * r * (m + n)
+    )
 
 
 def frozen_factor_flops(T: int, n: int, m: int, r: int) -> int:
-    "2Tr(m+n) + 4rmn beyond the floor: s·B A with A frozen and added to the weight, which is done for T >= m; 2Tr(2m+3n) where it isn't."
+    """2Tr(m+n) + 4rmn beyond the floor: s·B A with A frozen and added to the
+    weight, which is done for T >= m; 2Tr(2m+3n) where it isn't.
+    """
     check_sizes(T, n, m, r)
-    return 2 * T * r * (m + n) + 4 * r * m * n if T >= m else 2 * T * r * (2 * m + 3 * n)
+    return (
+        2 * T * r * (m + n) + 4 * r * m * n
+        if T >= m
+        else 2 * T * r * (2 * m + 3 * n)
+    )
 
 # %% ../../nbs/analysis/flops.ipynb #c07
 def column_flops(T: int, n: int, m: int, r: int) -> int:
-    "2Trn beyond the floor for r trained columns patched into the weight, which is done for T >= m; 6Trn where they are multiplied apart."
+    """2Trn beyond the floor for r trained columns patched into the weight,
+    which is done for T >= m; 6Trn where they are multiplied apart.
+    """
     check_sizes(T, n, m, r)
     return (2 if T >= m else 6) * T * r * n
 
 
 def two_sided_flops(T: int, n: int, m: int, r: int) -> int:
-    "4Tr(m+n) beyond the floor: frozen factors on both sides of a trained diagonal, dense; triangular blocks of a whole weight need at most that."
+    """4Tr(m+n) beyond the floor: frozen factors on both sides of a trained
+    diagonal, dense; triangular blocks of a whole weight need at most that.
+    """
     check_sizes(T, n, m, r)
     return 4 * T * r * (m + n)
 
 
 def row_scaled_flops(T: int, n: int, m: int, r: int) -> int:
-    "4Tr(m+n) + 4rmn beyond the floor: rows of W0 + s·B A brought to a length, the sum formed for T >= m; 2Tr(3m+4n) + 2rmn where it isn't."
+    """4Tr(m+n) + 4rmn beyond the floor: rows of W0 + s·B A brought to a
+    length, the sum formed for T >= m; 2Tr(3m+4n) + 2rmn where it isn't.
+    """
     check_sizes(T, n, m, r)
-    return 4 * T * r * (m + n) + 4 * r * m * n if T >= m else 2 * T * r * (3 * m + 4 * n) + 2 * r * m * n
+    return (
+        4 * T * r * (m + n) + 4 * r * m * n
+        if T >= m
+        else 2 * T * r * (3 * m + 4 * n) + 2 * r * m * n
+    )
 
 
 def no_flops(T: int, n: int, m: int, r: int = 1) -> int:
@@ -71,8 +96,11 @@ def no_flops(T: int, n: int, m: int, r: int = 1) -> int:
 
 # %% ../../nbs/analysis/flops.ipynb #c13
 def step_flops(model: nn.Module, loss: Callable) -> dict[str, int]:
-    """{forward, backward, total}: operations of the matrix products in one loss(model) and its backward pass; the model's gradients stay as they
-    were. Raises BadType for other models and losses, BadValue if nothing that trains is reached."""
+    """{forward, backward, total}: operations of the matrix products in one
+    loss(model) and its backward pass; the model's gradients stay as they were.
+    Raises BadType for other models and losses, BadValue if nothing that trains
+    is reached.
+    """
     check_module(model)
     kept, result = {p: p.grad for p in model.parameters()}, []
     try:
@@ -84,25 +112,53 @@ def step_flops(model: nn.Module, loss: Callable) -> dict[str, int]:
     finally:
         for p, grad in kept.items():
             p.grad = grad
-    return {"forward": forward, "backward": backward, "total": forward + backward}
+    return {
+        "forward": forward,
+        "backward": backward,
+        "total": forward + backward,
+    }
 
 
 def epoch_flops(flops: float, batch_size: int, examples: int) -> float:
-    "Operations of one pass over `examples` examples if a step on `batch_size` of them takes `flops`. Raises BadType, BadValue."
+    """Operations of one pass over `examples` examples if a step on
+    `batch_size` of them takes `flops`. Raises BadType, BadValue.
+    """
     check_number("flops", flops, above=0)
     check_count("batch_size", batch_size)
     check_count("examples", examples)
     return flops / batch_size * examples
 
 # %% ../../nbs/analysis/flops.ipynb #c28
-def memory_account(model: nn.Module, loss: Callable, moments: int = 2) -> dict[str, int]:
-    """Bytes of {weights, trained, gradients, moments, base copies, saved}: parameters and buffers; those of them that train; their gradients; an
-    optimizer's `moments` (AdamW: 2, SGD with momentum: 1) of each; what an adapted model keeps of the base for what trains in place; what the
-    graph of loss(model) holds for the backward pass. Raises BadType, BadValue."""
+def memory_account(
+    model: nn.Module, loss: Callable, moments: int = 2
+) -> dict[str, int]:
+    """Bytes of {weights, trained, gradients, moments, base copies, saved}:
+    parameters and buffers; those of them that train; their gradients; an
+    optimizer's `moments` (AdamW: 2, SGD with momentum: 1) of each; what an
+    adapted model keeps of the base for what trains in place; what the graph of
+    loss(model) holds for the backward pass. Raises BadType, BadValue.
+    """
     check_module(model)
     check_count("moments", moments, least=0)
     tensors = [*model.parameters(), *model.buffers()]
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    copies = 0 if find_record(model) is None else sum(base.numel() * base.element_size() for _, base in base_parameters(model))
-    return {"weights": sum(t.numel() * t.element_size() for t in tensors), "trained": trained, "gradients": trained, "moments": moments * trained,
-            "base copies": copies, "saved": saved_bytes(lambda: loss(model), exclude=tensors)}
+    trained = sum(
+        p.numel() * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad
+    )
+    copies = (
+        0
+        if find_record(model) is None
+        else sum(
+            base.numel() * base.element_size()
+            for _, base in base_parameters(model)
+        )
+    )
+    return {
+        "weights": sum(t.numel() * t.element_size() for t in tensors),
+        "trained": trained,
+        "gradients": trained,
+        "moments": moments * trained,
+        "base copies": copies,
+        "saved": saved_bytes(lambda: loss(model), exclude=tensors),
+    }

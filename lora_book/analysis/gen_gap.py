@@ -18,41 +18,76 @@ from torch import Tensor, nn
 from .spectra import check_ready
 from ..core.adapter import generator
 from ..core.data import Split, batches
-from ..core.errors import BadType, BadValue, check_choice, check_count, check_number
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_choice,
+    check_count,
+    check_number,
+)
 from ..core.models import logits
 from ..core.training import to_device
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c06
 def row_losses(scores: Tensor, labels: Tensor) -> Tensor:
-    "Each row's loss (T,): cross-entropy in nats for integer labels, squared error for real ones."
+    """Each row's loss (T,): cross-entropy in nats for integer labels, squared
+    error for real ones.
+    """
     if labels.is_floating_point():
         return (scores.squeeze(-1).float() - labels.float()).square()
     return F.cross_entropy(scores.float(), labels, reduction="none")
 
 
 @torch.no_grad()
-def example_losses(model: nn.Module, split: Split, batch_size: int = 256, loss: Callable = row_losses) -> Tensor:
-    """The loss of every row of `split`, in its order: (rows,) float64; loss(scores, labels) -> (T,). Real inputs are brought to the model's type.
+def example_losses(
+    model: nn.Module,
+    split: Split,
+    batch_size: int = 256,
+    loss: Callable = row_losses,
+) -> Tensor:
+    """The loss of every row of `split`, in its order: (rows,) float64;
+    loss(scores, labels) -> (T,). Real inputs are brought to the model's type.
 
-    Raises BadType for what isn't a module or a Split, BadValue if any part of it is in training mode, the split is empty or `loss` of another shape."""
+    Raises BadType for what isn't a module or a Split, BadValue if any part of
+    it is in training mode, the split is empty or `loss` of another shape.
+    """
     check_ready(model)
     if not isinstance(split, Split):
         raise BadType(f"data come as a Split, not as a {type(split).__name__}")
     if not len(split):
         raise BadValue("a split without rows has no loss")
-    like, found = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0)), []
+    like, found = (
+        next(
+            (p for p in model.parameters() if p.is_floating_point()),
+            torch.empty(0),
+        ),
+        [],
+    )
     for batch in batches(split, batch_size, shuffle=False):
         batch = to_device(batch, like.device)
-        batch |= {name: x.to(like.dtype) for name, x in batch.items() if name != "labels" and x.is_floating_point()}
-        found.append(loss(logits(model, batch), batch["labels"]).double().cpu())
+        batch |= {
+            name: x.to(like.dtype)
+            for name, x in batch.items()
+            if name != "labels" and x.is_floating_point()
+        }
+        found.append(
+            loss(logits(model, batch), batch["labels"]).double().cpu()
+        )
         if found[-1].shape != batch["labels"].shape[:1]:
-            raise BadValue(f"loss(scores, labels) must give each of {len(batch['labels'])} rows a number, not {tuple(found[-1].shape)}")
+            raise BadValue(
+                "loss(scores, labels) must give each of"
+                f" {len(batch['labels'])} rows a number, not"
+                f" {tuple(found[-1].shape)}"
+            )
     return torch.cat(found)
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c09
 @dataclass(frozen=True)
 class Estimate:
-    "A mean with its confidence interval, in the units of what was averaged; `level` is the interval's coverage, `count` the sample size."
+    """A mean with its confidence interval, in the units of what was averaged;
+    `level` is the interval's coverage, `count` the sample size.
+    """
+
     mean: float
     low: float
     high: float
@@ -65,127 +100,265 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        "Of a difference: 'larger' or 'smaller' where the interval leaves 0 out, else 'no difference'."
-        return "larger" if self.low > 0 else "smaller" if self.high < 0 else "no difference"
+        """Of a difference: 'larger' or 'smaller' where the interval leaves 0
+        out, else 'no difference'.
+        """
+        return (
+            "larger"
+            if self.low > 0
+            else "smaller"
+            if self.high < 0
+            else "no difference"
+        )
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c10
 def sample(kind: str, values: Tensor | Sequence, least: int = 2) -> Tensor:
-    "`values` as a float64 vector on the CPU; raises BadType, or BadValue for fewer than `least` entries or one that isn't finite."
-    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(values, str):
+    """`values` as a float64 vector on the CPU; raises BadType, or BadValue for
+    fewer than `least` entries or one that isn't finite.
+    """
+    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(
+        values, str
+    ):
         raise BadType(f"{kind} must be a vector of numbers, not {values!r}")
     try:
         vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError) as error:
-        raise BadType(f"{kind} must be a vector of numbers, not {values!r}") from error
+        raise BadType(
+            f"{kind} must be a vector of numbers, not {values!r}"
+        ) from error
     if vector.dim() != 1 or len(vector) < least:
-        raise BadValue(f"{kind} must be a vector of {least} or more numbers, not of shape {tuple(vector.shape)}")
+        raise BadValue(
+            f"{kind} must be a vector of {least} or more numbers, not of shape"
+            f" {tuple(vector.shape)}"
+        )
     if not torch.isfinite(vector).all():
-        raise BadValue(f"{kind} holds {int((~torch.isfinite(vector)).sum())} numbers that are NaN or infinite")
+        raise BadValue(
+            f"{kind} holds {int((~torch.isfinite(vector)).sum())} numbers that"
+            " are NaN or infinite"
+        )
     return vector
 
 
 def half_width(vector: Tensor, level: float) -> float:
     "Half of Student's interval for the mean of `vector` (k,): t·s/sqrt(k)."
-    return float(stats.t.ppf((1 + level) / 2, len(vector) - 1) * vector.std() / len(vector)**0.5)
+    return float(
+        stats.t.ppf((1 + level) / 2, len(vector) - 1)
+        * vector.std()
+        / len(vector) ** 0.5
+    )
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c11
-def resampled_means(vector: Tensor, draws: int, seed: int, name: str) -> Tensor:
-    "The means of `draws` samples of len(vector) entries drawn with replacement: (draws,)."
+def resampled_means(
+    vector: Tensor, draws: int, seed: int, name: str
+) -> Tensor:
+    """The means of `draws` samples of len(vector) entries drawn with
+    replacement: (draws,).
+    """
     gen, k = generator(seed, "bootstrap", name), len(vector)
     chunk = max(1, 2**22 // k)
-    return torch.cat([vector[torch.randint(k, (min(chunk, draws - i), k), generator=gen)].mean(1) for i in range(0, draws, chunk)])
+    return torch.cat(
+        [
+            vector[
+                torch.randint(k, (min(chunk, draws - i), k), generator=gen)
+            ].mean(1)
+            for i in range(0, draws, chunk)
+        ]
+    )
 
 
-def mean_interval(values: Tensor | Sequence, level: float = 0.95, kind: str = "student", draws: int = 2000, seed: int = 0) -> Estimate:
-    """The mean of `values` (k,) with an interval that covers the true mean with probability about `level`.
+def mean_interval(
+    values: Tensor | Sequence,
+    level: float = 0.95,
+    kind: str = "student",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of `values` (k,) with an interval that covers the true mean
+    with probability about `level`.
 
-    kind: 'student', or 'bootstrap' with the quantiles of `draws` resampled means (`seed`). Raises BadType, BadValue."""
+    kind: 'student', or 'bootstrap' with the quantiles of `draws` resampled
+    means (`seed`). Raises BadType, BadValue.
+    """
     check_choice("kind", kind, ("student", "bootstrap"))
     check_number("level", level, above=0, below=1)
     check_count("draws", draws)
     vector = sample("values", values)
     mean = float(vector.mean())
     if kind == "student":
-        return Estimate(mean, mean - half_width(vector, level), mean + half_width(vector, level), level, len(vector))
-    low, high = resampled_means(vector, draws, seed, "mean").quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+        return Estimate(
+            mean,
+            mean - half_width(vector, level),
+            mean + half_width(vector, level),
+            level,
+            len(vector),
+        )
+    low, high = (
+        resampled_means(vector, draws, seed, "mean")
+        .quantile(
+            torch.tensor(
+                [(1 - level) / 2, (1 + level) / 2], dtype=torch.float64
+            )
+        )
+        .tolist()
+    )
     return Estimate(mean, low, high, level, len(vector))
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c14
-def gen_gap(train: Tensor | Sequence, test: Tensor | Sequence, level: float = 0.95, kind: str = "normal", draws: int = 2000, seed: int = 0) -> Estimate:
-    """Mean test loss minus mean train loss (@eq-gen_gap-estimate) with an interval; `train` (N,) and `test` (T,) are losses of examples.
+def gen_gap(
+    train: Tensor | Sequence,
+    test: Tensor | Sequence,
+    level: float = 0.95,
+    kind: str = "normal",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean test loss minus mean train loss (@eq-gen_gap-estimate) with an
+    interval; `train` (N,) and `test` (T,) are losses of examples.
 
-    kind: 'normal' (both means' standard errors) or 'bootstrap' (both sets resampled). The interval speaks of new examples for this one
-    trained model; the spread over seeds is another matter. Raises BadType, BadValue. Source: P2 section 4.2 (iii), App. D.5."""
+    kind: 'normal' (both means' standard errors) or 'bootstrap' (both sets
+    resampled). The interval speaks of new examples for this one trained model;
+    the spread over seeds is another matter. Raises BadType, BadValue. Source:
+    P2 section 4.2 (iii), App. D.5.
+    """
     check_choice("kind", kind, ("normal", "bootstrap"))
     check_number("level", level, above=0, below=1)
     check_count("draws", draws)
     fitted, fresh = sample("train", train), sample("test", test)
     gap = float(fresh.mean() - fitted.mean())
     if kind == "bootstrap":
-        drawn = resampled_means(fresh, draws, seed, "test") - resampled_means(fitted, draws, seed, "train")
-        low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+        drawn = resampled_means(fresh, draws, seed, "test") - resampled_means(
+            fitted, draws, seed, "train"
+        )
+        low, high = drawn.quantile(
+            torch.tensor(
+                [(1 - level) / 2, (1 + level) / 2], dtype=torch.float64
+            )
+        ).tolist()
     else:
-        error = math.sqrt(float(fitted.var()) / len(fitted) + float(fresh.var()) / len(fresh))
-        low, high = gap - stats.norm.ppf((1 + level) / 2) * error, gap + stats.norm.ppf((1 + level) / 2) * error
+        error = math.sqrt(
+            float(fitted.var()) / len(fitted) + float(fresh.var()) / len(fresh)
+        )
+        low, high = (
+            gap - stats.norm.ppf((1 + level) / 2) * error,
+            gap + stats.norm.ppf((1 + level) / 2) * error,
+        )
     return Estimate(gap, float(low), float(high), level, len(fresh))
 
 
-def compare(first: Sequence, second: Sequence, level: float = 0.95) -> Estimate:
-    """The mean of first - second over paired runs (equal seeds in equal places), with Student's interval; its `verdict` is 'no difference'
-    where the interval holds 0. Raises BadType, and BadValue for fewer than 2 pairs or unequal lengths."""
+def compare(
+    first: Sequence, second: Sequence, level: float = 0.95
+) -> Estimate:
+    """The mean of first - second over paired runs (equal seeds in equal
+    places), with Student's interval; its `verdict` is 'no difference' where
+    the interval holds 0. Raises BadType, and BadValue for fewer than 2 pairs
+    or unequal lengths.
+    """
     a, b = sample("first", first), sample("second", second)
     if len(a) != len(b):
-        raise BadValue(f"paired runs must have one length, not {len(a)} and {len(b)}")
+        raise BadValue(
+            f"paired runs must have one length, not {len(a)} and {len(b)}"
+        )
     return mean_interval(a - b, level)
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c18
 @dataclass(frozen=True)
 class Agreement:
-    "Kendall's tau_b of two rankings, the probability of so large a |tau| if they were unrelated, and the number of pairs of entries."
+    """Kendall's tau_b of two rankings, the probability of so large a |tau| if
+    they were unrelated, and the number of pairs of entries.
+    """
+
     tau: float
     p_value: float
     count: int
 
 
-def rank_agreement(predicted: Tensor | Sequence, measured: Tensor | Sequence) -> Agreement:
-    """Whether `predicted` orders things as `measured` does, both (k,): Kendall's tau_b, from -1 to 1 (@eq-gen_gap-tau).
+def rank_agreement(
+    predicted: Tensor | Sequence, measured: Tensor | Sequence
+) -> Agreement:
+    """Whether `predicted` orders things as `measured` does, both (k,):
+    Kendall's tau_b, from -1 to 1 (@eq-gen_gap-tau).
 
-    Raises BadType, and BadValue for unequal lengths, fewer than 2 entries, or a list that is constant. Source: Kendall 1945; ledger D5."""
+    Raises BadType, and BadValue for unequal lengths, fewer than 2 entries, or
+    a list that is constant. Source: Kendall 1945; ledger D5.
+    """
     a, b = sample("predicted", predicted), sample("measured", measured)
     if len(a) != len(b):
-        raise BadValue(f"predicted and measured must have one length, not {len(a)} and {len(b)}")
+        raise BadValue(
+            f"predicted and measured must have one length, not {len(a)} and"
+            f" {len(b)}"
+        )
     if a.min() == a.max() or b.min() == b.max():
-        raise BadValue("a list whose entries are all equal has no order to compare")
+        raise BadValue(
+            "a list whose entries are all equal has no order to compare"
+        )
     found = stats.kendalltau(a.numpy(), b.numpy())
-    return Agreement(float(found.statistic), float(found.pvalue), len(a) * (len(a) - 1) // 2)
+    return Agreement(
+        float(found.statistic), float(found.pvalue), len(a) * (len(a) - 1) // 2
+    )
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c19b
 def run_table(kind: str, values: Tensor | Sequence) -> Tensor:
-    "`values` as float64 of shape (runs, k), at least 2 of each; raises BadType, BadValue."
-    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(values, str):
+    """`values` as float64 of shape (runs, k), at least 2 of each; raises
+    BadType, BadValue.
+    """
+    if not isinstance(values, (Tensor, np.ndarray, Sequence)) or isinstance(
+        values, str
+    ):
         raise BadType(f"{kind} must be a table of numbers, not {values!r}")
     rows = [sample(f"each run of {kind}", row) for row in values]
     if len(rows) < 2 or len({len(row) for row in rows}) > 1:
-        raise BadValue(f"{kind} must be 2 or more runs of one length, not {[len(row) for row in rows]}")
+        raise BadValue(
+            f"{kind} must be 2 or more runs of one length, not"
+            f" {[len(row) for row in rows]}"
+        )
     return torch.stack(rows)
 
 
 def resamples(runs: int, draws: int, seed: int) -> Tensor:
-    "Samples of `runs` runs with replacement, as indices: all runs**runs if these are at most `draws`, else `draws` random ones; (samples, runs)."
+    """Samples of `runs` runs with replacement, as indices: all runs**runs if
+    these are at most `draws`, else `draws` random ones; (samples, runs).
+    """
     if runs**runs <= draws:
         return torch.cartesian_prod(*[torch.arange(runs)] * runs)
-    return torch.randint(runs, (draws, runs), generator=generator(seed, "bootstrap", "runs"))
+    return torch.randint(
+        runs, (draws, runs), generator=generator(seed, "bootstrap", "runs")
+    )
 
 
-def rank_interval(predicted: Tensor | Sequence, measured: Tensor | Sequence, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Kendall's τ_b (@eq-gen_gap-tau) between the means over runs of `predicted` and `measured`, both (runs, k), with an interval from runs
-    drawn with replacement, the same for both (`resamples`). Of few runs it is too short. Raises BadType, BadValue as `rank_agreement`, also
-    for unequal numbers of runs. Source: Efron 1979."""
+def rank_interval(
+    predicted: Tensor | Sequence,
+    measured: Tensor | Sequence,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Kendall's τ_b (@eq-gen_gap-tau) between the means over runs of
+    `predicted` and `measured`, both (runs, k), with an interval from runs
+    drawn with replacement, the same for both (`resamples`). Of few runs it is
+    too short. Raises BadType, BadValue as `rank_agreement`, also for unequal
+    numbers of runs. Source: Efron 1979.
+    """
     check_number("level", level, above=0, below=1)
     check_count("draws", draws)
     a, b = run_table("predicted", predicted), run_table("measured", measured)
     if len(a) != len(b):
-        raise BadValue(f"predicted and measured must have as many runs, not {len(a)} and {len(b)}")
-    taus = [rank_agreement(a[at].mean(0), b[at].mean(0)).tau for at in resamples(len(a), draws, seed)]
-    low, high = torch.tensor(taus, dtype=torch.float64).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return Estimate(rank_agreement(a.mean(0), b.mean(0)).tau, low, high, level, len(a))
+        raise BadValue(
+            f"predicted and measured must have as many runs, not {len(a)} and"
+            f" {len(b)}"
+        )
+    taus = [
+        rank_agreement(a[at].mean(0), b[at].mean(0)).tau
+        for at in resamples(len(a), draws, seed)
+    ]
+    low, high = (
+        torch.tensor(taus, dtype=torch.float64)
+        .quantile(
+            torch.tensor(
+                [(1 - level) / 2, (1 + level) / 2], dtype=torch.float64
+            )
+        )
+        .tolist()
+    )
+    return Estimate(
+        rank_agreement(a.mean(0), b.mean(0)).tau, low, high, level, len(a)
+    )

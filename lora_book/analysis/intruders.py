@@ -17,40 +17,66 @@ from ..core.errors import BadType, BadValue, check_count, check_number
 
 # %% ../../nbs/analysis/intruders.ipynb #c06
 def largest_cosines(W0: Tensor, W1: Tensor, k: int | None = None) -> Tensor:
-    """c_j of @eq-intruders-score for the k leading (default: all min(n, m)) left singular vectors of W1, largest singular value first.
+    """c_j of @eq-intruders-score for the k leading (default: all min(n, m))
+    left singular vectors of W1, largest singular value first.
 
-    W0, W1: (..., n, m), base and fine-tuned weight, or stacks of them. Returns (..., k) in [0, 1], without unit, float32 or wider.
-    Raises BadType or BadValue for other tensors, unequal shapes, numbers that aren't finite and k outside 1..min(n, m).
-    Source: Shuttleworth et al. 2024; P2 App. D.4.2; ledger D4."""
+    W0, W1: (..., n, m), base and fine-tuned weight, or stacks of them. Returns
+    (..., k) in [0, 1], without unit, float32 or wider. Raises BadType or
+    BadValue for other tensors, unequal shapes, numbers that aren't finite and
+    k outside 1..min(n, m).
+    Source: Shuttleworth et al. 2024; P2 App. D.4.2; ledger D4.
+    """
     check_pair("the weight", W0, W1)
     if k is not None:
         check_count("k", k, most=min(W0.shape[-2:]))
-    U0, U1 = (torch.linalg.svd(W.detach(), full_matrices=False).U for W in alike(W0, W1))
+    U0, U1 = (
+        torch.linalg.svd(W.detach(), full_matrices=False).U
+        for W in alike(W0, W1)
+    )
     cosines = (U0.mT @ U1[..., :k]).abs().amax(-2)
-    return torch.where(cosines > 1 - 64 * torch.finfo(cosines.dtype).eps, torch.ones_like(cosines), cosines)
+    return torch.where(
+        cosines > 1 - 64 * torch.finfo(cosines.dtype).eps,
+        torch.ones_like(cosines),
+        cosines,
+    )
 
 # %% ../../nbs/analysis/intruders.ipynb #c07
-def intruder_dims(W0: Tensor, W1: Tensor, eps: float, k: int | None = None) -> Tensor:
-    """The intruder dimensions of W1 = W0 + ΔW against W0, both (n, m): the positions j (0 for the largest singular value) of the left
-    singular vectors of W1 with c_j < eps (@eq-intruders-score), as an increasing int64 vector; their number is its length.
+def intruder_dims(
+    W0: Tensor, W1: Tensor, eps: float, k: int | None = None
+) -> Tensor:
+    """The intruder dimensions of W1 = W0 + ΔW against W0, both (n, m): the
+    positions j (0 for the largest singular value) of the left singular vectors
+    of W1 with c_j < eps (@eq-intruders-score), as an increasing int64 vector;
+    their number is its length.
 
-    eps in (0, 1]; k: look at the k leading vectors only. For n <= m and eps <= 1/sqrt(n) the result is always empty (`least_cosine`).
-    Raises BadType, BadValue. Source: P2 App. D.4.2; ledger D3, D4."""
+    eps in (0, 1]; k: look at the k leading vectors only. For n <= m and eps <=
+    1/sqrt(n) the result is always empty (`least_cosine`). Raises BadType,
+    BadValue. Source: P2 App. D.4.2; ledger D3, D4.
+    """
     check_number("eps", eps, above=0, most=1)
     scores = largest_cosines(W0, W1, k)
     if scores.dim() != 1:
-        raise BadValue(f"intruder_dims takes one weight (n, m), not a stack of shape {tuple(W0.shape)}; intruder_count takes stacks")
+        raise BadValue(
+            "intruder_dims takes one weight (n, m), not a stack of shape"
+            f" {tuple(W0.shape)}; intruder_count takes stacks"
+        )
     return (scores < eps).nonzero().flatten()
 
 
-def intruder_count(W0: Tensor, W1: Tensor, eps: float, k: int | None = None) -> Tensor:
-    "How many intruder dimensions each W1 has at eps: int64 of shape (...) for weights (..., n, m). Otherwise as `intruder_dims`."
+def intruder_count(
+    W0: Tensor, W1: Tensor, eps: float, k: int | None = None
+) -> Tensor:
+    """How many intruder dimensions each W1 has at eps: int64 of shape (...)
+    for weights (..., n, m). Otherwise as `intruder_dims`.
+    """
     check_number("eps", eps, above=0, most=1)
     return (largest_cosines(W0, W1, k) < eps).sum(-1)
 
 # %% ../../nbs/analysis/intruders.ipynb #c07b
 def thresholds(eps: float | Sequence) -> list[float]:
-    "One ε or several as a list. Raises BadType, BadValue for what isn't in (0, 1]."
+    """One ε or several as a list. Raises BadType, BadValue for what isn't in
+    (0, 1].
+    """
     values = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
     values = [values] if isinstance(values, (Real, str)) else list(values)
     for value in values:
@@ -59,45 +85,84 @@ def thresholds(eps: float | Sequence) -> list[float]:
 
 
 def intruder_curve(scores: Tensor, eps: float | Sequence) -> Tensor:
-    "The ε curve: how many of the `scores` (..., k) of `largest_cosines` lie below each of E thresholds; int64 (..., E), never decreasing in eps. Raises BadType, BadValue."
+    """The ε curve: how many of the `scores` (..., k) of `largest_cosines` lie
+    below each of E thresholds; int64 (..., E), never decreasing in eps. Raises
+    BadType, BadValue.
+    """
     if not isinstance(scores, Tensor):
-        raise BadType(f"scores are a tensor, as `largest_cosines` gives them, not {scores!r}")
-    return (scores[..., None] < torch.as_tensor(thresholds(eps), dtype=scores.dtype, device=scores.device)).sum(-2)
+        raise BadType(
+            "scores are a tensor, as `largest_cosines` gives them, not"
+            f" {scores!r}"
+        )
+    return (
+        scores[..., None]
+        < torch.as_tensor(
+            thresholds(eps), dtype=scores.dtype, device=scores.device
+        )
+    ).sum(-2)
 
 # %% ../../nbs/analysis/intruders.ipynb #c12
 def least_cosine(n: int) -> float:
-    "1/sqrt(n): no unit vector of length n has a smaller largest cosine with a whole orthonormal basis (ledger D4). Raises BadType, BadValue."
+    """1/sqrt(n): no unit vector of length n has a smaller largest cosine with
+    a whole orthonormal basis (ledger D4). Raises BadType, BadValue.
+    """
     check_count("n", n)
     return n**-0.5
 
 
 def random_cosines(n: int, count: int, generator: torch.Generator) -> Tensor:
-    "The scores c of `count` random directions of R^n against any one orthonormal basis: (count,) float64. Raises BadType, BadValue."
+    """The scores c of `count` random directions of R^n against any one
+    orthonormal basis: (count,) float64. Raises BadType, BadValue.
+    """
     check_count("n", n)
     check_count("count", count)
     if not isinstance(generator, torch.Generator):
-        raise BadType(f"random numbers take an explicit torch.Generator, not {generator!r}")
+        raise BadType(
+            "random numbers take an explicit torch.Generator, not"
+            f" {generator!r}"
+        )
     x = torch.randn(count, n, generator=generator, dtype=torch.float64).abs()
     return x.amax(1) / x.norm(dim=1)
 
 # %% ../../nbs/analysis/intruders.ipynb #c18
-def intruder_counts(pairs: Mapping | nn.Module, eps: float | Sequence = (0.4, 0.8), k: int | None = None, portion: int = 2**23) -> dict[str, Tensor]:
-    """{name: number of intruder dimensions at each eps, int64 (E,)} for `pairs` {name: (W0, W1)} as `spectra.weight_pairs` gives them, or for a
+def intruder_counts(
+    pairs: Mapping | nn.Module,
+    eps: float | Sequence = (0.4, 0.8),
+    k: int | None = None,
+    portion: int = 2**23,
+) -> dict[str, Tensor]:
+    """{name: number of intruder dimensions at each eps, int64 (E,)} for
+    `pairs` {name: (W0, W1)} as `spectra.weight_pairs` gives them, or for a
     model adapted by us or by PEFT.
 
-    k: look at the k leading vectors (fewer where a weight has fewer). portion: the most numbers decomposed at once.
-    Raises BadType, BadValue as `intruder_dims`."""
+    k: look at the k leading vectors (fewer where a weight has fewer). portion:
+    the most numbers decomposed at once. Raises BadType, BadValue as
+    `intruder_dims`.
+    """
     levels, groups, scores = thresholds(eps), {}, {}
     check_count("portion", portion)
     pairs = pairs if isinstance(pairs, Mapping) else weight_pairs(pairs)
     for name, pair in pairs.items():
         if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise BadType(f"{name}: a pair is (W0, W1), not a {type(pair).__name__}")
+            raise BadType(
+                f"{name}: a pair is (W0, W1), not a {type(pair).__name__}"
+            )
         check_pair(name, *pair)
-        groups.setdefault((pair[0].shape, pair[0].dtype, pair[0].device), []).append(name)
+        groups.setdefault(
+            (pair[0].shape, pair[0].dtype, pair[0].device), []
+        ).append(name)
     for (shape, _, _), names in groups.items():
         size = max(1, portion // shape.numel())
-        for part in (names[i:i + size] for i in range(0, len(names), size)):
-            W0, W1 = (torch.stack([pairs[name][i].detach() for name in part]) for i in (0, 1))
-            scores |= dict(zip(part, largest_cosines(W0, W1, k and min(k, *shape)), strict=True))
+        for part in (names[i : i + size] for i in range(0, len(names), size)):
+            W0, W1 = (
+                torch.stack([pairs[name][i].detach() for name in part])
+                for i in (0, 1)
+            )
+            scores |= dict(
+                zip(
+                    part,
+                    largest_cosines(W0, W1, k and min(k, *shape)),
+                    strict=True,
+                )
+            )
     return {name: intruder_curve(scores[name], levels) for name in pairs}

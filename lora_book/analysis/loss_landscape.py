@@ -26,10 +26,22 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor, nn
 
-from .spectra import Stored, check_ready, peft_class, restored, store
+from lora_book.analysis.spectra import (
+    Stored,
+    check_ready,
+    peft_class,
+    restored,
+    store,
+)
 from ..core.adapter import generator, wide
 from ..core.adapting import find_record, record_of, root_of
-from ..core.errors import BadType, BadValue, check_choice, check_count, check_number
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_choice,
+    check_count,
+    check_number,
+)
 from ..core.figures import PALETTE
 from ..core.hosts import sites
 from ..core.merging import merge, merged_bias, merged_weight, unmerge
@@ -37,37 +49,71 @@ from ..core.saving import fingerprint
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c06
 def moved_weights(model: nn.Module, copy: bool = True) -> dict[str, Tensor]:
-    """{parameter name: its numbers} of what training moves, detached, in the stored shapes: of an adapted model the merged weights and biases
-    of its sites and what trains in place, heads included; of a plain model every floating-point parameter.
+    """{parameter name: its numbers} of what training moves, detached, in the
+    stored shapes: of an adapted model the merged weights and biases of its
+    sites and what trains in place, heads included; of a plain model every
+    floating-point parameter.
 
-    copy: with False what isn't merged shares the model's memory, and changes with it. Raises BadType, BadValue as `check_plain`."""
+    copy: with False what isn't merged shares the model's memory, and changes
+    with it. Raises BadType, BadValue as `check_plain`.
+    """
     check_plain(model)
     own = (lambda t: t.detach().clone()) if copy else (lambda t: t.detach())
-    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    named = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point()
+    }
     if find_record(model) is None:
         return {name: own(p) for name, p in named.items()}
-    found, prefix = {}, next(name for name, module in model.named_modules() if module is root_of(model))
+    found, prefix = (
+        {},
+        next(
+            name
+            for name, module in model.named_modules()
+            if module is root_of(model)
+        ),
+    )
     with torch.no_grad():
         for name, site in sites(model):
             plain = site.kept is None
-            found[f"{name}.weight".lstrip(".")] = merged_weight(site)[0] if plain else own(site.weight)
+            found[f"{name}.weight".lstrip(".")] = (
+                merged_weight(site)[0] if plain else own(site.weight)
+            )
             bias = merged_bias(site) if plain else site.bias
             if bias is not None and (plain or "bias" in site.kept):
                 found[f"{name}.bias".lstrip(".")] = own(bias)
-    return found | {full: own(named[full]) for full in (f"{prefix}.{name}".lstrip(".") for name in record_of(model).base)}
+    return found | {
+        full: own(named[full])
+        for full in (
+            f"{prefix}.{name}".lstrip(".") for name in record_of(model).base
+        )
+    }
 
 
 def check_plain(model: nn.Module) -> None:
-    "Raise BadType for what isn't a module, BadValue for one with PEFT's layers, whose weights aren't what it computes with."
+    """Raise BadType for what isn't a module, BadValue for one with PEFT's
+    layers, whose weights aren't what it computes with.
+    """
     if not isinstance(model, nn.Module):
-        raise BadType(f"a landscape is a module's, not a {type(model).__name__}'s")
-    if any(isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")) for module in model.modules()):
-        raise BadValue("the model holds layers of PEFT; a landscape is that of the merged model, copy.deepcopy(model).merge_and_unload()")
+        raise BadType(
+            f"a landscape is a module's, not a {type(model).__name__}'s"
+        )
+    if any(
+        isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer"))
+        for module in model.modules()
+    ):
+        raise BadValue(
+            "the model holds layers of PEFT; a landscape is that of the merged"
+            " model, copy.deepcopy(model).merge_and_unload()"
+        )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c07
 @contextmanager
 def merged_for_now(model: nn.Module) -> Iterator[None]:
-    "Within the context an adapted model is merged; afterwards it is as before, bit for bit, also if the body raises."
+    """Within the context an adapted model is merged; afterwards it is as
+    before, bit for bit, also if the body raises.
+    """
     record = find_record(model)
     ours = record is not None and not record.merged
     if ours:
@@ -82,35 +128,70 @@ def merged_for_now(model: nn.Module) -> Iterator[None]:
 NORMS = ("filter", "layer", "none")
 
 
-def normalised(direction: Mapping, weights: Mapping, norm: str = "filter") -> Mapping[str, Tensor]:
-    """The direction with the norms of @def-loss_landscape-norms, tensor by tensor; 'none' leaves it as it is. Rows are those of the stored tensor,
-    which in a transposed map (Conv1D) are its inputs. Raises BadValue for another norm or unequal names or shapes. Source: Li et al. 2018."""
+def normalised(
+    direction: Mapping, weights: Mapping, norm: str = "filter"
+) -> Mapping[str, Tensor]:
+    """The direction with the norms of @def-loss_landscape-norms, tensor by
+    tensor; 'none' leaves it as it is. Rows are those of the stored tensor,
+    which in a transposed map (Conv1D) are its inputs. Raises BadValue for
+    another norm or unequal names or shapes. Source: Li et al. 2018.
+    """
     check_choice("norm", norm, NORMS)
     check_same(direction, weights)
-    return direction if norm == "none" else {name: rescaled(d.clone(), weights[name], norm) for name, d in direction.items()}
+    return (
+        direction
+        if norm == "none"
+        else {
+            name: rescaled(d.clone(), weights[name], norm)
+            for name, d in direction.items()
+        }
+    )
 
 
 def rescaled(d: Tensor, w: Tensor, norm: str) -> Tensor:
-    "One tensor of a direction, brought in place to its weight's norms; zeros below two dimensions, and where d is 0."
+    """One tensor of a direction, brought in place to its weight's norms; zeros
+    below two dimensions, and where d is 0.
+    """
     if w.dim() < 2 or norm == "none":
         return d if norm == "none" else d.zero_()
     dims = tuple(range(1 if norm == "filter" else 0, w.dim()))
-    sizes, lengths = (torch.linalg.vector_norm(t, dim=dims, keepdim=True, dtype=wide(t.dtype)) for t in (w, d))
+    sizes, lengths = (
+        torch.linalg.vector_norm(
+            t, dim=dims, keepdim=True, dtype=wide(t.dtype)
+        )
+        for t in (w, d)
+    )
     return d.mul_(torch.where(lengths > 0, sizes / lengths, 0).to(d))
 
 
 def check_same(first: Mapping, second: Mapping) -> None:
-    "Raise BadValue unless two sets of named tensors have the same names and shapes."
+    """Raise BadValue unless two sets of named tensors have the same names and
+    shapes.
+    """
     for name in sorted(set(first) | set(second)):
-        if name not in first or name not in second or first[name].shape != second[name].shape:
-            shapes = [tuple(w[name].shape) if name in w else "missing" for w in (first, second)]
-            raise BadValue(f"weights and directions must agree; {name!r}: {shapes[0]} and {shapes[1]}")
+        if (
+            name not in first
+            or name not in second
+            or first[name].shape != second[name].shape
+        ):
+            shapes = [
+                tuple(w[name].shape) if name in w else "missing"
+                for w in (first, second)
+            ]
+            raise BadValue(
+                f"weights and directions must agree; {name!r}: {shapes[0]} and"
+                f" {shapes[1]}"
+            )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c10
 @dataclass(frozen=True)
 class Directions:
-    """The plane of @eq-loss_landscape-surface: `centre` W and the directions `first`, `second`, all {name: tensor}; `explained`, the two shares
-    of the trajectory's variance, and `path` (T, 2), its coordinates, if it came from one."""
+    """The plane of @eq-loss_landscape-surface: `centre` W and the directions
+    `first`, `second`, all {name: tensor}; `explained`, the two shares of the
+    trajectory's variance, and `path` (T, 2), its coordinates, if it came from
+    one.
+    """
+
     centre: Mapping
     first: Mapping
     second: Mapping
@@ -118,26 +199,39 @@ class Directions:
     path: np.ndarray | None = None
 
     def coordinates(self, weights: Mapping) -> np.ndarray:
-        "(α, β) of the point of the plane nearest to `weights`: (2,) float64, by least squares. Raises BadValue."
+        """(α, β) of the point of the plane nearest to `weights`: (2,) float64,
+        by least squares. Raises BadValue.
+        """
         check_same(weights, self.centre)
         return located(self, [weights])[0]
 
 
 def located(plane: Directions, points: Sequence) -> np.ndarray:
     "The coordinates of several points of weight space: (points, 2) float64."
-    gram, sides = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, len(points), dtype=torch.float64)
+    gram, sides = (
+        torch.zeros(2, 2, dtype=torch.float64),
+        torch.zeros(2, len(points), dtype=torch.float64),
+    )
     for name, w in plane.centre.items():
         own = [plane.first[name], plane.second[name]]
         for rows in portions(w.shape, len(points) + 3):
-            D = torch.stack([d[rows].detach().double().flatten() for d in own]).cpu()
-            offsets = steps_on([*points, plane.centre], name, rows, torch.float64).cpu().flatten(1)
+            D = torch.stack(
+                [d[rows].detach().double().flatten() for d in own]
+            ).cpu()
+            offsets = (
+                steps_on([*points, plane.centre], name, rows, torch.float64)
+                .cpu()
+                .flatten(1)
+            )
             gram += D @ D.T
             sides += D @ offsets.T
     return np.linalg.lstsq(gram.numpy(), sides.numpy(), rcond=None)[0].T
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c12
 class Made(Mapping):
-    "A direction {name: tensor} that keeps no tensor: each is made when it's asked for, every time the same, with the names and shapes of `weights`."
+    """A direction {name: tensor} that keeps no tensor: each is made when it's
+    asked for, every time the same, with the names and shapes of `weights`.
+    """
 
     def __init__(self, weights: Mapping):
         self.weights = weights
@@ -160,12 +254,17 @@ class Drawn(Made):
         w = self.weights[name]
         if w.dim() < 2 and self.norm != "none":
             return torch.zeros_like(w)
-        draw = torch.randn(w.shape, generator=generator(*self.seed, name), dtype=wide(w.dtype))
+        draw = torch.randn(
+            w.shape, generator=generator(*self.seed, name), dtype=wide(w.dtype)
+        )
         return rescaled(draw.to(w.device), w, self.norm).to(w)
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c12b
 def held(side: Mapping, share: float) -> Mapping:
-    "The direction with tensors of up to `share` of its numbers in memory, the smallest first; the others are made at each use. Raises BadType, BadValue."
+    """The direction with tensors of up to `share` of its numbers in memory,
+    the smallest first; the others are made at each use. Raises BadType,
+    BadValue.
+    """
     if not isinstance(share, bool):
         check_number("hold", share, least=0, most=1)
     sizes, kept = {name: side.weights[name].numel() for name in side}, {}
@@ -177,35 +276,64 @@ def held(side: Mapping, share: float) -> Mapping:
     return ChainMap(kept, side) if len(kept) < len(side) else kept
 
 
-def random_directions(weights: Mapping, seed: int = 0, norm: str = "filter", hold: float = 0) -> Directions:
-    """Two Gaussian directions through `weights` {name: tensor}, drawn from `seed` and normalised as `norm` says. hold: the share of them, from 0 to 1
-    (or False, True), that stays in memory; the rest is drawn again at each use, to the same bits. Raises BadValue, BadType."""
+def random_directions(
+    weights: Mapping, seed: int = 0, norm: str = "filter", hold: float = 0
+) -> Directions:
+    """Two Gaussian directions through `weights` {name: tensor}, drawn from
+    `seed` and normalised as `norm` says. hold: the share of them, from 0 to 1
+    (or False, True), that stays in memory; the rest is drawn again at each
+    use, to the same bits. Raises BadValue, BadType.
+    """
     check_count("seed", seed, least=0)
     check_choice("norm", norm, NORMS)
     check_real(weights)
     centre = dict(weights)
-    return Directions(centre, *(held(Drawn(centre, norm, seed, which), hold) for which in ("first", "second")))
+    return Directions(
+        centre,
+        *(
+            held(Drawn(centre, norm, seed, which), hold)
+            for which in ("first", "second")
+        ),
+    )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c12c
 def check_real(weights: Mapping) -> None:
-    "Raise BadType for what isn't {name: tensor of floating-point numbers}, BadValue if there is none."
+    """Raise BadType for what isn't {name: tensor of floating-point numbers},
+    BadValue if there is none.
+    """
     if not isinstance(weights, Mapping):
-        raise BadType(f"weights are {{name: tensor}}, as `moved_weights` gives them, not a {type(weights).__name__}")
+        raise BadType(
+            "weights are {name: tensor}, as `moved_weights` gives them, not"
+            f" a {type(weights).__name__}"
+        )
     for name, w in weights.items():
         if not isinstance(w, Tensor) or not w.is_floating_point():
-            raise BadType(f"a plane is one of floating-point tensors, as `moved_weights` gives them; {name!r} is {getattr(w, 'dtype', type(w).__name__)}")
+            raise BadType(
+                "a plane is one of floating-point tensors, as `moved_weights`"
+                f" gives them; {name!r} is"
+                f" {getattr(w, 'dtype', type(w).__name__)}"
+            )
     if not weights:
         raise BadValue("a plane needs at least one tensor to move")
 
 
 def axis(name: str, values: Sequence) -> np.ndarray:
-    "A grid's axis as float64; raises BadType, BadValue unless it has at least one entry, finite and increasing."
+    """A grid's axis as float64; raises BadType, BadValue unless it has at
+    least one entry, finite and increasing.
+    """
     try:
         found = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise BadType(f"{name} must be numbers, not {values!r}") from error
-    if found.ndim != 1 or not len(found) or not np.isfinite(found).all() or (np.diff(found) <= 0).any():
-        raise BadValue(f"{name} must be finite, increasing numbers, not {values!r}")
+    if (
+        found.ndim != 1
+        or not len(found)
+        or not np.isfinite(found).all()
+        or (np.diff(found) <= 0).any()
+    ):
+        raise BadValue(
+            f"{name} must be finite, increasing numbers, not {values!r}"
+        )
     return found
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c14
@@ -213,24 +341,45 @@ SCRATCH = 2**16
 
 
 def portions(shape: Sequence, points: int) -> Iterator:
-    "Indices that cut a tensor of `shape`, along its first dimension longer than 1, so that `points` blocks have SCRATCH numbers or an eighth of its own."
+    """Indices that cut a tensor of `shape`, along its first dimension longer
+    than 1, so that `points` blocks have SCRATCH numbers or an eighth of its
+    own.
+    """
     at = next((i for i, n in enumerate(shape) if n > 1), None)
     if at is None:
         yield ...
         return
-    rows = max(1, max(SCRATCH, math.prod(shape) // 8) // points // max(1, math.prod(shape[at + 1:])))
+    rows = max(
+        1,
+        max(SCRATCH, math.prod(shape) // 8)
+        // points
+        // max(1, math.prod(shape[at + 1 :])),
+    )
     for first in range(0, shape[at], rows):
         yield *[slice(None)] * at, slice(first, first + rows)
 
 
-def steps_on(points: Sequence, name: str, rows: object, dtype: torch.dtype) -> Tensor:
-    "W^t - W^T, t < T, on some rows of one tensor: (T, ...), new, in `dtype`. Of a `Stored` snapshot only these rows are read."
-    *start, end = (point.piece(name, rows) if isinstance(point, Stored) else point[name].detach()[rows] for point in points)
+def steps_on(
+    points: Sequence, name: str, rows: object, dtype: torch.dtype
+) -> Tensor:
+    """W^t - W^T, t < T, on some rows of one tensor: (T, ...), new, in `dtype`.
+    Of a `Stored` snapshot only these rows are read.
+    """
+    *start, end = (
+        (
+            point.piece(name, rows)
+            if isinstance(point, Stored)
+            else point[name].detach()[rows]
+        )
+        for point in points
+    )
     return torch.stack(start).to(dtype).sub_(end)
 
 
 def steps_gram(points: Sequence) -> Tensor:
-    "The inner products of the steps W^t - W^T, t < T, summed in float64 over portions of the weights: (T, T)."
+    """The inner products of the steps W^t - W^T, t < T, summed in float64 over
+    portions of the weights: (T, T).
+    """
     total = torch.zeros(len(points) - 1, len(points) - 1, dtype=torch.float64)
     for name in points[-1]:
         for rows in portions(points[-1][name].shape, len(points)):
@@ -240,7 +389,9 @@ def steps_gram(points: Sequence) -> Tensor:
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c15
 class Combined(Made):
-    "Σ_t shares_t (W^t - W^T) over `points` W^0..W^T, each {name: tensor} or `Stored`; in float32 or wider."
+    """Σ_t shares_t (W^t - W^T) over `points` W^0..W^T, each {name: tensor} or
+    `Stored`; in float32 or wider.
+    """
 
     def __init__(self, points: Sequence, shares: Tensor):
         super().__init__(points[-1])
@@ -256,7 +407,9 @@ class Combined(Made):
 
 
 class Normed(Made):
-    "A direction that is made, brought to the norms of `weights` tensor by tensor as `normalised` does."
+    """A direction that is made, brought to the norms of `weights` tensor by
+    tensor as `normalised` does.
+    """
 
     def __init__(self, side: Made, weights: Mapping, norm: str):
         super().__init__(weights)
@@ -267,12 +420,24 @@ class Normed(Made):
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c15b
 def snapshots(trajectory: Sequence) -> list[Mapping]:
-    "The trajectory's points, files opened as `Stored`; raises BadValue, BadType, MissingFile as `pca_directions`."
-    if not isinstance(trajectory, Sequence) or not all(isinstance(point, (Mapping, str, Path)) for point in trajectory):
-        raise BadType("a trajectory is a list of snapshots, each {name: tensor}, as `moved_weights` gives them, or the path of a file")
+    """The trajectory's points, files opened as `Stored`; raises BadValue,
+    BadType, MissingFile as `pca_directions`.
+    """
+    if not isinstance(trajectory, Sequence) or not all(
+        isinstance(point, (Mapping, str, Path)) for point in trajectory
+    ):
+        raise BadType(
+            "a trajectory is a list of snapshots, each {name: tensor}, as"
+            " `moved_weights` gives them, or the path of a file"
+        )
     if len(trajectory) < 3:
-        raise BadValue(f"a plane needs 3 snapshots or more, not {len(trajectory)}")
-    points = [dict(point) if isinstance(point, Mapping) else Stored(point) for point in trajectory]
+        raise BadValue(
+            f"a plane needs 3 snapshots or more, not {len(trajectory)}"
+        )
+    points = [
+        dict(point) if isinstance(point, Mapping) else Stored(point)
+        for point in trajectory
+    ]
     for point in points:
         check_same(point, points[-1])
     check_real(points[-1])
@@ -280,40 +445,69 @@ def snapshots(trajectory: Sequence) -> list[Mapping]:
 
 
 def principal_shares(points: Sequence) -> tuple[list[Tensor], tuple]:
-    "The shares (T,) float64 in which the steps W^t - W^T make each of the two leading directions of length 1, and the directions' shares of |M|²."
+    """The shares (T,) float64 in which the steps W^t - W^T make each of the
+    two leading directions of length 1, and the directions' shares of |M|².
+    """
     gram = steps_gram(points)
-    bad = [t for t, value in enumerate(gram.diagonal().tolist()) if not math.isfinite(value)]
+    bad = [
+        t
+        for t, value in enumerate(gram.diagonal().tolist())
+        if not math.isfinite(value)
+    ]
     if bad:
-        raise BadValue(f"{'the last snapshot' if len(bad) == len(gram) else f'snapshot {bad[0]}'} holds numbers that are NaN or infinite")
+        raise BadValue(
+            f"{'the last snapshot' if len(bad) == len(gram) else f'snapshot {bad[0]}'}"
+            " holds numbers that are NaN or infinite"
+        )
     values, vectors = torch.linalg.eigh(gram)
     if values[-2] <= 1e-12 * values[-1]:
-        raise BadValue("the trajectory lies on one line (or doesn't move), so no plane is its own; use random directions")
-    shares = [vectors[:, -k] / values[-k].sqrt() * (1 if vectors[0, -k] >= 0 else -1) for k in (1, 2)]
+        raise BadValue(
+            "the trajectory lies on one line (or doesn't move), so no plane is"
+            " its own; use random directions"
+        )
+    shares = [
+        vectors[:, -k] / values[-k].sqrt() * (1 if vectors[0, -k] >= 0 else -1)
+        for k in (1, 2)
+    ]
     return shares, tuple((values[[-1, -2]] / values.sum()).tolist())
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c15c
 @torch.no_grad()
-def pca_directions(trajectory: Sequence, norm: str = "none", hold: float = 0) -> Directions:
-    """The two leading principal directions of W^t - W^T over a trajectory of T+1 >= 3 snapshots, the last one the centre; of length 1, orthogonal,
-    signed so that the path begins at positive coordinates. With norm 'filter' or 'layer' they are rescaled, and needn't be orthogonal any more.
+def pca_directions(
+    trajectory: Sequence, norm: str = "none", hold: float = 0
+) -> Directions:
+    """The two leading principal directions of W^t - W^T over a trajectory of
+    T+1 >= 3 snapshots, the last one the centre; of length 1, orthogonal,
+    signed so that the path begins at positive coordinates. With norm 'filter'
+    or 'layer' they are rescaled, and needn't be orthogonal any more.
 
-    A snapshot is {name: tensor}, or the path of a .safetensors file, which is read in portions; it must stay as it is while the plane is in use.
-    hold: the share of the directions, from 0 to 1 (or False, True), that stays in memory; the rest is combined from the snapshots at each use.
-    `explained`: the directions' shares of the sum of squares; `path`: every snapshot's coordinates. Raises BadValue for fewer snapshots, snapshots
-    that differ in names or shapes or aren't finite, a path that never leaves one line; BadType, MissingFile. Source: P2 App. D.4.1."""
+    A snapshot is {name: tensor}, or the path of a .safetensors file, which is
+    read in portions; it must stay as it is while the plane is in use.
+    hold: the share of the directions, from 0 to 1 (or False, True), that stays
+    in memory; the rest is combined from the snapshots at each use.
+    `explained`: the directions' shares of the sum of squares; `path`: every
+    snapshot's coordinates. Raises BadValue for fewer snapshots, snapshots that
+    differ in names or shapes or aren't finite, a path that never leaves one
+    line; BadType, MissingFile. Source: P2 App. D.4.1.
+    """
     check_choice("norm", norm, NORMS)
     points = snapshots(trajectory)
     shares, explained = principal_shares(points)
     sides = [Combined(points, each) for each in shares]
     if norm != "none":
         sides = [Normed(side, points[-1], norm) for side in sides]
-    found = Directions(points[-1], *(held(side, hold) for side in sides), explained)
+    found = Directions(
+        points[-1], *(held(side, hold) for side in sides), explained
+    )
     return replace(found, path=located(found, points))
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c17
 @dataclass
 class Surface:
-    "Losses on a grid: `losses` (a, b) float64 at `alphas` (a,) and `betas` (b,); `done` (a, b) says what was computed; `facts` the rest."
+    """Losses on a grid: `losses` (a, b) float64 at `alphas` (a,) and `betas`
+    (b,); `done` (a, b) says what was computed; `facts` the rest.
+    """
+
     alphas: np.ndarray
     betas: np.ndarray
     losses: np.ndarray
@@ -329,7 +523,17 @@ class Surface:
     def save(self, path: str | Path) -> Path:
         "Write path.npz and path.json."
         route = {} if self.path is None else {"path": self.path}
-        return store(path, {"alphas": self.alphas, "betas": self.betas, "losses": self.losses, "done": self.done} | route, self.facts)
+        return store(
+            path,
+            {
+                "alphas": self.alphas,
+                "betas": self.betas,
+                "losses": self.losses,
+                "done": self.done,
+            }
+            | route,
+            self.facts,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Surface":
@@ -337,12 +541,20 @@ class Surface:
         arrays, facts = restored(path)
         missing = {"alphas", "betas", "losses", "done"} - set(arrays)
         if missing:
-            raise BadValue(f"{str(path)!r} holds no surface: {sorted(missing)} missing")
-        return cls(*(arrays[name] for name in ("alphas", "betas", "losses", "done")), arrays.get("path"), facts)
+            raise BadValue(
+                f"{str(path)!r} holds no surface: {sorted(missing)} missing"
+            )
+        return cls(
+            *(arrays[name] for name in ("alphas", "betas", "losses", "done")),
+            arrays.get("path"),
+            facts,
+        )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c18
 class Lent(nn.Module):
-    "A model and a loss as one module, so that functional_call can lend it weights."
+    """A model and a loss as one module, so that functional_call can lend it
+    weights.
+    """
 
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
@@ -351,26 +563,47 @@ class Lent(nn.Module):
     def forward(self) -> float:
         "The loss as a float; raises BadType unless it is one number."
         value = self.loss(self.model)
-        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise BadType(f"a loss must be one number, not {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}")
+        if not isinstance(value, Real) and not (
+            isinstance(value, Tensor) and value.numel() == 1
+        ):
+            raise BadType(
+                "a loss must be one number, not"
+                f" {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}"
+            )
         return float(value)
 
 
 def blank(model: nn.Module, centre: Mapping) -> dict[str, Tensor]:
-    "An empty tensor in the model's type for each tensor of the centre, by its name in `Lent`; of tied ones for the first. Raises BadValue as `check_same`."
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    """An empty tensor in the model's type for each tensor of the centre, by
+    its name in `Lent`; of tied ones for the first. Raises BadValue as
+    `check_same`.
+    """
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     named = {name: t for name, t in tensors if name in centre}
     check_same(centre, named)
     owner = {}
     for name in centre:
         owner.setdefault(named[name], name)
-    return {f"model.{name}": torch.empty_like(t, requires_grad=False) for t, name in owner.items()}
+    return {
+        f"model.{name}": torch.empty_like(t, requires_grad=False)
+        for t, name in owner.items()
+    }
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c19
-def surface_key(directions: Directions, alphas: np.ndarray, betas: np.ndarray) -> str:
-    "A digest of plane and grid: a surface is only continued on its own. Raises BadValue if centre and directions differ in names or shapes."
+def surface_key(
+    directions: Directions, alphas: np.ndarray, betas: np.ndarray
+) -> str:
+    """A digest of plane and grid: a surface is only continued on its own.
+    Raises BadValue if centre and directions differ in names or shapes.
+    """
     if not isinstance(directions, Directions):
-        raise BadType(f"a plane is given by Directions, not by a {type(directions).__name__}")
+        raise BadType(
+            "a plane is given by Directions, not by a"
+            f" {type(directions).__name__}"
+        )
     parts, centre = [], directions.centre
     for side in (centre, directions.first, directions.second):
         if set(side) != set(centre):
@@ -379,50 +612,101 @@ def surface_key(directions: Directions, alphas: np.ndarray, betas: np.ndarray) -
             tensor = side[name]
             check_same({name: tensor}, {name: centre[name]})
             parts.append(fingerprint({name: tensor}))
-    return hashlib.sha256(json.dumps([parts, alphas.tolist(), betas.tolist()]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([parts, alphas.tolist(), betas.tolist()]).encode()
+    ).hexdigest()
 
 
-def blank_surface(directions: Directions, alphas: np.ndarray, betas: np.ndarray, path: str | Path | None) -> Surface:
-    "The surface at `path` if there is one, else an empty one. Raises BadValue if it is another plane's or grid's."
-    facts = {"key": surface_key(directions, alphas, betas), "explained": directions.explained}
+def blank_surface(
+    directions: Directions,
+    alphas: np.ndarray,
+    betas: np.ndarray,
+    path: str | Path | None,
+) -> Surface:
+    """The surface at `path` if there is one, else an empty one. Raises
+    BadValue if it is another plane's or grid's.
+    """
+    facts = {
+        "key": surface_key(directions, alphas, betas),
+        "explained": directions.explained,
+    }
     if path is not None and Path(f"{path}.json").is_file():
         found = Surface.load(path)
         if found.facts.get("key") != facts["key"]:
-            raise BadValue(f"{str(path)!r} holds the surface of other weights, directions or axes; delete it or choose another path")
+            raise BadValue(
+                f"{str(path)!r} holds the surface of other weights, directions"
+                " or axes; delete it or choose another path"
+            )
         return found
     empty = np.full((len(alphas), len(betas)), np.nan)
-    return Surface(alphas, betas, empty, np.zeros(empty.shape, bool), directions.path, facts)
+    return Surface(
+        alphas,
+        betas,
+        empty,
+        np.zeros(empty.shape, bool),
+        directions.path,
+        facts,
+    )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c20
 @torch.no_grad()
-def loss_surface(model: nn.Module, loss: Callable, directions: Directions, alphas: Sequence, betas: Sequence, *, path: str | Path | None = None,
-                 save_every: int = 100, progress: Callable | None = None, part: tuple[int, int] = (0, 1)) -> Surface:
-    """f(α, β) of @eq-loss_landscape-surface on a grid; `loss(model) -> scalar` is evaluated once a point, the model's tensors are never written.
+def loss_surface(
+    model: nn.Module,
+    loss: Callable,
+    directions: Directions,
+    alphas: Sequence,
+    betas: Sequence,
+    *,
+    path: str | Path | None = None,
+    save_every: int = 100,
+    progress: Callable | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Surface:
+    """f(α, β) of @eq-loss_landscape-surface on a grid; `loss(model) -> scalar`
+    is evaluated once a point, the model's tensors are never written.
 
-    model: in evaluation mode; an adapted one is merged meanwhile, PEFT's must be merged already. alphas (a,), betas (b,): in units of the directions. path: files to
-    continue from and to write every `save_every` points and at the end. progress(done, all): called after each point. part: (i, of) computes every
-    of-th point from i, for several processes, each with its own path; see `joined`. Raises BadValue, BadType; what `loss` raises passes through."""
+    model: in evaluation mode; an adapted one is merged meanwhile, PEFT's must
+    be merged already. alphas (a,), betas (b,): in units of the directions.
+    path: files to continue from and to write every `save_every` points and at
+    the end. progress(done, all): called after each point. part: (i, of)
+    computes every of-th point from i, for several processes, each with its own
+    path; see `joined`. Raises BadValue, BadType; what `loss` raises passes
+    through.
+    """
     check_plain(model)
     check_ready(model)
     check_count("save_every", save_every)
     check_count("part[1]", part[1])
     check_count("part[0]", part[0], least=0, most=part[1] - 1)
-    surface = blank_surface(directions, axis("alphas", alphas), axis("betas", betas), path)
+    surface = blank_surface(
+        directions, axis("alphas", alphas), axis("betas", betas), path
+    )
     buffer = blank(model, directions.centre)
-    todo = [at for k, at in enumerate(np.ndindex(surface.done.shape)) if k % part[1] == part[0] and not surface.done[at]]
+    todo = [
+        at
+        for k, at in enumerate(np.ndindex(surface.done.shape))
+        if k % part[1] == part[0] and not surface.done[at]
+    ]
     with merged_for_now(model):
         lent = Lent(model, loss)
         for count, (i, j) in enumerate(todo, 1):
             move(buffer, directions, surface.alphas[i], surface.betas[j])
-            surface.losses[i, j], surface.done[i, j] = torch.func.functional_call(lent, buffer, ()), True
-            if path is not None and (count % save_every == 0 or count == len(todo)):
+            surface.losses[i, j], surface.done[i, j] = (
+                torch.func.functional_call(lent, buffer, ()),
+                True,
+            )
+            if path is not None and (
+                count % save_every == 0 or count == len(todo)
+            ):
                 surface.save(path)
             if progress is not None:
                 progress(count, len(todo))
     return surface
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c21
-def move(buffer: dict, directions: Directions, alpha: float, beta: float) -> None:
+def move(
+    buffer: dict, directions: Directions, alpha: float, beta: float
+) -> None:
     "Write W + αδ + βη into the buffer."
     sides = terms(directions, float(alpha), float(beta))
     for key, moved in buffer.items():
@@ -432,20 +716,54 @@ def move(buffer: dict, directions: Directions, alpha: float, beta: float) -> Non
             moved.add_(side[name].to(moved.device), alpha=share)
 
 
-def terms(directions: Directions, alpha: float, beta: float) -> list[tuple[Mapping, float]]:
-    "αδ + βη as (direction, share): what isn't 0 of the two, or a single one if both combine the same snapshots, which are then read once."
+def terms(
+    directions: Directions, alpha: float, beta: float
+) -> list[tuple[Mapping, float]]:
+    """αδ + βη as (direction, share): what isn't 0 of the two, or a single one
+    if both combine the same snapshots, which are then read once.
+    """
     first, second = directions.first, directions.second
-    if isinstance(first, Combined) and isinstance(second, Combined) and first.points is second.points and (alpha or beta):
-        return [(Combined(first.points, alpha * first.shares + beta * second.shares), 1.0)]
-    return [(side, share) for side, share in ((first, alpha), (second, beta)) if share]
+    if (
+        isinstance(first, Combined)
+        and isinstance(second, Combined)
+        and first.points is second.points
+        and (alpha or beta)
+    ):
+        return [
+            (
+                Combined(
+                    first.points, alpha * first.shares + beta * second.shares
+                ),
+                1.0,
+            )
+        ]
+    return [
+        (side, share)
+        for side, share in ((first, alpha), (second, beta))
+        if share
+    ]
 
 
 def joined(surfaces: Sequence) -> Surface:
-    "One surface from the parts that several processes computed. Raises BadValue if they belong to different planes or grids, or there is none."
-    if not surfaces or len({surface.facts.get("key") for surface in surfaces}) != 1:
-        raise BadValue("only parts of one surface, and at least one, can be joined")
+    """One surface from the parts that several processes computed. Raises
+    BadValue if they belong to different planes or grids, or there is none.
+    """
+    if (
+        not surfaces
+        or len({surface.facts.get("key") for surface in surfaces}) != 1
+    ):
+        raise BadValue(
+            "only parts of one surface, and at least one, can be joined"
+        )
     first = surfaces[0]
-    whole = Surface(first.alphas, first.betas, first.losses.copy(), first.done.copy(), first.path, dict(first.facts))
+    whole = Surface(
+        first.alphas,
+        first.betas,
+        first.losses.copy(),
+        first.done.copy(),
+        first.path,
+        dict(first.facts),
+    )
     for other in surfaces[1:]:
         whole.losses[other.done] = other.losses[other.done]
         whole.done |= other.done
@@ -453,10 +771,14 @@ def joined(surfaces: Sequence) -> Surface:
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c28
 def surface_sharpness(surface: Surface, radius: float) -> dict[str, float]:
-    """{mean_rise, largest_rise (units of the loss), curvature (loss per squared unit of the directions), bad points, points} within `radius` of (0, 0).
+    """{mean_rise, largest_rise (units of the loss), curvature (loss per
+    squared unit of the directions), bad points, points} within `radius` of (0,
+    0).
 
-    Rises are against the loss at (0, 0) and use finite points; `bad_points` counts the others. Raises BadValue for a grid without a point at (0, 0),
-    a loss there that isn't finite, and fewer than 6 finite points."""
+    Rises are against the loss at (0, 0) and use finite points; `bad_points`
+    counts the others. Raises BadValue for a grid without a point at (0, 0), a
+    loss there that isn't finite, and fewer than 6 finite points.
+    """
     check_number("radius", radius, above=0)
     a, b = np.meshgrid(surface.alphas, surface.betas, indexing="ij")
     at = np.unravel_index(np.hypot(a, b).argmin(), a.shape)
@@ -464,21 +786,45 @@ def surface_sharpness(surface: Surface, radius: float) -> dict[str, float]:
     inside = (np.hypot(a, b) <= radius * (1 + 1e-12)) & surface.done
     good = inside & np.isfinite(surface.losses)
     if off > 1e-9 * radius or not np.isfinite(centre) or good.sum() < 6:
-        raise BadValue(f"sharpness needs 6 finite points within {radius}, one of them at (0, 0); there are {int(good.sum())}, the innermost at "
-                       f"{off:.3g} with loss {centre:.3g}")
+        raise BadValue(
+            f"sharpness needs 6 finite points within {radius}, one of them at"
+            f" (0, 0); there are {int(good.sum())}, the innermost at {off:.3g}"
+            f" with loss {centre:.3g}"
+        )
     a, b, rises = a[good], b[good], surface.losses[good] - centre
-    fit = np.linalg.lstsq(np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], 1), rises, rcond=None)[0]
-    return {"mean_rise": float(rises.mean()), "largest_rise": float(rises.max()), "curvature": float(2 * (fit[3] + fit[5])),
-            "bad_points": int((inside & ~good).sum()), "points": int(good.sum())}
+    fit = np.linalg.lstsq(
+        np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], 1),
+        rises,
+        rcond=None,
+    )[0]
+    return {
+        "mean_rise": float(rises.mean()),
+        "largest_rise": float(rises.max()),
+        "curvature": float(2 * (fit[3] + fit[5])),
+        "bad_points": int((inside & ~good).sum()),
+        "points": int(good.sum()),
+    }
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c29
 @torch.no_grad()
-def random_sharpness(model: nn.Module, loss: Callable, radius: float, draws: int = 10, seed: int = 0, norm: str = "filter",
-                     weights: Mapping | None = None) -> dict:
-    """{mean_rise, largest_rise, bad_points, rises}: how much `loss(model)` rises at W + radius·d for `draws` random normalised directions d.
+def random_sharpness(
+    model: nn.Module,
+    loss: Callable,
+    radius: float,
+    draws: int = 10,
+    seed: int = 0,
+    norm: str = "filter",
+    weights: Mapping | None = None,
+) -> dict:
+    """{mean_rise, largest_rise, bad_points, rises}: how much `loss(model)`
+    rises at W + radius·d for `draws` random normalised directions d.
 
-    weights: what to move, as from `moved_weights`, its default; radius: a share of each row's (or layer's) norm. Rises that aren't finite count as bad
-    and leave the mean. The model's tensors are never written. Raises BadValue for training mode, weights that aren't the model's, a loss that isn't finite at W or at any draw."""
+    weights: what to move, as from `moved_weights`, its default; radius: a
+    share of each row's (or layer's) norm. Rises that aren't finite count as
+    bad and leave the mean. The model's tensors are never written. Raises
+    BadValue for training mode, weights that aren't the model's, a loss that
+    isn't finite at W or at any draw.
+    """
     check_plain(model)
     check_ready(model)
     check_number("radius", radius, above=0)
@@ -488,34 +834,59 @@ def random_sharpness(model: nn.Module, loss: Callable, radius: float, draws: int
     buffer = blank(model, centre)
 
     def at(share: float, draw: int) -> float:
-        move(buffer, Directions(centre, Drawn(centre, norm, seed, draw), {}), share, 0.0)
+        move(
+            buffer,
+            Directions(centre, Drawn(centre, norm, seed, draw), {}),
+            share,
+            0.0,
+        )
         return torch.func.functional_call(lent, buffer, ())
+
     with merged_for_now(model):
         lent = Lent(model, loss)
         start = at(0.0, 0)
         rises = [at(radius, draw) - start for draw in range(draws)]
     good = [rise for rise in rises if math.isfinite(rise)]
     if not good:
-        raise BadValue(f"the loss isn't finite at the weights (it is {start}) or at any of {draws} draws")
-    return {"mean_rise": sum(good) / len(good), "largest_rise": max(good), "bad_points": draws - len(good), "rises": rises}
+        raise BadValue(
+            f"the loss isn't finite at the weights (it is {start}) or at any"
+            f" of {draws} draws"
+        )
+    return {
+        "mean_rise": sum(good) / len(good),
+        "largest_rise": max(good),
+        "bad_points": draws - len(good),
+        "rises": rises,
+    }
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c31
-LOSS_COLOURS = LinearSegmentedColormap.from_list("loss", [PALETTE[name] for name in ("blue", "green", "orange")])
+LOSS_COLOURS = LinearSegmentedColormap.from_list(
+    "loss", [PALETTE[name] for name in ("blue", "green", "orange")]
+)
 
 
 def finite_losses(surfaces: Sequence, least: int = 1) -> np.ndarray:
-    "The finite losses of all surfaces in one vector. Raises BadValue if there is none, or a grid has fewer than `least` points a side."
+    """The finite losses of all surfaces in one vector. Raises BadValue if
+    there is none, or a grid has fewer than `least` points a side.
+    """
     for s in surfaces:
         if min(s.losses.shape) < least:
-            raise BadValue(f"a picture of a surface needs {least} points a side or more, not {s.losses.shape}")
-    values = np.concatenate([s.losses[s.done & np.isfinite(s.losses)] for s in surfaces] or [[]])
+            raise BadValue(
+                f"a picture of a surface needs {least} points a side or more,"
+                f" not {s.losses.shape}"
+            )
+    values = np.concatenate(
+        [s.losses[s.done & np.isfinite(s.losses)] for s in surfaces] or [[]]
+    )
     if not len(values):
         raise BadValue("there is no finite loss to show")
     return values
 
 
 def shared_levels(surfaces: Sequence, count: int = 12) -> np.ndarray:
-    "`count` levels, evenly spaced in the logarithm of the loss above its least value, that span the finite losses of all surfaces."
+    """`count` levels, evenly spaced in the logarithm of the loss above its
+    least value, that span the finite losses of all surfaces.
+    """
     values = finite_losses(surfaces)
     low, span = values.min(), max(np.ptp(values), 1e-12)
     return low + span * np.geomspace(1e-2, 1, count)
@@ -524,36 +895,71 @@ def shared_levels(surfaces: Sequence, count: int = 12) -> np.ndarray:
 def axis_label(symbol: str, surface: Surface, which: int) -> str:
     "The symbol, and for a path's plane the share of its variance."
     explained = surface.facts.get("explained")
-    return symbol if explained is None else f"{symbol} ({explained[which]:.0%} of the path)"
+    return (
+        symbol
+        if explained is None
+        else f"{symbol} ({explained[which]:.0%} of the path)"
+    )
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c31b
-def plot_contours(surfaces: dict, levels: Sequence | None = None) -> plt.Figure:
-    """Contour lines of {title: Surface} side by side with shared axes and levels; the centre as a cross, paths as lines from a square, bad points
-    as ×. A path's axes name the shares of its variance. Raises BadValue without a finite loss."""
+def plot_contours(
+    surfaces: dict, levels: Sequence | None = None
+) -> plt.Figure:
+    """Contour lines of {title: Surface} side by side with shared axes and
+    levels; the centre as a cross, paths as lines from a square, bad points as
+    ×. A path's axes name the shares of its variance. Raises BadValue without a
+    finite loss.
+    """
     finite_losses(list(surfaces.values()), least=2)
-    levels = shared_levels(list(surfaces.values())) if levels is None else levels
-    fig, axs = plt.subplots(1, len(surfaces), sharex=True, sharey=True, squeeze=False)
+    levels = (
+        shared_levels(list(surfaces.values())) if levels is None else levels
+    )
+    fig, axs = plt.subplots(
+        1, len(surfaces), sharex=True, sharey=True, squeeze=False
+    )
     for ax, (title, s) in zip(axs[0], surfaces.items(), strict=True):
-        shown = ax.contour(s.alphas, s.betas, np.ma.masked_invalid(s.losses).T, levels=levels, linewidths=1, cmap=LOSS_COLOURS)
+        shown = ax.contour(
+            s.alphas,
+            s.betas,
+            np.ma.masked_invalid(s.losses).T,
+            levels=levels,
+            linewidths=1,
+            cmap=LOSS_COLOURS,
+        )
         ax.plot(0, 0, "+", color=PALETTE["vermillion"], ms=10)
         i, j = np.nonzero(s.bad)
         ax.plot(s.alphas[i], s.betas[j], "x", color=PALETTE["grey"], ms=4)
         if s.path is not None:
             ax.plot(*s.path.T, ".-", color=PALETTE["purple"], lw=1.2, ms=4)
             ax.plot(*s.path[0], "s", color=PALETTE["purple"], ms=5)
-        ax.set(title=title, xlabel=axis_label("α", s, 0), ylabel=axis_label("β", s, 1))
+        ax.set(
+            title=title,
+            xlabel=axis_label("α", s, 0),
+            ylabel=axis_label("β", s, 1),
+        )
     fig.colorbar(shown, ax=axs[0].tolist(), label="loss")
     return fig
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c32
 def plot_surface(surfaces: dict) -> plt.Figure:
-    "3-D surfaces of {title: Surface} side by side, with one scale for all; points that aren't finite are left out."
+    """3-D surfaces of {title: Surface} side by side, with one scale for all;
+    points that aren't finite are left out.
+    """
     values = finite_losses(list(surfaces.values()), least=2)
     fig = plt.figure()
     for k, (title, s) in enumerate(surfaces.items(), 1):
         ax = fig.add_subplot(1, len(surfaces), k, projection="3d")
         a, b = np.meshgrid(s.alphas, s.betas, indexing="ij")
-        ax.plot_surface(a, b, s.losses, cmap="viridis", vmin=values.min(), vmax=values.max(), rcount=51, ccount=51)
+        ax.plot_surface(
+            a,
+            b,
+            s.losses,
+            cmap="viridis",
+            vmin=values.min(),
+            vmax=values.max(),
+            rcount=51,
+            ccount=51,
+        )
         ax.set(title=title, xlabel="α", ylabel="β")
         if np.ptp(values):
             ax.set_zlim(values.min(), values.max())
@@ -612,36 +1018,89 @@ VIEWER = "(function (id, data, paths) {" + _DRAWING + _TURNING + "})"
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c35
 def heights(surface: Surface, low: float, high: float) -> list:
-    "The losses as shares of [low, high], clipped and rounded to 3 decimals; None where they aren't finite."
+    """The losses as shares of [low, high], clipped and rounded to 3 decimals;
+    None where they aren't finite.
+    """
     shares = np.clip((surface.losses - low) / max(high - low, 1e-12), 0, 1)
-    return [[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in shares]
+    return [
+        [round(float(v), 3) if math.isfinite(v) else None for v in row]
+        for row in shares
+    ]
 
 
 def on_surface(surface: Surface, low: float, high: float) -> list:
-    "The path's points inside the grid as [row, column, share of [low, high]], between grid points by straight lines; none where the loss isn't finite."
+    """The path's points inside the grid as [row, column, share of [low,
+    high]], between grid points by straight lines; none where the loss isn't
+    finite.
+    """
     if surface.path is None or min(surface.losses.shape) < 2:
         return []
     found = []
     for point in surface.path:
-        i, j = (float(np.interp(x, ticks, np.arange(len(ticks)), -1, -1)) for x, ticks in zip(point, (surface.alphas, surface.betas), strict=True))
-        a, b = min(int(i), len(surface.alphas) - 2), min(int(j), len(surface.betas) - 2)
-        corner, u, v = surface.losses[a:a + 2, b:b + 2], i - a, j - b
+        i, j = (
+            float(np.interp(x, ticks, np.arange(len(ticks)), -1, -1))
+            for x, ticks in zip(
+                point, (surface.alphas, surface.betas), strict=True
+            )
+        )
+        a, b = (
+            min(int(i), len(surface.alphas) - 2),
+            min(int(j), len(surface.betas) - 2),
+        )
+        corner, u, v = surface.losses[a : a + 2, b : b + 2], i - a, j - b
         if min(i, j) >= 0 and np.isfinite(corner).all():
             loss = np.array([1 - u, u]) @ corner @ np.array([1 - v, v])
-            found.append([round(i, 3), round(j, 3), round(float(np.clip((loss - low) / max(high - low, 1e-12), 0, 1)), 3)])
+            found.append(
+                [
+                    round(i, 3),
+                    round(j, 3),
+                    round(
+                        float(
+                            np.clip(
+                                (loss - low) / max(high - low, 1e-12), 0, 1
+                            )
+                        ),
+                        3,
+                    ),
+                ]
+            )
     return found
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c36
 def interactive(surfaces: dict, top: float | None = None) -> str:
-    """HTML with one canvas for each {title: Surface}, with its path, that turn together when dragged or by keys; one scale for all, cut at the loss
-    `top` (default: the largest). Needs nothing from elsewhere; without scripts the titles and ranges remain. Raises BadValue if no loss is finite or a grid is a line."""
+    """HTML with one canvas for each {title: Surface}, with its path, that turn
+    together when dragged or by keys; one scale for all, cut at the loss
+    `top` (default: the largest). Needs nothing from elsewhere; without scripts
+    the titles and ranges remain. Raises BadValue if no loss is finite or a
+    grid is a line.
+    """
     values = finite_losses(list(surfaces.values()), least=2)
-    low, high = float(values.min()), float(values.max() if top is None else top)
-    data, paths = (json.dumps([f(s, low, high) for s in surfaces.values()]) for f in (heights, on_surface))
-    ident = "surface-" + hashlib.sha256((data + paths).encode()).hexdigest()[:12]
-    note, how = f"loss from {low:.3g} (dark) to {high:.3g} (light)", "drag or use the arrow keys to turn, + and - to zoom, Home to reset"
-    views = "".join(f'<figure style="margin:0"><canvas width="320" height="260" style="width:320px;max-width:100%" role="img" '
-                    f'aria-label="Loss surface of {escape(t)}, {note}"></canvas><figcaption>{escape(t)}</figcaption></figure>' for t in surfaces)
-    return (f'<div id="{ident}" tabindex="0" role="group" aria-label="Loss surfaces: {how}" '
-            f'style="display:flex;flex-wrap:wrap;gap:1em;touch-action:none;cursor:grab">{views}</div>'
-            f"<p>{note}; {how}</p><script>{VIEWER}({json.dumps(ident)}, {data}, {paths});</script>")
+    low, high = (
+        float(values.min()),
+        float(values.max() if top is None else top),
+    )
+    data, paths = (
+        json.dumps([f(s, low, high) for s in surfaces.values()])
+        for f in (heights, on_surface)
+    )
+    ident = (
+        "surface-" + hashlib.sha256((data + paths).encode()).hexdigest()[:12]
+    )
+    note, how = (
+        f"loss from {low:.3g} (dark) to {high:.3g} (light)",
+        "drag or use the arrow keys to turn, + and - to zoom, Home to reset",
+    )
+    views = "".join(
+        '<figure style="margin:0"><canvas width="320" height="260"'
+        ' style="width:320px;max-width:100%" role="img" aria-label="Loss'
+        f" surface of {escape(t)},"
+        f' {note}"></canvas><figcaption>{escape(t)}</figcaption></figure>'
+        for t in surfaces
+    )
+    return (
+        f'<div id="{ident}" tabindex="0" role="group" aria-label="Loss'
+        f' surfaces: {how}"'
+        f' style="display:flex;flex-wrap:wrap;gap:1em;touch-action:none;cursor:grab">{views}</div><p>{note};'
+        f" {how}</p><script>{VIEWER}({json.dumps(ident)}, {data},"
+        f" {paths});</script>"
+    )

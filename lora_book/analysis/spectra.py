@@ -23,24 +23,50 @@ from torch import Tensor, nn
 
 from ..core.adapter import widened
 from ..core.adapting import find_record, record_of
-from ..core.errors import BadType, BadValue, MissingFile, check_choice, check_count
-from ..core.hosts import Site, is_linear, is_transposed, site_name, sites
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    MissingFile,
+    check_choice,
+    check_count,
+)
+from lora_book.core.hosts import (
+    Site,
+    is_linear,
+    is_transposed,
+    site_name,
+    sites,
+)
 from ..core.merging import merged_weight
 from ..core.settings import write_atomic
 
 # %% ../../nbs/analysis/spectra.ipynb #c06
 def weights_of(source: nn.Module | Mapping | str | Path) -> dict[str, Tensor]:
-    """{name: weight} of every linear map of a module, as (out, in) and with the changes of our adapters or PEFT's; or of every matrix of
-    floating-point numbers in a state dict or a .safetensors file, as stored. Detached, in the source's type.
+    """{name: weight} of every linear map of a module, as (out, in) and with
+    the changes of our adapters or PEFT's; or of every matrix of floating-point
+    numbers in a state dict or a .safetensors file, as stored. Detached, in the
+    source's type.
 
-    Raises BadType for anything else, MissingFile or BadValue for a file that is missing or damaged."""
+    Raises BadType for anything else, MissingFile or BadValue for a file that
+    is missing or damaged.
+    """
     if isinstance(source, nn.Module):
-        return {f"{name}.weight".lstrip("."): linear_weight(module) for name, module in linear_maps(source)}
+        return {
+            f"{name}.weight".lstrip("."): linear_weight(module)
+            for name, module in linear_maps(source)
+        }
     if isinstance(source, (str, Path)):
         source = Stored(source)
     if not isinstance(source, Mapping):
-        raise BadType(f"weights come from a module, a state dict or the path of a .safetensors file, not from a {type(source).__name__}")
-    return {name: W.detach() for name, W in source.items() if isinstance(W, Tensor) and W.dim() == 2 and W.is_floating_point()}
+        raise BadType(
+            "weights come from a module, a state dict or the path of a"
+            f" .safetensors file, not from a {type(source).__name__}"
+        )
+    return {
+        name: W.detach()
+        for name, W in source.items()
+        if isinstance(W, Tensor) and W.dim() == 2 and W.is_floating_point()
+    }
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -48,12 +74,18 @@ def linear_weight(module: nn.Module) -> Tensor:
     if isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")):
         return linear_weight(merged_layer(module))
     with torch.no_grad():
-        stored = merged_weight(module)[0] if isinstance(module, Site) and module.kept is None else module.weight.detach()
+        stored = (
+            merged_weight(module)[0]
+            if isinstance(module, Site) and module.kept is None
+            else module.weight.detach()
+        )
     return stored.t() if is_transposed(module) else stored
 
 # %% ../../nbs/analysis/spectra.ipynb #c07
 class Stored(Mapping):
-    "The tensors of a .safetensors file by name, each read when it is asked for; raises MissingFile or BadValue."
+    """The tensors of a .safetensors file by name, each read when it is asked
+    for; raises MissingFile or BadValue.
+    """
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
@@ -61,7 +93,9 @@ class Stored(Mapping):
         try:
             self.file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise BadValue(f"{str(path)!r} isn't a .safetensors file ({error})") from error
+            raise BadValue(
+                f"{str(path)!r} isn't a .safetensors file ({error})"
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.file.keys():
@@ -69,8 +103,14 @@ class Stored(Mapping):
         return self.file.get_tensor(name)
 
     def piece(self, name: str, rows: object) -> Tensor:
-        "tensor[rows], without reading the rest; rows: slices, or an Ellipsis for all of it."
-        return self.file.get_tensor(name) if rows is Ellipsis else self.file.get_slice(name)[rows]
+        """tensor[rows], without reading the rest; rows: slices, or an Ellipsis
+        for all of it.
+        """
+        return (
+            self.file.get_tensor(name)
+            if rows is Ellipsis
+            else self.file.get_slice(name)[rows]
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file.keys())
@@ -80,17 +120,25 @@ class Stored(Mapping):
 
 # %% ../../nbs/analysis/spectra.ipynb #c08
 def peft_class(name: str) -> type | tuple:
-    "The class peft.`name`, for isinstance; without PEFT in the process, where nothing can be its instance, the empty tuple."
+    """The class peft.`name`, for isinstance; without PEFT in the process,
+    where nothing can be its instance, the empty tuple.
+    """
     module, _, own = f"peft.{name}".rpartition(".")
     return vars(sys.modules[module])[own] if module in sys.modules else ()
 
 
-def linear_maps(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    "(name, module) of every linear map, adapted or not, under the plain model's names."
+def linear_maps(
+    module: nn.Module, name: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every linear map, adapted or not, under the plain
+    model's names.
+    """
     if isinstance(module, peft_class("PeftModel")):
         yield from linear_maps(module.get_base_model(), name)
     elif isinstance(module, peft_class("utils.other.ModulesToSaveWrapper")):
-        yield from linear_maps(module.modules_to_save[module.active_adapter], name)
+        yield from linear_maps(
+            module.modules_to_save[module.active_adapter], name
+        )
     elif isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")):
         if is_linear(module.get_base_layer()):
             yield name, module
@@ -102,7 +150,9 @@ def linear_maps(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def merged_layer(layer: nn.Module, merge: bool = True) -> nn.Module:
-    "The plain linear map that a layer of PEFT computes or, with merge=False, its base; a copy, the layer stays as it is."
+    """The plain linear map that a layer of PEFT computes or, with merge=False,
+    its base; a copy, the layer stays as it is.
+    """
     own = copy.deepcopy(layer)
     if merge and not own.merged and not own.disable_adapters:
         own.merge()
@@ -111,56 +161,102 @@ def merged_layer(layer: nn.Module, merge: bool = True) -> nn.Module:
     return own.get_base_layer()
 
 # %% ../../nbs/analysis/spectra.ipynb #c09
-def weight_pairs(base: object, tuned: object = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (W0, W1)}, both (n, m), float32 or wider: of a model adapted by us or by PEFT alone, one pair an adapter; of two sources of
+def weight_pairs(
+    base: object, tuned: object = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (W0, W1)}, both (n, m), float32 or wider: of a model adapted by
+    us or by PEFT alone, one pair an adapter; of two sources of
     `weights_of`, one pair a weight.
 
-    Raises BadValue if the names or shapes of two sources differ, a weight isn't finite or there is none, or a lone model is plain."""
+    Raises BadValue if the names or shapes of two sources differ, a weight
+    isn't finite or there is none, or a lone model is plain.
+    """
     if tuned is None:
         return adapted_pairs(base)
     old, new = weights_of(base), weights_of(tuned)
     if not old or set(old) != set(new):
-        raise BadValue(f"the two sources must name the same weights; only in one: {sorted(set(old) ^ set(new))[:5] or 'both have none'}")
+        raise BadValue(
+            "the two sources must name the same weights; only in one:"
+            f" {sorted(set(old) ^ set(new))[:5] or 'both have none'}"
+        )
     for name in old:
         check_pair(name, old[name], new[name])
     return {name: (widened(old[name]), widened(new[name])) for name in old}
 
 
 def adapted_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    "{site or layer name: (W0, W0 + ΔW)} of an adapted model, also while it is merged."
+    """{site or layer name: (W0, W0 + ΔW)} of an adapted model, also while it
+    is merged.
+    """
     if not isinstance(model, nn.Module):
-        raise BadType(f"one source alone must be an adapted model, not a {type(model).__name__}")
+        raise BadType(
+            "one source alone must be an adapted model, not a"
+            f" {type(model).__name__}"
+        )
     tuner = peft_class("tuners.tuners_utils.BaseTunerLayer")
-    layers = {name: layer for name, layer in linear_maps(model) if isinstance(layer, tuner)}
+    layers = {
+        name: layer
+        for name, layer in linear_maps(model)
+        if isinstance(layer, tuner)
+    }
     if layers:
-        return {name: (widened(linear_weight(merged_layer(layer, merge=False))), widened(linear_weight(layer))) for name, layer in layers.items()}
+        return {
+            name: (
+                widened(linear_weight(merged_layer(layer, merge=False))),
+                widened(linear_weight(layer)),
+            )
+            for name, layer in layers.items()
+        }
     record_of(model)
     with torch.no_grad():
-        return {site_name(name, key, view): (W0 := widened(block.W0.detach()), W0 + block.adapter.delta(block.W0))
-                for name, site in sites(model) for block, (key, view) in zip(site.blocks(), site.views.items(), strict=True)}
+        return {
+            site_name(name, key, view): (
+                W0 := widened(block.W0.detach()),
+                W0 + block.adapter.delta(block.W0),
+            )
+            for name, site in sites(model)
+            for block, (key, view) in zip(
+                site.blocks(), site.views.items(), strict=True
+            )
+        }
 
 # %% ../../nbs/analysis/spectra.ipynb #c10
 def check_pair(name: str, W0: Tensor, W1: Tensor) -> None:
-    "Raise BadType or BadValue unless both are finite floating-point matrices, or stacks of them, of one shape."
+    """Raise BadType or BadValue unless both are finite floating-point
+    matrices, or stacks of them, of one shape.
+    """
     for W in (W0, W1):
         check_matrix(name, W)
     if W0.shape != W1.shape:
-        raise BadValue(f"{name}: the base has shape {tuple(W0.shape)}, the fine-tuned weight {tuple(W1.shape)}")
+        raise BadValue(
+            f"{name}: the base has shape {tuple(W0.shape)}, the fine-tuned"
+            f" weight {tuple(W1.shape)}"
+        )
 
 
 def check_matrix(name: str, W: Tensor) -> None:
-    "Raise BadType or BadValue unless W is a finite floating-point matrix or a stack of them."
+    """Raise BadType or BadValue unless W is a finite floating-point matrix or
+    a stack of them.
+    """
     if not isinstance(W, Tensor) or not W.is_floating_point():
-        raise BadType(f"{name} must be a tensor of floating-point numbers, not {getattr(W, 'dtype', type(W).__name__)}")
+        raise BadType(
+            f"{name} must be a tensor of floating-point numbers, not"
+            f" {getattr(W, 'dtype', type(W).__name__)}"
+        )
     if W.dim() < 2 or 0 in W.shape:
-        raise BadValue(f"{name} must be a matrix (n, m) or a stack of them, not of shape {tuple(W.shape)}")
+        raise BadValue(
+            f"{name} must be a matrix (n, m) or a stack of them, not of shape"
+            f" {tuple(W.shape)}"
+        )
     if not torch.isfinite(W).all():
         raise BadValue(f"{name} holds NaN or infinite numbers")
 
 
 def alike(*tensors: Tensor) -> list[Tensor]:
     "The tensors in the widest of their types, float32 or wider."
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    dtype = functools.reduce(
+        torch.promote_types, (t.dtype for t in tensors), torch.float32
+    )
     return [t.to(dtype) for t in tensors]
 
 # %% ../../nbs/analysis/spectra.ipynb #c10b
@@ -171,36 +267,59 @@ def check_module(model: object) -> None:
 
 
 def check_ready(model: nn.Module) -> None:
-    "Raise BadType for what isn't a module, BadValue if any part of it is in training mode."
+    """Raise BadType for what isn't a module, BadValue if any part of it is in
+    training mode.
+    """
     check_module(model)
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    training = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if module.training
+    ]
     if training:
-        raise BadValue(f"{training[0]!r} is in training mode, where dropout makes the loss random; call model.eval() first")
+        raise BadValue(
+            f"{training[0]!r} is in training mode, where dropout makes the"
+            " loss random; call model.eval() first"
+        )
 
 # %% ../../nbs/analysis/spectra.ipynb #c16
 def singular_values(D: Tensor) -> Tensor:
-    "σ of D (..., n, m), largest first: (..., min(n, m)), in D's units, float32 or wider. Raises BadType, BadValue."
+    """σ of D (..., n, m), largest first: (..., min(n, m)), in D's units,
+    float32 or wider. Raises BadType, BadValue.
+    """
     check_matrix("D", D)
     return torch.linalg.svdvals(widened(D))
 
 
 def effective_rank(D: Tensor) -> Tensor:
-    "exp of the entropy of σ/Σσ (@eq-spectra-ranks) for D (..., n, m): (...), from 1 to the rank; 0 for D = 0."
+    """exp of the entropy of σ/Σσ (@eq-spectra-ranks) for D (..., n, m): (...),
+    from 1 to the rank; 0 for D = 0.
+    """
     values = singular_values(D)
     total = values.sum(-1)
-    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)[..., None]
-    return torch.where(total > 0, torch.special.entr(shares).sum(-1).exp(), torch.zeros_like(total))
+    shares = (
+        values / total.clamp_min(torch.finfo(values.dtype).tiny)[..., None]
+    )
+    return torch.where(
+        total > 0,
+        torch.special.entr(shares).sum(-1).exp(),
+        torch.zeros_like(total),
+    )
 
 
 def stable_rank(D: Tensor) -> Tensor:
-    "|D|_F² / |D|_2² (@eq-spectra-ranks) for D (..., n, m): (...), from 1 to the rank; 0 for D = 0."
+    """|D|_F² / |D|_2² (@eq-spectra-ranks) for D (..., n, m): (...), from 1 to
+    the rank; 0 for D = 0.
+    """
     values = singular_values(D)
     ratios = values / values[..., :1].clamp_min(torch.finfo(values.dtype).tiny)
     return ratios.square().sum(-1)
 
 # %% ../../nbs/analysis/spectra.ipynb #c21
 def leading(D: Tensor, k: int, side: str = "left") -> Tensor:
-    "The k leading singular vectors of D (n, m) as orthonormal columns: (n, k) for 'left', (m, k) for 'right'. Raises BadType, BadValue."
+    """The k leading singular vectors of D (n, m) as orthonormal columns: (n,
+    k) for 'left', (m, k) for 'right'. Raises BadType, BadValue.
+    """
     check_matrix("D", D)
     check_choice("side", side, ("left", "right"))
     check_count("k", k, most=min(D.shape[-2:]))
@@ -208,62 +327,110 @@ def leading(D: Tensor, k: int, side: str = "left") -> Tensor:
     return (U if side == "left" else Vh.mT)[..., :k]
 
 
-def overlap(D: Tensor, E: Tensor, i: int, j: int | None = None, side: str = "left") -> Tensor:
-    "|U_iᵀ V_j|_F² / min(i, j) (@eq-spectra-overlap) of D and E (..., n, m) with j = i by default: (...), from 0 to 1; chance is max(i, j)/n."
+def overlap(
+    D: Tensor, E: Tensor, i: int, j: int | None = None, side: str = "left"
+) -> Tensor:
+    """|U_iᵀ V_j|_F² / min(i, j) (@eq-spectra-overlap) of D and E (..., n, m)
+    with j = i by default: (...), from 0 to 1; chance is max(i, j)/n.
+    """
     j = i if j is None else j
     U, V = leading(D, i, side), leading(E, j, side)
     if U.shape[-2] != V.shape[-2]:
-        raise BadValue(f"vectors of length {U.shape[-2]} and {V.shape[-2]} have no overlap; choose the other side or equal shapes")
+        raise BadValue(
+            f"vectors of length {U.shape[-2]} and {V.shape[-2]} have no"
+            " overlap; choose the other side or equal shapes"
+        )
     U, V = alike(U, V)
     return (U.mT @ V).square().sum((-2, -1)) / min(i, j)
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    "The angles in radians, smallest first, between the spans of U (n, i) and V (n, j), whose columns are orthonormal: (min(i, j),). Raises BadType, BadValue."
+    """The angles in radians, smallest first, between the spans of U (n, i) and
+    V (n, j), whose columns are orthonormal: (min(i, j),). Raises BadType,
+    BadValue.
+    """
     for W in (U, V):
         check_matrix("a basis", W)
     if U.shape[-2] != V.shape[-2]:
-        raise BadValue(f"there is no angle between vectors of length {U.shape[-2]} and {V.shape[-2]}")
+        raise BadValue(
+            f"there is no angle between vectors of length {U.shape[-2]} and"
+            f" {V.shape[-2]}"
+        )
     U, V = alike(U, V)
     return torch.linalg.svdvals(U.mT @ V).clamp(max=1).acos()
 
 # %% ../../nbs/analysis/spectra.ipynb #c24
 def alignment(D: Tensor, G: Tensor) -> Tensor:
-    "The cosine between D and -G (@eq-spectra-alignment) for (..., n, m): (...), from -1 to 1; NaN where D or G is 0. Raises BadType, BadValue."
+    """The cosine between D and -G (@eq-spectra-alignment) for (..., n, m):
+    (...), from -1 to 1; NaN where D or G is 0. Raises BadType, BadValue.
+    """
     check_pair("ΔW and its gradient", D, G)
     D, G = alike(D, G)
-    return -(D * G).sum((-2, -1)) / (torch.linalg.matrix_norm(D) * torch.linalg.matrix_norm(G))
+    return -(D * G).sum((-2, -1)) / (
+        torch.linalg.matrix_norm(D) * torch.linalg.matrix_norm(G)
+    )
 
 # %% ../../nbs/analysis/spectra.ipynb #c25
 def check_loss(value: object) -> None:
-    "Raise BadType unless a loss is a tensor of one number, BadValue if it doesn't depend on anything that is trained."
+    """Raise BadType unless a loss is a tensor of one number, BadValue if it
+    doesn't depend on anything that is trained.
+    """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise BadType(f"a loss must be a tensor of one number, not {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}")
+        raise BadType(
+            "a loss must be a tensor of one number, not"
+            f" {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}"
+        )
     if not value.requires_grad:
-        raise BadValue("the loss doesn't depend on anything that is trained, so it has no gradient and no backward pass")
+        raise BadValue(
+            "the loss doesn't depend on anything that is trained, so it has no"
+            " gradient and no backward pass"
+        )
 
 
-def weight_gradients(model: nn.Module, loss: Callable, names: list[str] | None = None) -> dict[str, Tensor]:
-    """{name: ∂loss/∂W} of a plain model's linear maps (all, or those named as in `weights_of`), each (out, in), in loss per weight; 0 where the loss
+def weight_gradients(
+    model: nn.Module, loss: Callable, names: list[str] | None = None
+) -> dict[str, Tensor]:
+    """{name: ∂loss/∂W} of a plain model's linear maps (all, or those named as
+    in `weights_of`), each (out, in), in loss per weight; 0 where the loss
     doesn't reach a weight.
 
-    loss(model) -> scalar; the model is in evaluation mode. Its flags and gradients stay as they were. Raises BadValue in training mode, for an
-    adapted model or one without linear maps, UnknownName for a name that isn't a linear map's weight, and as `check_loss`."""
+    loss(model) -> scalar; the model is in evaluation mode. Its flags and
+    gradients stay as they were. Raises BadValue in training mode, for an
+    adapted model or one without linear maps, UnknownName for a name that isn't
+    a linear map's weight, and as `check_loss`.
+    """
     check_ready(model)
-    if find_record(model) is not None or any(isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer")) for module in model.modules()):
-        raise BadValue("these are the gradients of a plain model's weights; take them before it is adapted")
-    maps = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
+    if find_record(model) is not None or any(
+        isinstance(module, peft_class("tuners.tuners_utils.BaseTunerLayer"))
+        for module in model.modules()
+    ):
+        raise BadValue(
+            "these are the gradients of a plain model's weights; take them"
+            " before it is adapted"
+        )
+    maps = {
+        f"{name}.weight".lstrip("."): module
+        for name, module in model.named_modules()
+        if is_linear(module)
+    }
     for name in names or []:
         check_choice("weight", name, maps)
     chosen = {name: maps[name] for name in names or maps}
     if not chosen:
         raise BadValue("the model has no linear map")
-    grads = gradients_of(lambda: loss(model), [module.weight for module in chosen.values()])
-    return {name: G.t() if is_transposed(module) else G for (name, module), G in zip(chosen.items(), grads, strict=True)}
+    grads = gradients_of(
+        lambda: loss(model), [module.weight for module in chosen.values()]
+    )
+    return {
+        name: G.t() if is_transposed(module) else G
+        for (name, module), G in zip(chosen.items(), grads, strict=True)
+    }
 
 # %% ../../nbs/analysis/spectra.ipynb #c25b
 def gradients_of(loss: Callable, weights: list[nn.Parameter]) -> list[Tensor]:
-    "The gradients of loss() in the weights, zeros where it doesn't reach them; the weights' flags and gradients stay as they were."
+    """The gradients of loss() in the weights, zeros where it doesn't reach
+    them; the weights' flags and gradients stay as they were.
+    """
     flags = [p.requires_grad for p in weights]
     try:
         for p in weights:
@@ -271,16 +438,26 @@ def gradients_of(loss: Callable, weights: list[nn.Parameter]) -> list[Tensor]:
         with torch.enable_grad():
             value = loss()
             check_loss(value)
-            return list(torch.autograd.grad(value.sum(), weights, materialize_grads=True))
+            return list(
+                torch.autograd.grad(
+                    value.sum(), weights, materialize_grads=True
+                )
+            )
     finally:
         for p, flag in zip(weights, flags, strict=True):
             p.requires_grad_(flag)
 
 # %% ../../nbs/analysis/spectra.ipynb #c29
 def plain_array(name: str, value: object) -> np.ndarray:
-    "A tensor, an array or nested numbers as an array of numbers; numpy has no bfloat16, which becomes float32. Raises BadType."
+    """A tensor, an array or nested numbers as an array of numbers; numpy has
+    no bfloat16, which becomes float32. Raises BadType.
+    """
     if isinstance(value, Tensor):
-        value = (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu()
+        value = (
+            (value.float() if value.dtype is torch.bfloat16 else value)
+            .detach()
+            .cpu()
+        )
     array = np.asarray(value)
     if array.dtype.hasobject or array.dtype.kind in "US":
         raise BadType(f"{name!r} holds {array.dtype}, not numbers")
@@ -295,12 +472,24 @@ def check_names(arrays: dict) -> None:
 
 # %% ../../nbs/analysis/spectra.ipynb #c29b
 def store(path: str | Path, arrays: dict, facts: dict) -> Path:
-    "Write `arrays` to path.npz and `facts`, which JSON must be able to say, to path.json with the arrays' checksum; returns the path. Raises BadType for what neither holds."
+    """Write `arrays` to path.npz and `facts`, which JSON must be able to say,
+    to path.json with the arrays' checksum; returns the path. Raises BadType
+    for what neither holds.
+    """
     path, buffer = Path(path), io.BytesIO()
     check_names(arrays)
-    np.savez(buffer, **{name: plain_array(name, value) for name, value in arrays.items()})
+    np.savez(
+        buffer,
+        **{name: plain_array(name, value) for name, value in arrays.items()},
+    )
     try:
-        text = json.dumps({"facts": facts, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}, indent=1)
+        text = json.dumps(
+            {
+                "facts": facts,
+                "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            },
+            indent=1,
+        )
     except TypeError as error:
         raise BadType(f"JSON can't say these facts ({error})") from error
     write_atomic(path.with_name(path.name + ".npz"), buffer.getvalue())
@@ -309,7 +498,9 @@ def store(path: str | Path, arrays: dict, facts: dict) -> Path:
 
 
 def restored(path: str | Path) -> tuple[dict, dict]:
-    "(arrays, facts) as `store` wrote them. Raises MissingFile, and BadValue if either file was altered."
+    """(arrays, facts) as `store` wrote them. Raises MissingFile, and BadValue
+    if either file was altered.
+    """
     files = [Path(f"{path}.{kind}") for kind in ("npz", "json")]
     for file in files:
         if not file.is_file():
@@ -321,21 +512,37 @@ def restored(path: str | Path) -> tuple[dict, dict]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadValue(f"{str(files[1])!r} is damaged ({error})") from error
     if not whole:
-        raise BadValue(f"{str(files[0])!r} isn't the file that {files[1].name!r} describes")
+        raise BadValue(
+            f"{str(files[0])!r} isn't the file that {files[1].name!r}"
+            " describes"
+        )
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays), told["facts"]
 
 # %% ../../nbs/analysis/spectra.ipynb #c30
 def spectra_of(pairs: dict) -> dict[str, dict[str, float]]:
-    "{name: norms of ΔW and its share of W0's norm, stable and effective rank} for pairs (W0, W1) of (n, m); ready for JSON."
+    """{name: norms of ΔW and its share of W0's norm, stable and effective
+    rank} for pairs (W0, W1) of (n, m); ready for JSON.
+    """
     if not isinstance(pairs, Mapping):
-        raise BadType(f"pairs are {{name: (W0, W1)}}, as `weight_pairs` gives them, not a {type(pairs).__name__}")
+        raise BadType(
+            "pairs are {name: (W0, W1)}, as `weight_pairs` gives them, not"
+            f" a {type(pairs).__name__}"
+        )
     found = {}
     for name, (W0, W1) in pairs.items():
         check_pair(name, W0, W1)
         W0, W1 = alike(W0.detach(), W1.detach())
         D = W1 - W0
-        norm, base = float(torch.linalg.matrix_norm(D)), float(torch.linalg.matrix_norm(W0))
-        found[name] = {"norm": norm, "spectral": float(singular_values(D)[0]), "relative": norm / base if base else float("inf"),
-                       "stable_rank": float(stable_rank(D)), "effective_rank": float(effective_rank(D))}
+        norm, base = (
+            float(torch.linalg.matrix_norm(D)),
+            float(torch.linalg.matrix_norm(W0)),
+        )
+        found[name] = {
+            "norm": norm,
+            "spectral": float(singular_values(D)[0]),
+            "relative": norm / base if base else float("inf"),
+            "stable_rank": float(stable_rank(D)),
+            "effective_rank": float(effective_rank(D)),
+        }
     return found

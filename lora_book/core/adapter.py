@@ -17,7 +17,9 @@ from .products import low_rank_linear, nudged_linear
 
 # %% ../../nbs/core/adapter.ipynb #c05
 def wide(dtype: torch.dtype) -> torch.dtype:
-    "The type that a change of a weight of `dtype` is computed in: float32, or float64 for float64."
+    """The type that a change of a weight of `dtype` is computed in: float32,
+    or float64 for float64.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -27,23 +29,30 @@ def widened(W: Tensor) -> Tensor:
 
 
 def keep_wide(moved: Tensor, old: Tensor) -> Tensor:
-    """What a conversion may do to an adapter's numbers: move them, widen them, but not narrow
-    them below 32 bits."""
+    """What a conversion may do to an adapter's numbers: move them, widen them,
+    but not narrow them below 32 bits.
+    """
     narrow = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
     return old.to(moved.device) if narrow else moved
 
 # %% ../../nbs/core/adapter.ipynb #c08
 class _Change(nn.Module):
-    "The change of one frozen weight W0 of shape (n, m), and the weight that it rests on."
+    """The change of one frozen weight W0 of shape (n, m), and the weight that
+    it rests on.
+    """
 
     resting_memo = None
 
     def delta(self, W0: Tensor) -> Tensor:
-        "ΔW of shape (n, m), float32 or wider; differentiable in the adapter's parameters."
+        """ΔW of shape (n, m), float32 or wider; differentiable in the
+        adapter's parameters.
+        """
         raise NotImplementedError
 
     def bias_delta(self, b0: Tensor) -> Tensor | None:
-        "The change of the bias, (n,), or None for a method that leaves biases alone."
+        """The change of the bias, (n,), or None for a method that leaves
+        biases alone.
+        """
         return None
 
     def rank_bound(self, n: int, m: int) -> int:
@@ -51,23 +60,28 @@ class _Change(nn.Module):
         return min(n, m)
 
     def rest(self, W0: Tensor) -> Tensor:
-        """The frozen weight that the base product uses, (n, m); W0 itself unless the method
-        starts elsewhere."""
+        """The frozen weight that the base product uses, (n, m); W0 itself
+        unless the method starts elsewhere.
+        """
         return W0
 
     def rebase(self, W0: Tensor) -> None:
-        """Called when other numbers were loaded into W0: compute anew what comes from W0 and
-        isn't saved. Most methods have nothing such."""
+        """Called when other numbers were loaded into W0: compute anew what
+        comes from W0 and isn't saved. Most methods have nothing such.
+        """
 
     def rest_changed(self) -> None:
-        """To be called when something that `rest` is made of was changed: the site then forms
-        its resting weight anew."""
+        """To be called when something that `rest` is made of was changed: the
+        site then forms its resting weight anew.
+        """
         if self.resting_memo is not None:
             self.resting_memo.clear()
 
 # %% ../../nbs/core/adapter.ipynb #c08c
 class _Products(_Change):
-    "What a layer computes with the change, and how the change moves with its parameters."
+    """What a layer computes with the change, and how the change moves with its
+    parameters.
+    """
 
     nudge = None
 
@@ -76,23 +90,36 @@ class _Products(_Change):
         return F.linear(x, self.delta(W0).to(x.dtype))
 
     @classmethod
-    def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        """The adapted layer's output (..., n'): x Wᵀ + bias, plus each block's `forward` on its
-        rows."""
+    def product(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """The adapted layer's output (..., n'): x Wᵀ + bias, plus each block's
+        `forward` on its rows.
+        """
         return default_product(x, W, bias, blocks)
 
     def tangent(self, M: dict) -> Tensor:
-        "d/dt delta(W0) at θ + tM for M a tensor per trained parameter; (n, m), float32 or wider."
-        raise BadType(f"{type(self).__name__} doesn't say how its weight moves with its parameters")
+        """d/dt delta(W0) at θ + tM for M a tensor per trained parameter; (n,
+        m), float32 or wider.
+        """
+        raise BadType(
+            f"{type(self).__name__} doesn't say how its weight moves with its"
+            " parameters"
+        )
 
     def direction(self, M: dict, W0: Tensor) -> list:
-        """tangent(M) as detached products: a list of (A_j, B_j, s_j) with tangent(M) = Σ_j
-        s_j·B_j A_j; A_j None is the identity."""
+        """tangent(M) as detached products: a list of (A_j, B_j, s_j) with
+        tangent(M) = Σ_j s_j·B_j A_j; A_j None is the identity.
+        """
         return [(None, self.tangent(M).detach(), 1.0)]
 
     @classmethod
-    def nudged(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        "`product` with each block's `nudge` added to its weight; the nudge is a constant."
+    def nudged(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """`product` with each block's `nudge` added to its weight; the nudge
+        is a constant.
+        """
         return nudged_product(cls.product(x, W, bias, blocks), x, blocks)
 
 # %% ../../nbs/core/adapter.ipynb #c08e
@@ -100,13 +127,18 @@ class Adapter(_Products):
     "A trainable change of one frozen weight W0 of shape (n, m)."
 
     def factors(self) -> list:
-        """ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j. Raises BadType
-        where ΔW has no such form."""
-        raise BadType(f"the change of {type(self).__name__} isn't a product of small factors")
+        """ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j.
+        Raises BadType where ΔW has no such form.
+        """
+        raise BadType(
+            f"the change of {type(self).__name__} isn't a product of small"
+            " factors"
+        )
 
     def peft(self) -> object | None:
-        """A form of Hugging Face PEFT's own that says more than `factors` (`core.peft` has
-        them); None where the factors say all."""
+        """A form of Hugging Face PEFT's own that says more than `factors`
+        (`core.peft` has them); None where the factors say all.
+        """
         return None
 
     def check_advance(self) -> None:
@@ -130,21 +162,31 @@ class Adapter(_Products):
 
 # %% ../../nbs/core/adapter.ipynb #c11
 class Block:
-    """One adapter's place in a layer: the rows of the layer's weight it changes (a slice, or
-    None for all), its W0 and b0."""
+    """One adapter's place in a layer: the rows of the layer's weight it
+    changes (a slice, or None for all), its W0 and b0.
+    """
 
-    def __init__(self, rows: slice | None, adapter: Adapter, W0: Tensor, b0: Tensor | None = None):
+    def __init__(
+        self,
+        rows: slice | None,
+        adapter: Adapter,
+        W0: Tensor,
+        b0: Tensor | None = None,
+    ):
         self.rows, self.adapter, self.W0, self.b0 = rows, adapter, W0, b0
 
     def change(self, x: Tensor) -> Tensor:
-        """What the block adds to the base's output for x (..., m), in float64: x ΔWᵀ plus the
-        bias's change."""
+        """What the block adds to the base's output for x (..., m), in float64:
+        x ΔWᵀ plus the bias's change.
+        """
         product = x.double() @ self.adapter.delta(self.W0).double().T
         shift = self.adapter.bias_delta(self.b0)
         return product if shift is None else product + shift.double()
 
 
-def default_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
+def default_product(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
     "x Wᵀ + bias, with each block's x ΔWᵀ added to its outputs."
     y = F.linear(x, W, bias)
     for block in blocks:
@@ -153,18 +195,32 @@ def default_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> 
 
 
 def add_to_rows(y: Tensor, rows: slice | None, change: Tensor) -> Tensor:
-    "y (..., n) with `change` added to the outputs that belong to the weight's `rows`."
+    """y (..., n) with `change` added to the outputs that belong to the
+    weight's `rows`.
+    """
     return (
-        y + change if rows is None
-        else torch.cat([y[..., : rows.start], y[..., rows] + change, y[..., rows.stop :]], -1))
+        y + change
+        if rows is None
+        else torch.cat(
+            [y[..., : rows.start], y[..., rows] + change, y[..., rows.stop :]],
+            -1,
+        )
+    )
 
 # %% ../../nbs/core/adapter.ipynb #c13
-def effective_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-    "x (W0 + ΔW)ᵀ + bias with the sum formed first: one product, at the price of an (n, m) tensor."
+def effective_product(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
+    """x (W0 + ΔW)ᵀ + bias with the sum formed first: one product, at the price
+    of an (n, m) tensor.
+    """
     parts, at = [], 0
     for block in sorted(blocks, key=lambda b: b.rows.start if b.rows else 0):
         rows = block.rows or slice(0, W.shape[0])
-        parts += [W[at:rows.start], (widened(block.W0) + block.adapter.delta(block.W0)).to(x.dtype)]
+        parts += [
+            W[at : rows.start],
+            (widened(block.W0) + block.adapter.delta(block.W0)).to(x.dtype),
+        ]
         at = rows.stop
     parts = [p for p in [*parts, W[at:]] if p.shape[0]]
     return F.linear(x, parts[0] if len(parts) == 1 else torch.cat(parts), bias)
@@ -172,23 +228,32 @@ def effective_product(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -
 # %% ../../nbs/core/adapter.ipynb #c15
 @dataclass
 class Nudge:
-    """ε (n, m), by which a step moves one weight while it takes a gradient: size·tangent(M) for
-    M a dict, size·M for M a tensor (n, m)."""
+    """ε (n, m), by which a step moves one weight while it takes a gradient:
+    size·tangent(M) for M a dict, size·M for M a tensor (n, m).
+    """
 
     M: dict | Tensor
     size: Tensor
 
     def pieces(self, block: Block) -> list:
-        """The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j; A_j None is the
-        identity."""
+        """The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j;
+        A_j None is the identity.
+        """
         if isinstance(self.M, Tensor):
             return [(None, self.size * self.M)]
-        return [(A, self.size * s * B) for A, B, s in block.adapter.direction(self.M, block.W0)]
+        return [
+            (A, self.size * s * B)
+            for A, B, s in block.adapter.direction(self.M, block.W0)
+        ]
 
 
 def nudged_product(y: Tensor, x: Tensor, blocks: list) -> Tensor:
-    "y (..., n), a layer's output for x, with x εᵀ added for every block that has a nudge."
-    for block in (block for block in blocks if block.adapter.nudge is not None):
+    """y (..., n), a layer's output for x, with x εᵀ added for every block that
+    has a nudge.
+    """
+    for block in (
+        block for block in blocks if block.adapter.nudge is not None
+    ):
         for A, B in block.adapter.nudge.pieces(block):
             u = x if A is None else F.linear(x, A.to(x.dtype))
             y = add_to_rows(y, block.rows, F.linear(u, B.to(x.dtype)))
@@ -196,14 +261,19 @@ def nudged_product(y: Tensor, x: Tensor, blocks: list) -> Tensor:
 
 # %% ../../nbs/core/adapter.ipynb #c17
 def site_seed(seed: int, *parts: object) -> int:
-    """A 63-bit seed made of the caller's `seed` and the names or numbers in `parts`; the same on
-    every machine."""
+    """A 63-bit seed made of the caller's `seed` and the names or numbers in
+    `parts`; the same on every machine.
+    """
     text = "|".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    )
 
 
 def generator(seed: int, *parts: object) -> torch.Generator:
-    "A CPU generator seeded by `site_seed`: a draw has the same bits wherever the model lives."
+    """A CPU generator seeded by `site_seed`: a draw has the same bits wherever
+    the model lives.
+    """
     return torch.Generator().manual_seed(site_seed(seed, *parts))
 
 # %% ../../nbs/core/adapter.ipynb #c20
@@ -212,22 +282,38 @@ def check_low_rank(W0: Tensor, r: int, alpha: float | None) -> None:
     n, m = W0.shape
     check_count("r", r)
     if r > min(n, m):
-        raise BadValue(f"r = {r} is above min(n, m) = {min(n, m)} of a weight of shape {(n, m)}")
+        raise BadValue(
+            f"r = {r} is above min(n, m) = {min(n, m)} of a weight of shape"
+            f" {(n, m)}"
+        )
     if alpha is not None:
         check_number("alpha", alpha, above=0)
 
 # %% ../../nbs/core/adapter.ipynb #c21
 class _Factors(Adapter):
-    "The factors A (r, m) and B (n, r) of a weight's change, and the scale s = alpha / r."
+    """The factors A (r, m) and B (n, r) of a weight's change, and the scale s
+    = alpha / r.
+    """
 
     trainable = "AB"
 
     def __init__(
-        self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None,
-        seed: int = 0, dtype: torch.dtype | None = None):
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         check_low_rank(W0, r, alpha)
-        self.r, self.alpha, self.seed = int(r), float(r if alpha is None else alpha), seed
+        self.r, self.alpha, self.seed = (
+            int(r),
+            float(r if alpha is None else alpha),
+            seed,
+        )
         self.scaling = self.scale()
         dtype = wide(W0.dtype) if dtype is None else dtype
         A, B = self.init(widened(W0.detach()), self.r, generator(seed))
@@ -238,12 +324,16 @@ class _Factors(Adapter):
         "s, the factor before B A."
         return self.alpha / self.r
 
-    def init(self, W0: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def init(
+        self, W0: Tensor, r: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         "The start: A of shape (r, m) and B of shape (n, r)."
         raise NotImplementedError
 
     def place(self, name: str, M: Tensor) -> None:
-        "Register factor `name`: a parameter if it trains, a buffer if it's frozen."
+        """Register factor `name`: a parameter if it trains, a buffer if it's
+        frozen.
+        """
         if name in self.trainable:
             setattr(self, name, nn.Parameter(M.contiguous()))
         else:
@@ -268,17 +358,24 @@ class _Sum(_Factors):
     def rest(self, W0: Tensor) -> Tensor:
         "W0 plus the resting products, in W0's type."
         frozen = self.resting()
-        return sum((s * (B @ A) for A, B, s in frozen), widened(W0)).to(W0.dtype) if frozen else W0
+        return (
+            sum((s * (B @ A) for A, B, s in frozen), widened(W0)).to(W0.dtype)
+            if frozen
+            else W0
+        )
 
     def rank_bound(self, n: int, m: int) -> int:
         "The number of columns of all B_j together, at most min(n, m)."
         return min(sum(A.shape[0] for A, _, _ in self.factors()), n, m)
 
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
-        "x ΔWᵀ through the factors: T·r·(n + m) multiplications instead of T·n·m."
+        """x ΔWᵀ through the factors: T·r·(n + m) multiplications instead of
+        T·n·m.
+        """
         return sum(
             F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
-            for A, B, scale in self.factors())
+            for A, B, scale in self.factors()
+        )
 
 # %% ../../nbs/core/adapter.ipynb #c21e
 class _Tangent(_Sum):
@@ -288,7 +385,8 @@ class _Tangent(_Sum):
         "s (M_B A + B M_A), with a missing M_A or M_B standing for 0."
         return self.scaling * (
             M.get("B", torch.zeros_like(self.B)) @ self.A
-            + self.B @ M.get("A", torch.zeros_like(self.A)))
+            + self.B @ M.get("A", torch.zeros_like(self.A))
+        )
 
     def direction(self, M: dict, W0: Tensor) -> list:
         "(A, M_B, s) and (M_A, B, s), those of them that M has."
@@ -296,45 +394,81 @@ class _Tangent(_Sum):
             return super().direction(M, W0)
         pairs = [(self.A, M.get("B")), (M.get("A"), self.B)]
         return [
-            (A.detach(), B.detach(), self.scaling) for A, B in pairs
-            if A is not None and B is not None]
+            (A.detach(), B.detach(), self.scaling)
+            for A, B in pairs
+            if A is not None and B is not None
+        ]
 
     def shifts(self) -> tuple[Tensor, Tensor]:
-        "E_A and E_B of @eq-products-nudged: the nudge's moves, 0 for a factor that has none."
-        size, M = (0, {}) if self.nudge is None else (self.nudge.size, self.nudge.M)
+        """E_A and E_B of @eq-products-nudged: the nudge's moves, 0 for a
+        factor that has none.
+        """
+        size, M = (
+            (0, {}) if self.nudge is None else (self.nudge.size, self.nudge.M)
+        )
         return tuple(
-            size * M[name] if name in M else torch.zeros_like(getattr(self, name)) for name in "AB")
+            (
+                size * M[name]
+                if name in M
+                else torch.zeros_like(getattr(self, name))
+            )
+            for name in "AB"
+        )
 
 # %% ../../nbs/core/adapter.ipynb #c21g
 class LowRank(_Tangent):
     "ΔW = s·B A + resting products (@eq-adapter-lowrank); s = alpha / r."
 
     def moving(self) -> list:
-        "The products that the forward pass adds to the resting weight: (A, B, s)."
+        """The products that the forward pass adds to the resting weight: (A,
+        B, s).
+        """
         return [(self.A, self.B, self.scaling)]
 
     @classmethod
-    def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        """The base product on the resting weight with each s·B A added in place
-        (@eq-products-forward)."""
+    def product(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """The base product on the resting weight with each s·B A added in
+        place (@eq-products-forward).
+        """
         return low_rank_linear(
-            x, W, bias, [(b.rows, *term) for b in blocks for term in b.adapter.moving()])
+            x,
+            W,
+            bias,
+            [(b.rows, *term) for b in blocks for term in b.adapter.moving()],
+        )
 
     @classmethod
-    def nudged(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        """The same with s·(E_B A + B E_A) beside each s·B A (@eq-products-nudged); where one factor
-        trains, its parameter is moved instead.
+    def nudged(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """The same with s·(E_B A + B E_A) beside each s·B A
+        (@eq-products-nudged); where one factor trains, its parameter is moved
+        instead.
 
-        A class with a product or a tangent of its own, and a nudge that is a whole matrix, take the
-        general way.
+        A class with a product or a tangent of its own, and a nudge that is a
+        whole matrix, take the general way.
         """
-        own = cls.product.__func__ is LowRank.product.__func__ and cls.tangent is LowRank.tangent
+        own = (
+            cls.product.__func__ is LowRank.product.__func__
+            and cls.tangent is LowRank.tangent
+        )
         if not own or any(
-            b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor) for b in blocks):
+            b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor)
+            for b in blocks
+        ):
             return super().nudged(x, W, bias, blocks)
         terms = [
-            (b.rows, *term, *b.adapter.shifts()) for b in blocks for term in b.adapter.moving()]
+            (b.rows, *term, *b.adapter.shifts())
+            for b in blocks
+            for term in b.adapter.moving()
+        ]
         if all(len(b.adapter.trainable) == 1 for b in blocks):
             return low_rank_linear(
-                x, W, bias, [(rows, A + EA, B + EB, s) for rows, A, B, s, EA, EB in terms])
+                x,
+                W,
+                bias,
+                [(rows, A + EA, B + EB, s) for rows, A, B, s, EA, EB in terms],
+            )
         return nudged_linear(x, W, bias, terms)

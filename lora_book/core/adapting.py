@@ -18,15 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import site_seed, widened
-from .errors import BadType, BadValue, check_count, check_number, unknown
-from .hosts import (
-    Site, adapters, fusing, held, hold, install, is_lazy, release, sites, switched_off, uninstall)
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_count,
+    check_number,
+    unknown,
+)
+from lora_book.core.hosts import (
+    Site,
+    adapters,
+    fusing,
+    held,
+    hold,
+    install,
+    is_lazy,
+    release,
+    sites,
+    switched_off,
+    uninstall,
+)
 from .targets import Target, choose
 
 # %% ../../nbs/core/adapting.ipynb #c04
-def query_value_targets(model: nn.Module, head: list[str]) -> tuple[list, list]:
-    """What `target_modules=None` means for most methods: the query and value projections, and no
-    parameter beside them."""
+def query_value_targets(
+    model: nn.Module, head: list[str]
+) -> tuple[list, list]:
+    """What `target_modules=None` means for most methods: the query and value
+    projections, and no parameter beside them.
+    """
     return choose(model, None, head), []
 
 
@@ -44,8 +64,9 @@ def no_penalty(adapters: dict) -> None:
 # %% ../../nbs/core/adapting.ipynb #c05
 @dataclass(frozen=True)
 class Method:
-    """A fine-tuning method: what changes (`make`), and where it differs from the usual in
-    choosing, stepping and in between."""
+    """A fine-tuning method: what changes (`make`), and where it differs from
+    the usual in choosing, stepping and in between.
+    """
 
     make: Callable
     title: str
@@ -63,13 +84,18 @@ class Method:
         "The names of the method's own keyword options."
         own = inspect.signature(self.make).parameters.values()
         return [
-            p.name for p in own
-            if p.kind is p.KEYWORD_ONLY and p.name not in ("r", "alpha", "seed", "dtype")]
+            p.name
+            for p in own
+            if p.kind is p.KEYWORD_ONLY
+            and p.name not in ("r", "alpha", "seed", "dtype")
+        ]
 
 # %% ../../nbs/core/adapting.ipynb #c07
 @dataclass
 class Record:
-    "What an adapted model knows about its adaptation; it hangs on the model as `_lora_book`."
+    """What an adapted model knows about its adaptation; it hangs on the model
+    as `_lora_book`.
+    """
 
     method_id: str
     method: Method
@@ -92,48 +118,81 @@ def check_module(model: object) -> None:
 
 
 def find_record(model: nn.Module) -> Record | None:
-    """The record of an adapted model, also when it is wrapped in another module; None for a
-    plain one."""
+    """The record of an adapted model, also when it is wrapped in another
+    module; None for a plain one.
+    """
     check_module(model)
     return next(
-        (vars(module)["_lora_book"] for module in model.modules() if "_lora_book" in vars(module)),
-        None)
+        (
+            vars(module)["_lora_book"]
+            for module in model.modules()
+            if "_lora_book" in vars(module)
+        ),
+        None,
+    )
 
 # %% ../../nbs/core/adapting.ipynb #c09
 def record_of(model: nn.Module) -> Record:
-    """The record of an adapted model; raises BadValue for a plain one, and for one that holds
-    two adapted models."""
+    """The record of an adapted model; raises BadValue for a plain one, and for
+    one that holds two adapted models.
+    """
     record = find_record(model)
     if record is None:
-        raise BadValue(f"this {type(model).__name__} isn't adapted; call adapt first")
-    names = [name for name, module in model.named_modules() if "_lora_book" in vars(module)]
+        raise BadValue(
+            f"this {type(model).__name__} isn't adapted; call adapt first"
+        )
+    names = [
+        name
+        for name, module in model.named_modules()
+        if "_lora_book" in vars(module)
+    ]
     if len(names) > 1:
         raise BadValue(
-            f"{names[0]!r} and {names[1]!r} were adapted one by one: ask each of them, not the "
-            f"{type(model).__name__} around them")
+            f"{names[0]!r} and {names[1]!r} were adapted one by one: ask each"
+            f" of them, not the {type(model).__name__} around them"
+        )
     return record
 
 
 def enabled_record(model: nn.Module) -> Record:
-    """The record of an adapted model that may be trained, saved or merged now; raises BadValue
-    inside `disabled`."""
+    """The record of an adapted model that may be trained, saved or merged now;
+    raises BadValue inside `disabled`.
+    """
     record = record_of(model)
     if record.disabled:
-        raise BadValue("the adapters are disabled: leave the `with disabled(model)` block first")
+        raise BadValue(
+            "the adapters are disabled: leave the `with disabled(model)` block"
+            " first"
+        )
     return record
 
 # %% ../../nbs/core/adapting.ipynb #c11
-def check_options(method_id: str, method: Method, options: dict, others: dict) -> None:
+def check_options(
+    method_id: str, method: Method, options: dict, others: dict
+) -> None:
     "Raise UnknownName for an option that neither the method nor its step has."
     known = [*method.options(), *others]
     for name in options:
         if name not in known:
-            choices = ["r", "alpha", "seed", "dtype", "head", "step", "lr_ratio", *known]
+            choices = [
+                "r",
+                "alpha",
+                "seed",
+                "dtype",
+                "head",
+                "step",
+                "lr_ratio",
+                *known,
+            ]
             raise unknown(f"option of {method_id!r} is called", name, choices)
 
 
-def check_common(r: object, alpha: object, lr_ratio: object, seed: object) -> None:
-    "Raise unless rank, alpha, learning-rate ratio and seed are possible at all."
+def check_common(
+    r: object, alpha: object, lr_ratio: object, seed: object
+) -> None:
+    """Raise unless rank, alpha, learning-rate ratio and seed are possible at
+    all.
+    """
     check_count("r", r)
     check_count("seed", seed, least=0)
     for name, value in (("alpha", alpha), ("lr_ratio", lr_ratio)):
@@ -142,40 +201,64 @@ def check_common(r: object, alpha: object, lr_ratio: object, seed: object) -> No
 
 # %% ../../nbs/core/adapting.ipynb #c12
 def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
-    """The modules that `head` names, by name; raises UnknownName for one that doesn't exist,
-    BadType for anything but names."""
+    """The modules that `head` names, by name; raises UnknownName for one that
+    doesn't exist, BadType for anything but names.
+    """
     if head is None:
         return {}
     names = [head] if isinstance(head, str) else head
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise BadType(f"head is a module's name or a list of them, not {head!r}")
+    if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) for name in names
+    ):
+        raise BadType(
+            f"head is a module's name or a list of them, not {head!r}"
+        )
     known = dict(model.named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in model.named_modules()}
     for name in names:
         if not name or name not in known:
             raise unknown(
-                "head module", name,
-                [n for n, m in known.items() if n and next(m.parameters(), None) is not None])
+                "head module",
+                name,
+                [
+                    n
+                    for n, m in known.items()
+                    if n and next(m.parameters(), None) is not None
+                ],
+            )
     return {canonical[id(known[name])]: known[name] for name in names}
 
 # %% ../../nbs/core/adapting.ipynb #c13
 def check_made(model: nn.Module) -> None:
-    "Raise BadValue if a parameter has no numbers yet: one of a lazy layer or on the meta device."
+    """Raise BadValue if a parameter has no numbers yet: one of a lazy layer or
+    on the meta device.
+    """
     for name, p in model.named_parameters():
         if is_lazy(p) or p.is_meta:
             how = "run the model once" if is_lazy(p) else "load its weights"
-            raise BadValue(f"{name!r} has no numbers yet: {how} before adapting it")
+            raise BadValue(
+                f"{name!r} has no numbers yet: {how} before adapting it"
+            )
 
 
 def names_in(model: nn.Module, modules: dict) -> list[str]:
-    "The names in the model of the parameters of some of its modules, each once."
+    """The names in the model of the parameters of some of its modules, each
+    once.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     return list(
-        dict.fromkeys(names[id(p)] for module in modules.values() for p in module.parameters()))
+        dict.fromkeys(
+            names[id(p)]
+            for module in modules.values()
+            for p in module.parameters()
+        )
+    )
 
 # %% ../../nbs/core/adapting.ipynb #c14
 def check_parameters(model: nn.Module, names: list[str]) -> None:
-    "Raise unless the model has a parameter of each name and all of them can be trained."
+    """Raise unless the model has a parameter of each name and all of them can
+    be trained.
+    """
     check_made(model)
     every = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
@@ -187,27 +270,40 @@ def check_parameters(model: nn.Module, names: list[str]) -> None:
 def check_floating(name: str, parameter: nn.Parameter) -> None:
     "Raise BadType for a parameter that can't be trained."
     if not parameter.is_floating_point():
-        raise BadType(f"{name!r} holds {parameter.dtype} numbers, which can't be trained")
+        raise BadType(
+            f"{name!r} holds {parameter.dtype} numbers, which can't be trained"
+        )
     if parameter.is_inference():
         raise BadType(
-            f"{name!r} was made in torch's inference mode and can't be trained; make the model "
-            "outside of it")
+            f"{name!r} was made in torch's inference mode and can't be"
+            " trained; make the model outside of it"
+        )
 
 # %% ../../nbs/core/adapting.ipynb #c15
 def check_dtype(dtype: object) -> None:
     "Raise BadType unless `dtype` is None or a floating-point type of torch."
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise BadType(f"dtype must be a floating-point type such as torch.float32, not {dtype!r}")
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    ):
+        raise BadType(
+            "dtype must be a floating-point type such as torch.float32, not"
+            f" {dtype!r}"
+        )
 
 
 def drawn_seed(seed: int, generator: object) -> int:
-    """A seed drawn from the caller's generator, or the caller's seed if there is none; raises
-    BadType for anything but a torch.Generator."""
+    """A seed drawn from the caller's generator, or the caller's seed if there
+    is none; raises BadType for anything but a torch.Generator.
+    """
     if generator is None:
         return seed
     if not isinstance(generator, torch.Generator):
-        raise BadType(f"generator must be a torch.Generator, not {generator!r}")
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        raise BadType(
+            f"generator must be a torch.Generator, not {generator!r}"
+        )
+    return int(
+        torch.randint(2**62, (), generator=generator, device=generator.device)
+    )
 
 # %% ../../nbs/core/adapting.ipynb #c17
 def check_finite(name: str, W0: Tensor) -> None:
@@ -218,7 +314,9 @@ def check_finite(name: str, W0: Tensor) -> None:
 # %% ../../nbs/core/adapting.ipynb #c19
 @dataclass
 class Plan:
-    "Everything that `commit` needs to adapt a model; making one changes nothing."
+    """Everything that `commit` needs to adapt a model; making one changes
+    nothing.
+    """
 
     targets: list
     built: dict
@@ -228,33 +326,63 @@ class Plan:
 
 
 def build_adapters(
-    targets: list[Target], method: Method, r: int, alpha, seed: int, dtype, options: dict,
-    per_site: dict) -> dict:
-    """{module name: {view key: adapter}} for the targets; nothing is installed. per_site: {site
-    name: its own r and alpha}."""
+    targets: list[Target],
+    method: Method,
+    r: int,
+    alpha,
+    seed: int,
+    dtype,
+    options: dict,
+    per_site: dict,
+) -> dict:
+    """{module name: {view key: adapter}} for the targets; nothing is
+    installed. per_site: {site
+    name: its own r and alpha}.
+    """
     built: dict = {}
     for target in targets:
-        for (key, view), name in zip(target.views.items(), target.sites(), strict=True):
+        for (key, view), name in zip(
+            target.views.items(), target.sites(), strict=True
+        ):
             W0 = view.of(target.module.weight).detach()
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
             size = {"r": r, "alpha": alpha} | per_site.get(name, {})
             adapter = method.make(
-                W0, None if bias is None else bias.detach(), **size, seed=method.seeds(seed, name),
-                dtype=dtype, **options)
+                W0,
+                None if bias is None else bias.detach(),
+                **size,
+                seed=method.seeds(seed, name),
+                dtype=dtype,
+                **options,
+            )
             built.setdefault(target.name, {})[key] = adapter
     return built
 
 # %% ../../nbs/core/adapting.ipynb #c20
 def plan(
-    model: nn.Module, method_id: str, method: Method, target_modules=None, *, r: int = 8,
-    alpha: float | None = None, head=None, seed: int = 0, generator: torch.Generator | None = None,
-    dtype: torch.dtype | None = None, step: Callable, step_options: dict,
-    lr_ratio: float | None = None, targets: tuple[list, list] | None = None,
-    per_site: dict | None = None, **options) -> Plan:
+    model: nn.Module,
+    method_id: str,
+    method: Method,
+    target_modules=None,
+    *,
+    r: int = 8,
+    alpha: float | None = None,
+    head=None,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    step: Callable,
+    step_options: dict,
+    lr_ratio: float | None = None,
+    targets: tuple[list, list] | None = None,
+    per_site: dict | None = None,
+    **options,
+) -> Plan:
     """Check every argument and build every adapter; the model isn't changed.
 
-    `targets` (targets, names that train in place) overrides `target_modules`; `per_site` {site
+    `targets` (targets, names that train in place) overrides `target_modules`;
+    `per_site` {site
     name: {"r": …, "alpha": …}} overrides r and alpha.
     """
     check_not_adapted(model)
@@ -262,73 +390,120 @@ def plan(
     check_common(r, alpha, lr_ratio, seed)
     check_dtype(dtype)
     heads = head_modules(model, head)
-    chosen, in_place = targets or choose_all(model, method, target_modules, list(heads))
+    chosen, in_place = targets or choose_all(
+        model, method, target_modules, list(heads)
+    )
     in_head = names_in(model, heads)
     check_something(model, method_id, chosen, [*in_place, *in_head])
-    built = build_adapters(chosen, method, r, alpha, seed, dtype, options, per_site or {})
+    built = build_adapters(
+        chosen, method, r, alpha, seed, dtype, options, per_site or {}
+    )
     ratio = method.lr_ratio if lr_ratio is None else lr_ratio
-    method.fits([adapter for views in built.values() for adapter in views.values()])
+    method.fits(
+        [adapter for views in built.values() for adapter in views.values()]
+    )
     check_ratio(method_id, ratio, built)
     config = as_written(target_modules, per_site) | {
-        "r": r, "alpha": alpha, "seed": seed, "dtype": dtype, "lr_ratio": lr_ratio,
-        "head": list(heads), "options": options, "step": None, "step_options": step_options}
+        "r": r,
+        "alpha": alpha,
+        "seed": seed,
+        "dtype": dtype,
+        "lr_ratio": lr_ratio,
+        "head": list(heads),
+        "options": options,
+        "step": None,
+        "step_options": step_options,
+    }
     return Plan(
-        chosen, built, [n for n in in_place if n not in in_head], in_head,
-        Record(method_id, method, config, step, ratio))
+        chosen,
+        built,
+        [n for n in in_place if n not in in_head],
+        in_head,
+        Record(method_id, method, config, step, ratio),
+    )
 
 # %% ../../nbs/core/adapting.ipynb #c21
-def choose_all(model: nn.Module, method: Method, target_modules, head: list[str]) -> tuple:
-    "The targets, and the names of the parameters that train in place beside them."
+def choose_all(
+    model: nn.Module, method: Method, target_modules, head: list[str]
+) -> tuple:
+    """The targets, and the names of the parameters that train in place beside
+    them.
+    """
     if target_modules is None:
         return method.targets(model, head)
     return choose(model, target_modules, head), []
 
 # %% ../../nbs/core/adapting.ipynb #c22
-def check_something(model: nn.Module, method_id: str, chosen: list, in_place: list) -> None:
+def check_something(
+    model: nn.Module, method_id: str, chosen: list, in_place: list
+) -> None:
     "Raise BadValue if nothing would train, or BadType if something can't."
     if not chosen and not in_place:
-        raise BadValue(f"{method_id!r} would train nothing: name target_modules= or head=")
-    check_parameters(model, [*in_place, *(f"{t.name}.weight".lstrip(".") for t in chosen)])
+        raise BadValue(
+            f"{method_id!r} would train nothing: name target_modules= or head="
+        )
+    check_parameters(
+        model, [*in_place, *(f"{t.name}.weight".lstrip(".") for t in chosen)]
+    )
 
 
 def as_written(target_modules, per_site: dict | None) -> dict:
-    """What a saved description says of the targets: a list, an expression or None; ranks of
-    their own."""
+    """What a saved description says of the targets: a list, an expression or
+    None; ranks of their own.
+    """
     plain = target_modules is None or isinstance(target_modules, str)
-    listed = {"target_modules": target_modules if plain else list(target_modules)}
+    listed = {
+        "target_modules": target_modules if plain else list(target_modules)
+    }
     return listed | ({"per_site": per_site} if per_site else {})
 
 # %% ../../nbs/core/adapting.ipynb #c23
 def check_not_adapted(model: nn.Module) -> None:
-    "Raise BadValue for a model that is adapted, inside or as a part of a larger one."
+    """Raise BadValue for a model that is adapted, inside or as a part of a
+    larger one.
+    """
     record = find_record(model)
     if record is not None:
         raise BadValue(
-            f"the model is adapted already, with {record.method_id!r}; unload it first with "
-            "merge(model, unload=True)")
+            f"the model is adapted already, with {record.method_id!r}; unload"
+            " it first with merge(model, unload=True)"
+        )
     if any(isinstance(module, Site) for module in model.modules()):
         raise BadValue(
-            "the model is adapted already, as a part of a larger one; unload that first with "
-            "merge(model, unload=True)")
+            "the model is adapted already, as a part of a larger one; unload"
+            " that first with merge(model, unload=True)"
+        )
 
 # %% ../../nbs/core/adapting.ipynb #c24
 def check_ratio(method_id: str, ratio: float | None, built: dict) -> None:
-    "Raise BadType if a learning-rate ratio is asked of adapters that don't train both factors."
+    """Raise BadType if a learning-rate ratio is asked of adapters that don't
+    train both factors.
+    """
     kinds = {
-        type(a) for views in built.values() for a in views.values()
-        if not {"A", "B"} <= {n for n, _ in a.named_parameters()}}
+        type(a)
+        for views in built.values()
+        for a in views.values()
+        if not {"A", "B"} <= {n for n, _ in a.named_parameters()}
+    }
     if ratio is not None and (kinds or not built):
         raise BadType(
-            f"lr_ratio={ratio} needs trained factors A and B; {method_id!r} doesn't train both")
+            f"lr_ratio={ratio} needs trained factors A and B; {method_id!r}"
+            " doesn't train both"
+        )
 
 # %% ../../nbs/core/adapting.ipynb #c25
 def commit(model: nn.Module, made: Plan) -> nn.Module:
     "Adapt the model as planned, in place; returns it."
     record, named = made.record, dict(model.named_parameters())
     record.was_trainable = {name: p.requires_grad for name, p in named.items()}
-    record.base = {name: named[name].detach().clone() for name in [*made.head, *made.in_place]}
+    record.base = {
+        name: named[name].detach().clone()
+        for name in [*made.head, *made.in_place]
+    }
     record.head = made.head
-    record.buffers = {name: b.detach().clone() for name, b in stored_buffers(model).items()}
+    record.buffers = {
+        name: b.detach().clone() for name, b in stored_buffers(model).items()
+    }
     for p in named.values():
         p.requires_grad_(False)
     for target in made.targets:
@@ -342,17 +517,27 @@ def commit(model: nn.Module, made: Plan) -> nn.Module:
 
 # %% ../../nbs/core/adapting.ipynb #c27
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    "{name: buffer} for the buffers of a state dict that belong to no site's adapters."
+    """{name: buffer} for the buffers of a state dict that belong to no site's
+    adapters.
+    """
     inside = tuple(f"{name}.adapters.".lstrip(".") for name, _ in sites(model))
     found = (
-        (f"{name}.{key}".lstrip("."), b) for name, m in model.named_modules()
+        (f"{name}.{key}".lstrip("."), b)
+        for name, m in model.named_modules()
         for key, b in m._buffers.items()
-        if b is not None and key not in m._non_persistent_buffers_set)
-    return {name: b for name, b in found if not name.startswith(inside)} if inside else dict(found)
+        if b is not None and key not in m._non_persistent_buffers_set
+    )
+    return (
+        {name: b for name, b in found if not name.startswith(inside)}
+        if inside
+        else dict(found)
+    )
 
 # %% ../../nbs/core/adapting.ipynb #c32
 def delta(model: nn.Module) -> dict[str, Tensor]:
-    "{name: ΔW} for each adapted weight: (n, m), detached, float32 or wider. The same while merged."
+    """{name: ΔW} for each adapted weight: (n, m), detached, float32 or wider.
+    The same while merged.
+    """
     record_of(model)
     with torch.no_grad():
         found = {}
@@ -360,37 +545,55 @@ def delta(model: nn.Module) -> dict[str, Tensor]:
             for block, key in zip(site.blocks(), site.views, strict=True):
                 view = site.views[key]
                 change = widened(block.adapter.delta(block.W0).detach())
-                found[f"{name}[{view.label}]" if view.label else name] = change.clone()
+                found[f"{name}[{view.label}]" if view.label else name] = (
+                    change.clone()
+                )
         return found
 
 # %% ../../nbs/core/adapting.ipynb #c33
 def n_trainable(model: nn.Module, heads: bool = False) -> int:
-    "How many numbers are trained; those of `head=` are counted only with heads=True."
+    """How many numbers are trained; those of `head=` are counted only with
+    heads=True.
+    """
     record = record_of(model)
     own = sum(
-        p.numel() for adapter in adapters(model).values() for p in adapter.parameters()
-        if p.requires_grad)
+        p.numel()
+        for adapter in adapters(model).values()
+        for p in adapter.parameters()
+        if p.requires_grad
+    )
     in_place = sum(
-        base.numel() for name, base in record.base.items() if heads or name not in record.head)
+        base.numel()
+        for name, base in record.base.items()
+        if heads or name not in record.head
+    )
     return own + in_place
 
 # %% ../../nbs/core/adapting.ipynb #c34
 def base_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    "(parameter, its base numbers in its type and place) for what trains in place."
+    """(parameter, its base numbers in its type and place) for what trains in
+    place.
+    """
     record, root = record_of(model), root_of(model)
     named = dict(root.named_parameters())
-    return ((named[name], base.to(named[name])) for name, base in record.base.items())
+    return (
+        (named[name], base.to(named[name]))
+        for name, base in record.base.items()
+    )
 
 
 def root_of(model: nn.Module) -> nn.Module:
     "The module that was adapted, inside whatever wraps it."
-    return next(module for module in model.modules() if "_lora_book" in vars(module))
+    return next(
+        module for module in model.modules() if "_lora_book" in vars(module)
+    )
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model is the base model, bit for bit: no adapters, no merged
-    weights, no trained heads. Also if the body raises."""
+    """Within the context the model is the base model, bit for bit: no
+    adapters, no merged weights, no trained heads. Also if the body raises.
+    """
     record, before = record_of(model), record_of(model).disabled
     swapped = [(p, p.data, base) for p, base in base_parameters(model)]
     with switched_off(model), base_buffers(root_of(model), record.buffers):
@@ -407,11 +610,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 # %% ../../nbs/core/adapting.ipynb #c34x
 @contextmanager
 def base_buffers(root: nn.Module, buffers: dict) -> Iterator[None]:
-    """Within the context the model's buffers are copies of `buffers`; afterwards they are the
-    old tensors again."""
+    """Within the context the model's buffers are copies of `buffers`;
+    afterwards they are the old tensors again.
+    """
     places = [
-        (root.get_submodule(name.rpartition(".")[0])._buffers, name.rpartition(".")[2], b)
-        for name, b in buffers.items()]
+        (
+            root.get_submodule(name.rpartition(".")[0])._buffers,
+            name.rpartition(".")[2],
+            b,
+        )
+        for name, b in buffers.items()
+    ]
     before = [held[key] for held, key, _ in places]
     try:
         for held, key, b in places:
@@ -423,13 +632,16 @@ def base_buffers(root: nn.Module, buffers: dict) -> Iterator[None]:
 
 # %% ../../nbs/core/adapting.ipynb #c37
 def param_groups(model: nn.Module, lr: float) -> list[dict]:
-    """Parameter groups for any torch optimizer: every trained parameter once, grouped by its
-    learning rate (LoRA+: B at lr·lr_ratio)."""
+    """Parameter groups for any torch optimizer: every trained parameter once,
+    grouped by its learning rate (LoRA+: B at lr·lr_ratio).
+    """
     check_number("lr", lr, above=0)
     record = record_of(model)
     groups: dict[float, list] = {}
     for adapter in adapters(model).values():
-        rates = adapter.rates() | ({"B": record.lr_ratio} if record.lr_ratio else {})
+        rates = adapter.rates() | (
+            {"B": record.lr_ratio} if record.lr_ratio else {}
+        )
         for name, p in adapter.named_parameters():
             if p.requires_grad:
                 groups.setdefault(rates.get(name, 1.0), []).append(p)
@@ -437,13 +649,20 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
     groups.setdefault(1.0, []).extend(named[name] for name in record.base)
     if not any(groups.values()):
         raise BadValue(
-            f"{record.method_id!r} trains nothing in this model: name head= when adapting")
-    return [{"params": params, "lr": lr * rate} for rate, params in groups.items() if params]
+            f"{record.method_id!r} trains nothing in this model: name head="
+            " when adapting"
+        )
+    return [
+        {"params": params, "lr": lr * rate}
+        for rate, params in groups.items()
+        if params
+    ]
 
 # %% ../../nbs/core/adapting.ipynb #c39
 def strip(model: nn.Module) -> None:
-    """Take every adapter off: sites become plain modules again, with the flags they had; heads
-    keep what they learnt."""
+    """Take every adapter off: sites become plain modules again, with the flags
+    they had; heads keep what they learnt.
+    """
     record, root = record_of(model), root_of(model)
     for _, site in list(sites(model)):
         uninstall(site)

@@ -12,29 +12,55 @@ from .errors import BadValue, check_count
 
 # %% ../../nbs/core/chain.ipynb #c08
 def folded(Bs: Tensor, As: Tensor) -> Tensor:
-    "Σ_j B^j A^j as one product of (n, k·r) with (k·r, m), for stacks (k, n, r) and (k, r, m)."
+    """Σ_j B^j A^j as one product of (n, k·r) with (k·r, m), for stacks (k, n,
+    r) and (k, r, m).
+    """
     return Bs.transpose(0, 1).flatten(1) @ As.flatten(0, 1)
 
 # %% ../../nbs/core/chain.ipynb #c10
 class Links(LowRank):
-    "ΔW = s·Σ_j B^j A^j (@eq-chain-delta): finished links beside a training one. `init` makes a link; it may look at `self.done`."
+    """ΔW = s·Σ_j B^j A^j (@eq-chain-delta): finished links beside a training
+    one. `init` makes a link; it may look at `self.done`.
+    """
 
     kept = ("A", "B")
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None):
-        for name, value in (("chain_length", chain_length), ("reset_every", reset_every)):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        chain_length: int | None = None,
+        reset_every: int | None = None,
+    ):
+        for name, value in (
+            ("chain_length", chain_length),
+            ("reset_every", reset_every),
+        ):
             if value is not None:
                 check_count(name, value)
-        self.chain_length, self.reset_every, self.done = chain_length, reset_every, 0
+        self.chain_length, self.reset_every, self.done = (
+            chain_length,
+            reset_every,
+            0,
+        )
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         for name in self.kept:
             part = getattr(self, name).detach()
-            self.register_buffer(f"links_{name}", part.new_empty(0, *part.shape))
+            self.register_buffer(
+                f"links_{name}", part.new_empty(0, *part.shape)
+            )
 
     def resting(self) -> list:
         "The finished links as (A_j, B_j, s)."
-        return [(A, B, self.scaling) for A, B in zip(self.links_A, self.links_B, strict=True)]
+        return [
+            (A, B, self.scaling)
+            for A, B in zip(self.links_A, self.links_B, strict=True)
+        ]
 
     @property
     def links(self) -> list:
@@ -42,12 +68,22 @@ class Links(LowRank):
         return [(A, B) for A, B, _ in self.factors()]
 
     def delta(self, W0: Tensor) -> Tensor:
-        "s Σ_j B^j A^j, (n, m): the finished links in one product, plus the training one."
-        return self.scaling * (self.B @ self.A) + self.scaling * folded(self.links_B, self.links_A)
+        """s Σ_j B^j A^j, (n, m): the finished links in one product, plus the
+        training one.
+        """
+        return self.scaling * (self.B @ self.A) + self.scaling * folded(
+            self.links_B, self.links_A
+        )
 
     def rest(self, W0: Tensor) -> Tensor:
         "W0 plus the finished links, summed in 32 bits or more, in W0's type."
-        return (W0 + self.scaling * folded(self.links_B, self.links_A)).to(W0.dtype) if self.done else W0
+        return (
+            (W0 + self.scaling * folded(self.links_B, self.links_A)).to(
+                W0.dtype
+            )
+            if self.done
+            else W0
+        )
 
 # %% ../../nbs/core/chain.ipynb #c12
 class _Counted(Links):
@@ -63,29 +99,46 @@ class _Counted(Links):
             raise BadValue(f"the chain has all its {self.chain_length} links")
 
     def _load_from_state_dict(self, state, prefix, *args):
-        stored = {name: state.get(f"{prefix}links_{name}") for name in self.kept}
-        if all(links is not None and links.shape[1:] == getattr(self, f"links_{name}").shape[1:] for name, links in stored.items()):
+        stored = {
+            name: state.get(f"{prefix}links_{name}") for name in self.kept
+        }
+        if all(
+            links is not None
+            and links.shape[1:] == getattr(self, f"links_{name}").shape[1:]
+            for name, links in stored.items()
+        ):
             self.done = len(stored[self.kept[0]])
             for name in self.kept:
                 own = getattr(self, f"links_{name}")
-                setattr(self, f"links_{name}", own.new_zeros(self.done, *own.shape[1:]))
+                setattr(
+                    self,
+                    f"links_{name}",
+                    own.new_zeros(self.done, *own.shape[1:]),
+                )
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/core/chain.ipynb #c12c
 class Chain(_Counted):
-    "A row of links that can be advanced (@def-chain-rules); `chain_length` bounds it, `reset_every` advances it after so many steps."
+    """A row of links that can be advanced (@def-chain-rules); `chain_length`
+    bounds it, `reset_every` advances it after so many steps.
+    """
 
     @torch.no_grad()
     def advance(self) -> None:
         "Rest the training link and open the next, in the same parameters."
         self.check_advance()
         for name in self.kept:
-            links, part = getattr(self, f"links_{name}"), getattr(self, name).detach()
+            links, part = (
+                getattr(self, f"links_{name}"),
+                getattr(self, name).detach(),
+            )
             setattr(self, f"links_{name}", torch.cat([links, part[None]]))
         self.done += 1
         self.rest_changed()
         shape = torch.empty(self.B.shape[0], self.A.shape[1], device="meta")
-        self.renew(*self.init(shape, self.r, generator(self.seed, "link", self.done)))
+        self.renew(
+            *self.init(shape, self.r, generator(self.seed, "link", self.done))
+        )
 
     def renew(self, A: Tensor, B: Tensor) -> None:
         "Put a new link's start into the tensors of the old one."

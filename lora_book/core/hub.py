@@ -21,31 +21,55 @@ from .errors import BadValue, MissingFile
 
 # %% ../../nbs/core/hub.ipynb #c05
 def switched_off() -> bool:
-    "Whether the environment variable HF_HUB_OFFLINE says that the hub isn't to be asked."
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
+    """Whether the environment variable HF_HUB_OFFLINE says that the hub isn't
+    to be asked.
+    """
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in (
+        "1",
+        "true",
+        "yes",
+        "on",
+    )
 
 
 def reachable(url: str, seconds: float = 3.0) -> bool:
-    "Whether a connection to the host of `url` opens within `seconds`; behind a proxy that is taken for granted."
+    """Whether a connection to the host of `url` opens within `seconds`; behind
+    a proxy that is taken for granted.
+    """
     if urllib.request.getproxies():
         return True
     place = urllib.parse.urlsplit(url)
     port = place.port or (80 if place.scheme == "http" else 443)
-    with contextlib.suppress(OSError), socket.create_connection((place.hostname, port), timeout=seconds):
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((place.hostname, port), timeout=seconds),
+    ):
         return True
     return False
 
 # %% ../../nbs/core/hub.ipynb #c07
-def cannot_fetch(kind: str, name: str, instead: str, cause: Exception) -> MissingFile:
-    "The one error for a hub name that can't be had: why, in a line, and the offline choice."
-    why = "HF_HUB_OFFLINE is set" if switched_off() else " ".join(str(cause).split())[:200]
-    return MissingFile(f"the {kind} {name!r} is neither on this machine nor could it be fetched from the hub ({why}); "
-                       f"the offline choice is {instead!r}")
+def cannot_fetch(
+    kind: str, name: str, instead: str, cause: Exception
+) -> MissingFile:
+    """The one error for a hub name that can't be had: why, in a line, and the
+    offline choice.
+    """
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if switched_off()
+        else " ".join(str(cause).split())[:200]
+    )
+    return MissingFile(
+        f"the {kind} {name!r} is neither on this machine nor could it be"
+        f" fetched from the hub ({why}); the offline choice is {instead!r}"
+    )
 
 
 @contextlib.contextmanager
 def hub_access(kind: str, name: str, instead: str) -> Iterator:
-    "Around a download: without network only cached files are tried, and a failure becomes the error of `cannot_fetch`."
+    """Around a download: without network only cached files are tried, and a
+    failure becomes the error of `cannot_fetch`.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -62,46 +86,170 @@ def hub_access(kind: str, name: str, instead: str) -> Iterator:
 # %% ../../nbs/core/hub.ipynb #c10
 PARQUET = "refs/convert/parquet"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-HUB_DATA = {f"glue/{task}": {"path": "nyu-mll/glue", "name": task} for task in GLUE} | {
+HUB_DATA = {
+    f"glue/{task}": {"path": "nyu-mll/glue", "name": task} for task in GLUE
+} | {
     "paws": {"path": "google-research-datasets/paws", "name": "labeled_final"},
-    "trec": {"path": "CogComp/trec", "revision": PARQUET, "label": "fine_label"},
-    "clutrr": {"path": "CLUTRR/v1", "name": "gen_train23_test2to10", "revision": PARQUET, "label": "target", "inputs": ("query", "story")},
-    "django": {"path": "AhmedSSoliman/DJANGO", "inputs": ("nl",), "target": "code"},
-    "openbookqa": {"path": "allenai/openbookqa", "name": "main", "inputs": ("question_stem",), "choices": "choices", "label": "answerKey"},
-    "logiqa": {"path": "lucasmccabe/logiqa", "revision": PARQUET, "inputs": ("context", "query"), "choices": "options",
-               "label": "correct_option"},
-    "folio": {"path": "yale-nlp/FOLIO", "inputs": ("premises", "conclusion"), "label": "label"},
-    "alpaca": {"path": "yahma/alpaca-cleaned", "inputs": ("instruction", "input"), "target": "output"},
-    "metamath": {"path": "meta-math/MetaMathQA", "inputs": ("query",), "target": "response"},
-    "e2e": {"path": "tuetschek/e2e_nlg", "revision": PARQUET, "inputs": ("meaning_representation",), "target": "human_reference"},
-    "cifar10": {"path": "uoft-cs/cifar10"}, "cifar100": {"path": "uoft-cs/cifar100", "label": "fine_label"},
-    "eurosat": {"path": "blanchon/EuroSAT_RGB"}, "flowers102": {"path": "nelorth/oxford-flowers"}, "cars": {"path": "tanganke/stanford_cars"},
-    "aircraft": {"path": "HuggingFaceM4/FGVC-Aircraft", "revision": PARQUET, "label": "variant"},
-    "officehome": {"path": "flwrlabs/office-home"}}
-PICTURES = ("cifar10", "cifar100", "eurosat", "flowers102", "cars", "aircraft", "officehome")
-INSTEAD = {"django": "kinship/facts", "e2e": "docstrings/signature", "alpaca": "docstrings/signature", "metamath": "docstrings/signature", "clutrr": "kinship", "folio": "kinship",
-           "openbookqa": "kinship/choice", "logiqa": "kinship/choice", "glue/stsb": "docstrings/similarity", "trec": "docstrings/source",
-           "glue/cola": "docstrings/source", "glue/sst2": "docstrings/source", **dict.fromkeys(PICTURES, "digits")}
+    "trec": {
+        "path": "CogComp/trec",
+        "revision": PARQUET,
+        "label": "fine_label",
+    },
+    "clutrr": {
+        "path": "CLUTRR/v1",
+        "name": "gen_train23_test2to10",
+        "revision": PARQUET,
+        "label": "target",
+        "inputs": ("query", "story"),
+    },
+    "django": {
+        "path": "AhmedSSoliman/DJANGO",
+        "inputs": ("nl",),
+        "target": "code",
+    },
+    "openbookqa": {
+        "path": "allenai/openbookqa",
+        "name": "main",
+        "inputs": ("question_stem",),
+        "choices": "choices",
+        "label": "answerKey",
+    },
+    "logiqa": {
+        "path": "lucasmccabe/logiqa",
+        "revision": PARQUET,
+        "inputs": ("context", "query"),
+        "choices": "options",
+        "label": "correct_option",
+    },
+    "folio": {
+        "path": "yale-nlp/FOLIO",
+        "inputs": ("premises", "conclusion"),
+        "label": "label",
+    },
+    "alpaca": {
+        "path": "yahma/alpaca-cleaned",
+        "inputs": ("instruction", "input"),
+        "target": "output",
+    },
+    "metamath": {
+        "path": "meta-math/MetaMathQA",
+        "inputs": ("query",),
+        "target": "response",
+    },
+    "e2e": {
+        "path": "tuetschek/e2e_nlg",
+        "revision": PARQUET,
+        "inputs": ("meaning_representation",),
+        "target": "human_reference",
+    },
+    "cifar10": {"path": "uoft-cs/cifar10"},
+    "cifar100": {"path": "uoft-cs/cifar100", "label": "fine_label"},
+    "eurosat": {"path": "blanchon/EuroSAT_RGB"},
+    "flowers102": {"path": "nelorth/oxford-flowers"},
+    "cars": {"path": "tanganke/stanford_cars"},
+    "aircraft": {
+        "path": "HuggingFaceM4/FGVC-Aircraft",
+        "revision": PARQUET,
+        "label": "variant",
+    },
+    "officehome": {"path": "flwrlabs/office-home"},
+}
+PICTURES = (
+    "cifar10",
+    "cifar100",
+    "eurosat",
+    "flowers102",
+    "cars",
+    "aircraft",
+    "officehome",
+)
+INSTEAD = {
+    "django": "kinship/facts",
+    "e2e": "docstrings/signature",
+    "alpaca": "docstrings/signature",
+    "metamath": "docstrings/signature",
+    "clutrr": "kinship",
+    "folio": "kinship",
+    "openbookqa": "kinship/choice",
+    "logiqa": "kinship/choice",
+    "glue/stsb": "docstrings/similarity",
+    "trec": "docstrings/source",
+    "glue/cola": "docstrings/source",
+    "glue/sst2": "docstrings/source",
+    **dict.fromkeys(PICTURES, "digits"),
+}
 
 # %% ../../nbs/core/hub.ipynb #c11
 def short_name(name: str) -> str:
-    "The short name of a repository of the table above, or the name itself; GLUE's repository holds nine and has none."
-    return {keys["path"]: short for short, keys in HUB_DATA.items() if not short.startswith("glue/")}.get(name, name)
+    """The short name of a repository of the table above, or the name itself;
+    GLUE's repository holds nine and has none.
+    """
+    return {
+        keys["path"]: short
+        for short, keys in HUB_DATA.items()
+        if not short.startswith("glue/")
+    }.get(name, name)
 
 
-def columns(features: dict, inputs: tuple = (), label: str | None = None, target: str | None = None, choices: str | None = None) -> tuple:
-    "(kind, input columns, label column) of a table, from the names given or from its columns' types; BadValue if they don't say."
-    types = {name: type(feature).__name__ for name, feature in features.items()}
-    text = [name for name, kind in types.items() if kind == "Value" and features[name].dtype in ("string", "large_string")]
-    image = next((name for name, kind in types.items() if kind == "Image"), None)
-    label = target or label or next((name for name, kind in types.items() if kind == "ClassLabel"), "label")
-    chosen = (image,) if image else tuple(inputs) or tuple(name for name in text if name != label)[:2]
+def columns(
+    features: dict,
+    inputs: tuple = (),
+    label: str | None = None,
+    target: str | None = None,
+    choices: str | None = None,
+) -> tuple:
+    """(kind, input columns, label column) of a table, from the names given or
+    from its columns' types; BadValue if they don't say.
+    """
+    types = {
+        name: type(feature).__name__ for name, feature in features.items()
+    }
+    text = [
+        name
+        for name, kind in types.items()
+        if kind == "Value"
+        and features[name].dtype in ("string", "large_string")
+    ]
+    image = next(
+        (name for name, kind in types.items() if kind == "Image"), None
+    )
+    label = (
+        target
+        or label
+        or next(
+            (name for name, kind in types.items() if kind == "ClassLabel"),
+            "label",
+        )
+    )
+    chosen = (
+        (image,)
+        if image
+        else tuple(inputs) or tuple(name for name in text if name != label)[:2]
+    )
     if label not in types or not chosen:
-        raise BadValue(f"no label or no input among the columns {', '.join(types)}")
+        raise BadValue(
+            f"no label or no input among the columns {', '.join(types)}"
+        )
     if target or choices:
-        return ("generation", chosen, target) if target else ("choice", (*chosen, choices), label)
-    number = types[label] == "Value" and features[label].dtype.startswith("float")
-    return "regression" if number else "image" if image else ("text", "pair")[len(chosen) - 1], chosen, label
+        return (
+            ("generation", chosen, target)
+            if target
+            else ("choice", (*chosen, choices), label)
+        )
+    number = types[label] == "Value" and features[label].dtype.startswith(
+        "float"
+    )
+    return (
+        (
+            "regression"
+            if number
+            else "image"
+            if image
+            else ("text", "pair")[len(chosen) - 1]
+        ),
+        chosen,
+        label,
+    )
 
 # %% ../../nbs/core/hub.ipynb #c15
 def shuffled(count: int, seed: int) -> list:
@@ -110,61 +258,111 @@ def shuffled(count: int, seed: int) -> list:
 
 
 def three(tables: dict, label: str, seed: int = 0) -> dict:
-    "{split: (table, positions)}: published splits that have labels; a missing one is a tenth of the training rows."
-    have = {name: table for name, table in tables.items() if len(table) and table[0][label] != -1}
+    """{split: (table, positions)}: published splits that have labels; a
+    missing one is a tenth of the training rows.
+    """
+    have = {
+        name: table
+        for name, table in tables.items()
+        if len(table) and table[0][label] != -1
+    }
     if "train" not in have:
         raise BadValue(f"no labelled training split among {', '.join(tables)}")
     others = [name for name in have if name != "train"]
-    test = next((name for name in others if name.startswith("test")), others[0] if others else None)
+    test = next(
+        (name for name in others if name.startswith("test")),
+        others[0] if others else None,
+    )
     validation = next((name for name in others if name != test), None)
     order, found = shuffled(len(have["train"]), seed), {}
     for part, name in (("test", test), ("validation", validation)):
-        tenth = [order.pop() for _ in range(len(have["train"]) // 10)] if name is None else []
-        found[part] = (have["train"], tenth) if name is None else (have[name], shuffled(len(have[name]), seed))
+        tenth = (
+            [order.pop() for _ in range(len(have["train"]) // 10)]
+            if name is None
+            else []
+        )
+        found[part] = (
+            (have["train"], tenth)
+            if name is None
+            else (have[name], shuffled(len(have[name]), seed))
+        )
     return {"train": (have["train"], order), **found}
 
 # %% ../../nbs/core/hub.ipynb #c18
 def image_bytes(picture) -> Tensor:
-    "A PIL image as (3, height, width) bytes: up to 64 pixels as it is, a larger one at 224x224."
+    """A PIL image as (3, height, width) bytes: up to 64 pixels as it is, a
+    larger one at 224x224.
+    """
     picture = picture.convert("RGB")
     side = picture.size if max(picture.size) <= 64 else (224, 224)
-    flat = torch.frombuffer(bytearray(picture.resize(side).tobytes()), dtype=torch.uint8)
+    flat = torch.frombuffer(
+        bytearray(picture.resize(side).tobytes()), dtype=torch.uint8
+    )
     return flat.view(side[1], side[0], 3).permute(2, 0, 1).contiguous()
 
 
 def to_pixels(batch: dict, side: int = 224) -> dict:
-    "Bytes (rows, 3, h, w) as floats about [-1, 1] at side x side, the range that timm's ViTs were trained on."
+    """Bytes (rows, 3, h, w) as floats about [-1, 1] at side x side, the range
+    that timm's ViTs were trained on.
+    """
     pixels = batch["pixel_values"].float() / 127.5 - 1
     if pixels.shape[-2:] != (side, side):
-        pixels = torch.nn.functional.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False)
+        pixels = torch.nn.functional.interpolate(
+            pixels, size=(side, side), mode="bicubic", align_corners=False
+        )
     return batch | {"pixel_values": pixels}
 
 # %% ../../nbs/core/hub.ipynb #c19
 def label_numbers(tables: dict, label: str) -> tuple:
-    "(names, {label: number}) of a label column: its class names, or its distinct values sorted."
+    """(names, {label: number}) of a label column: its class names, or its
+    distinct values sorted.
+    """
     feature = tables["train"].features[label]
     if type(feature).__name__ == "ClassLabel":
-        return tuple(feature.names), {number: number for number in range(feature.num_classes)}
-    values = sorted({value for table in tables.values() for value in table[label]} - {-1, None})
-    return tuple(map(str, values)), {value: number for number, value in enumerate(values)}
+        return tuple(feature.names), {
+            number: number for number in range(feature.num_classes)
+        }
+    values = sorted(
+        {value for table in tables.values() for value in table[label]}
+        - {-1, None}
+    )
+    return tuple(map(str, values)), {
+        value: number for number, value in enumerate(values)
+    }
 
 # %% ../../nbs/core/hub.ipynb #c19b
 def options(cell: dict | list) -> tuple:
-    "(answers, their names) of a cell of choices: a dictionary of texts and labels, or a list counted from 0."
+    """(answers, their names) of a cell of choices: a dictionary of texts and
+    labels, or a list counted from 0.
+    """
     names = cell["label"] if isinstance(cell, dict) else range(len(cell))
-    return tuple(cell["text"] if isinstance(cell, dict) else cell), list(map(str, names))
+    return tuple(cell["text"] if isinstance(cell, dict) else cell), list(
+        map(str, names)
+    )
 
 
 def read_choices(table, inputs: tuple, label: str) -> tuple:
-    "(questions with their answers, positions of the right ones) of a table whose last input column holds the answers."
+    """(questions with their answers, positions of the right ones) of a table
+    whose last input column holds the answers.
+    """
     *asked, choices = (table[name] for name in inputs)
     cells = [options(cell) for cell in choices]
-    questions = [("\n".join(parts), answers) for *parts, (answers, _) in zip(*asked, cells)]
-    return questions, [names.index(str(right)) for (_, names), right in zip(cells, table[label])]
+    questions = [
+        ("\n".join(parts), answers)
+        for *parts, (answers, _) in zip(*asked, cells)
+    ]
+    return questions, [
+        names.index(str(right))
+        for (_, names), right in zip(cells, table[label])
+    ]
 
 
-def read_rows(table, kind: str, inputs: tuple, label: str, numbers: dict) -> tuple:
-    "(inputs, answers) of one table as lists: texts, pairs of texts, questions with answers or image bytes; numbers or texts."
+def read_rows(
+    table, kind: str, inputs: tuple, label: str, numbers: dict
+) -> tuple:
+    """(inputs, answers) of one table as lists: texts, pairs of texts,
+    questions with answers or image bytes; numbers or texts.
+    """
     if kind == "choice":
         return read_choices(table, inputs, label)
     answers = list(table[label])
@@ -173,21 +371,52 @@ def read_rows(table, kind: str, inputs: tuple, label: str, numbers: dict) -> tup
     if kind == "image":
         return [image_bytes(picture) for picture in table[inputs[0]]], answers
     if kind == "generation":
-        return ["\n".join(filter(None, parts)) for parts in zip(*(table[name] for name in inputs))], answers
-    return (list(zip(*(table[name] for name in inputs))) if len(inputs) > 1 else list(table[inputs[0]])), answers
+        return [
+            "\n".join(filter(None, parts))
+            for parts in zip(*(table[name] for name in inputs))
+        ], answers
+    return (
+        list(zip(*(table[name] for name in inputs)))
+        if len(inputs) > 1
+        else list(table[inputs[0]])
+    ), answers
 
 # %% ../../nbs/core/hub.ipynb #c20
 def hub_rows(name: str, limit: int | None = None, seed: int = 0) -> dict:
-    "kind, classes, rows {split: (inputs, answers)}, source and license of a hub data set; MissingFile when it can't be fetched."
+    """kind, classes, rows {split: (inputs, answers)}, source and license of a
+    hub data set; MissingFile when it can't be fetched.
+    """
     import datasets
 
     short = short_name(name)
     keys = dict(HUB_DATA.get(short, {"path": name}))
-    said = {key: keys.pop(key) for key in ("inputs", "label", "target", "choices") if key in keys}
+    said = {
+        key: keys.pop(key)
+        for key in ("inputs", "label", "target", "choices")
+        if key in keys
+    }
     with hub_access("data set", name, INSTEAD.get(short, "docstrings/match")):
         tables = datasets.load_dataset(**keys)
     kind, inputs, label = columns(tables["train"].features, **said)
-    classes, numbers = ((), {}) if kind in ("generation", "regression", "choice") else label_numbers(tables, label)
-    rows = {part: read_rows(table.select(positions[:limit or None]), kind, inputs, label, numbers)
-            for part, (table, positions) in three(tables, label, seed).items()}
-    return {"kind": kind, "classes": classes, "rows": rows, "source": f"hub: {keys['path']}", "license": tables["train"].info.license or "see the hub"}
+    classes, numbers = (
+        ((), {})
+        if kind in ("generation", "regression", "choice")
+        else label_numbers(tables, label)
+    )
+    rows = {
+        part: read_rows(
+            table.select(positions[: limit or None]),
+            kind,
+            inputs,
+            label,
+            numbers,
+        )
+        for part, (table, positions) in three(tables, label, seed).items()
+    }
+    return {
+        "kind": kind,
+        "classes": classes,
+        "rows": rows,
+        "source": f"hub: {keys['path']}",
+        "license": tables["train"].info.license or "see the hub",
+    }

@@ -9,21 +9,38 @@ import random
 from collections.abc import Sequence
 
 # %% ../../nbs/core/kinship.ipynb #c05
-KIN = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"), "spouse": ("wife", "husband"),
-       "grandparent": ("grandmother", "grandfather"), "grandchild": ("granddaughter", "grandson"), "uncle": ("aunt", "uncle"),
-       "nephew": ("niece", "nephew"), "cousin": ("cousin", "cousin"), "parent-in-law": ("mother-in-law", "father-in-law"),
-       "child-in-law": ("daughter-in-law", "son-in-law"), "sibling-in-law": ("sister-in-law", "brother-in-law")}
-RELATIONS = tuple(dict.fromkeys(word for words in KIN.values() for word in words))
+KIN = {
+    "parent": ("mother", "father"),
+    "child": ("daughter", "son"),
+    "sibling": ("sister", "brother"),
+    "spouse": ("wife", "husband"),
+    "grandparent": ("grandmother", "grandfather"),
+    "grandchild": ("granddaughter", "grandson"),
+    "uncle": ("aunt", "uncle"),
+    "nephew": ("niece", "nephew"),
+    "cousin": ("cousin", "cousin"),
+    "parent-in-law": ("mother-in-law", "father-in-law"),
+    "child-in-law": ("daughter-in-law", "son-in-law"),
+    "sibling-in-law": ("sister-in-law", "brother-in-law"),
+}
+RELATIONS = tuple(
+    dict.fromkeys(word for words in KIN.values() for word in words)
+)
 CLOSE = ("parent", "child", "sibling", "spouse")
 
 # %% ../../nbs/core/kinship.ipynb #c06
 def family(rng: random.Random) -> tuple:
-    "A random family as three dictionaries over people: sex (0 female, 1 male), parents, partner."
+    """A random family as three dictionaries over people: sex (0 female, 1
+    male), parents, partner.
+    """
     sex, parents, partner = {}, {}, {}
 
     def born(couple=None, sex_of=None):
         person = len(sex)
-        sex[person], parents[person] = rng.randrange(2) if sex_of is None else sex_of, couple
+        sex[person], parents[person] = (
+            (rng.randrange(2) if sex_of is None else sex_of),
+            couple,
+        )
         return person
 
     def wed(one, other=None):
@@ -31,7 +48,10 @@ def family(rng: random.Random) -> tuple:
         sex[other], partner[one], partner[other] = 1 - sex[one], other, one
         return one, other
 
-    left, right = ([born(couple) for _ in range(size)] for couple, size in ((wed(born()), 3), (wed(born()), 2)))
+    left, right = (
+        [born(couple) for _ in range(size)]
+        for couple, size in ((wed(born()), 3), (wed(born()), 2))
+    )
     for couple in (wed(left[0], right[0]), wed(left[1]), wed(right[1])):
         for _ in range(rng.randint(2, 3)):
             born(couple)
@@ -39,22 +59,52 @@ def family(rng: random.Random) -> tuple:
 
 # %% ../../nbs/core/kinship.ipynb #c08
 def circles(parents: dict, partner: dict, person: int) -> dict:
-    "{relation: the people who are that to `person`}, from four steps between sets: up, down, beside, across."
-    def up(group): return {p for q in group for p in parents[q] or ()}
-    def down(group): return {c for c in parents if parents[c] and group & set(parents[c])}
-    def beside(group): return {c for c in parents for q in group if c != q and parents[c] and parents[c] == parents[q]}
-    def across(group): return {partner[q] for q in group if q in partner}
+    """{relation: the people who are that to `person`}, from four steps between
+    sets: up, down, beside, across.
+    """
+
+    def up(group):
+        return {p for q in group for p in parents[q] or ()}
+
+    def down(group):
+        return {c for c in parents if parents[c] and group & set(parents[c])}
+
+    def beside(group):
+        return {
+            c
+            for c in parents
+            for q in group
+            if c != q and parents[c] and parents[c] == parents[q]
+        }
+
+    def across(group):
+        return {partner[q] for q in group if q in partner}
 
     me, elders = {person}, beside(up({person}))
-    return {"parent": up(me), "child": down(me), "sibling": beside(me), "spouse": across(me), "grandparent": up(up(me)),
-            "grandchild": down(down(me)), "uncle": elders | across(elders), "nephew": down(beside(me) | beside(across(me))),
-            "cousin": down(elders), "parent-in-law": up(across(me)), "child-in-law": across(down(me)),
-            "sibling-in-law": beside(across(me)) | across(beside(me))}
+    return {
+        "parent": up(me),
+        "child": down(me),
+        "sibling": beside(me),
+        "spouse": across(me),
+        "grandparent": up(up(me)),
+        "grandchild": down(down(me)),
+        "uncle": elders | across(elders),
+        "nephew": down(beside(me) | beside(across(me))),
+        "cousin": down(elders),
+        "parent-in-law": up(across(me)),
+        "child-in-law": across(down(me)),
+        "sibling-in-law": beside(across(me)) | across(beside(me)),
+    }
 
 
 def relations(parents: dict, partner: dict) -> dict:
     "{(a, b): what a is to b} for every pair of people that has a word for it."
-    return {(a, b): word for b in parents for word, group in circles(parents, partner, b).items() for a in group}
+    return {
+        (a, b): word
+        for b in parents
+        for word, group in circles(parents, partner, b).items()
+        for a in group
+    }
 
 # %% ../../nbs/core/kinship.ipynb #c08w
 def near(kin: dict) -> dict:
@@ -67,61 +117,155 @@ def near(kin: dict) -> dict:
 
 
 def walks(close: dict, path: tuple, hops: int) -> list:
-    "Every path of `hops` close relations, as `near` gives them, that continues `path` and meets nobody twice."
+    """Every path of `hops` close relations, as `near` gives them, that
+    continues `path` and meets nobody twice.
+    """
     paths = [path]
     for _ in range(hops):
-        paths = [(*path, b) for path in paths for b in close.get(path[-1], ()) if b not in path]
+        paths = [
+            (*path, b)
+            for path in paths
+            for b in close.get(path[-1], ())
+            if b not in path
+        ]
     return paths
 
 # %% ../../nbs/core/kinship.ipynb #c14
-NAMES = (("Ada", "Bea", "Cleo", "Dora", "Edith", "Flora", "Grace", "Hilda", "Ines", "Judith", "Klara", "Lena", "Mina", "Nora", "Olga", "Paula"),
-         ("Adam", "Boris", "Cyril", "David", "Emil", "Felix", "Georg", "Hugo", "Ivan", "Jonas", "Karl", "Leo", "Max", "Nils", "Oscar", "Paul"))
-FACTS = ("{a} is the {word} of {b}.", "{b} has a {word} called {a}.", "{a} is {b}'s {word}.", "{b}'s {word} is {a}.")
+NAMES = (
+    (
+        "Ada",
+        "Bea",
+        "Cleo",
+        "Dora",
+        "Edith",
+        "Flora",
+        "Grace",
+        "Hilda",
+        "Ines",
+        "Judith",
+        "Klara",
+        "Lena",
+        "Mina",
+        "Nora",
+        "Olga",
+        "Paula",
+    ),
+    (
+        "Adam",
+        "Boris",
+        "Cyril",
+        "David",
+        "Emil",
+        "Felix",
+        "Georg",
+        "Hugo",
+        "Ivan",
+        "Jonas",
+        "Karl",
+        "Leo",
+        "Max",
+        "Nils",
+        "Oscar",
+        "Paul",
+    ),
+)
+FACTS = (
+    "{a} is the {word} of {b}.",
+    "{b} has a {word} called {a}.",
+    "{a} is {b}'s {word}.",
+    "{b}'s {word} is {a}.",
+)
 
 
 def story(rng: random.Random, sex: dict, kin: dict, path: tuple) -> tuple:
-    "((question, story), answer) for a path of people: its steps as sentences in random order, asking for its two ends."
-    called = {person: name for side in (0, 1) for person, name in
-              zip([p for p in path if sex[p] == side], rng.sample(NAMES[side], len(path)))}
-    facts = [rng.choice(FACTS).format(a=called[a], b=called[b], word=KIN[kin[a, b]][sex[a]]) for a, b in zip(path, path[1:])]
+    """((question, story), answer) for a path of people: its steps as sentences
+    in random order, asking for its two ends.
+    """
+    called = {
+        person: name
+        for side in (0, 1)
+        for person, name in zip(
+            [p for p in path if sex[p] == side],
+            rng.sample(NAMES[side], len(path)),
+        )
+    }
+    facts = [
+        rng.choice(FACTS).format(
+            a=called[a], b=called[b], word=KIN[kin[a, b]][sex[a]]
+        )
+        for a, b in zip(path, path[1:])
+    ]
     rng.shuffle(facts)
     ends = path[0], path[-1]
-    return (f"What is {called[ends[0]]} to {called[ends[1]]}?", " ".join(facts)), KIN[kin[ends]][sex[ends[0]]]
+    return (
+        f"What is {called[ends[0]]} to {called[ends[1]]}?",
+        " ".join(facts),
+    ), KIN[kin[ends]][sex[ends[0]]]
 
 # %% ../../nbs/core/kinship.ipynb #c15
 def family_stories(rng: random.Random, hops: Sequence) -> list:
-    "One ((question, story), answer) per answer and number of hops that a random family has."
+    """One ((question, story), answer) per answer and number of hops that a
+    random family has.
+    """
     sex, parents, partner = family(rng)
     kin, found = relations(parents, partner), {}
     close = near(kin)
     for count in hops:
-        for path in (path for person in sex for path in walks(close, (person,), count)):
+        for path in (
+            path for person in sex for path in walks(close, (person,), count)
+        ):
             word = kin.get((path[0], path[-1]))
             if word:
-                found.setdefault((KIN[word][sex[path[0]]], count), []).append(path)
-    return [story(rng, sex, kin, rng.choice(found[key])) for key in sorted(found)]
+                found.setdefault((KIN[word][sex[path[0]]], count), []).append(
+                    path
+                )
+    return [
+        story(rng, sex, kin, rng.choice(found[key])) for key in sorted(found)
+    ]
 
 # %% ../../nbs/core/kinship.ipynb #c16c
 def four_words(text: tuple, word: str, right: int, seed: int = 0) -> tuple:
-    "(story and question, four words, position of `word`): the others are drawn among the words for the same sex."
+    """(story and question, four words, position of `word`): the others are
+    drawn among the words for the same sex.
+    """
     side = next(side for side in (0, 1) if text[0].split()[2] in NAMES[side])
     rng = random.Random(f"{seed}/{text}")
-    others = rng.sample(sorted({words[side] for words in KIN.values()} - {word}), 3)
-    return " ".join(reversed(text)), (*others[:right], word, *others[right:]), right
+    others = rng.sample(
+        sorted({words[side] for words in KIN.values()} - {word}), 3
+    )
+    return (
+        " ".join(reversed(text)),
+        (*others[:right], word, *others[right:]),
+        right,
+    )
 
 # %% ../../nbs/core/kinship.ipynb #c18
 PLAIN, OWNED = FACTS[:2], FACTS[2:]
 
 
-def fact(rng: random.Random, relation: str, sex: int, wordings: Sequence) -> tuple:
-    "(sentence, code) of a random fact: someone of that sex is that to someone else."
+def fact(
+    rng: random.Random, relation: str, sex: int, wordings: Sequence
+) -> tuple:
+    """(sentence, code) of a random fact: someone of that sex is that to
+    someone else.
+    """
     one, word = rng.choice(NAMES[sex]), KIN[relation][sex]
-    other = rng.choice([name for side in NAMES for name in side if name != one])
-    return rng.choice(wordings).format(a=one, b=other, word=word), f"{word.replace('-', '_')}({one}, {other})"
+    other = rng.choice(
+        [name for side in NAMES for name in side if name != one]
+    )
+    return (
+        rng.choice(wordings).format(a=one, b=other, word=word),
+        f"{word.replace('-', '_')}({one}, {other})",
+    )
 
 
 def facts(seed: int, each: int, wordings: Sequence) -> list:
     "Distinct (sentence, code) rows: `each` draws for each relation and sex."
     rng = random.Random(f"facts/{seed}")
-    drawn = [fact(rng, relation, sex, wordings) for _ in range(each) for relation in KIN for sex in (0, 1)]
+    drawn = [
+        fact(rng, relation, sex, wordings)
+        for _ in range(each)
+        for relation in KIN
+        for sex in (0, 1)
+    ]
     return list(dict(drawn).items())

@@ -37,17 +37,23 @@ class Host(nn.Module):
 def conv1d(m: int, n: int) -> nn.Module:
     "transformers' Conv1D with m inputs and n outputs."
     from transformers.pytorch_utils import Conv1D
+
     return Conv1D(n, m)
 
 
 HOSTS: dict[str, tuple[Callable, int, list[str]]] = {
-    "linear": (nn.Linear, 1, ["layer"]), "fused": (nn.Linear, 3, ["layer[q,v]"]),
-    "conv1d": (conv1d, 1, ["layer"]), "fused_conv1d": (conv1d, 3, ["layer[q,v]"])}
+    "linear": (nn.Linear, 1, ["layer"]),
+    "fused": (nn.Linear, 3, ["layer[q,v]"]),
+    "conv1d": (conv1d, 1, ["layer"]),
+    "fused_conv1d": (conv1d, 3, ["layer[q,v]"]),
+}
 
 # %% ../../nbs/core/laws.ipynb #c05
 @dataclass(frozen=True)
 class _Layer:
-    "One weight to adapt by one method: its host, shape, rank, number format and seed."
+    """One weight to adapt by one method: its host, shape, rank, number format
+    and seed.
+    """
 
     method: Method
     host: str = "linear"
@@ -64,19 +70,25 @@ class _Layer:
         g = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for p in host.parameters():
-                p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / math.sqrt(self.m))
+                p.copy_(
+                    torch.randn(p.shape, generator=g, dtype=torch.float64)
+                    / math.sqrt(self.m)
+                )
         return host.to(self.dtype)
 
     def inputs(self) -> Tensor:
         "A batch of shape (2, 3, m)."
         g = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(2, 3, self.m, generator=g, dtype=torch.float64).to(self.dtype)
+        return torch.randn(2, 3, self.m, generator=g, dtype=torch.float64).to(
+            self.dtype
+        )
 
 # %% ../../nbs/core/laws.ipynb #c05c
 @dataclass(frozen=True)
 class Case(_Layer):
-    """One method on one weight: its host, shape, rank, number format, seed and options; and the
-    tools under test."""
+    """One method on one weight: its host, shape, rank, number format, seed and
+    options; and the tools under test.
+    """
 
     options: dict = field(default_factory=dict)
     merge: Callable = merge
@@ -85,19 +97,40 @@ class Case(_Layer):
     save: Callable = saving.save
 
     def adapt(self, model: Host) -> Host:
-        "The adapted model; as `lora_book.adapt` does it, with the method given as it is."
+        """The adapted model; as `lora_book.adapt` does it, with the method
+        given as it is.
+        """
         made = plan(
-            model, "case", self.method, HOSTS[self.host][2], r=self.r, alpha=2.0 * self.r,
-            seed=self.seed, step=PlainStep(), step_options={}, **self.options)
+            model,
+            "case",
+            self.method,
+            HOSTS[self.host][2],
+            r=self.r,
+            alpha=2.0 * self.r,
+            seed=self.seed,
+            step=PlainStep(),
+            step_options={},
+            **self.options,
+        )
         return commit(model, made)
 
     def load(self, model: Host, path) -> Host:
         "The plain model with a saved adapter in it."
+
         def again(model, description):
             return plan(
-                model, "case", self.method, targets=(exactly(model, description["sites"]), []),
-                r=self.r, alpha=2.0 * self.r, seed=self.seed, step=PlainStep(), step_options={},
-                **description["config"]["options"])
+                model,
+                "case",
+                self.method,
+                targets=(exactly(model, description["sites"]), []),
+                r=self.r,
+                alpha=2.0 * self.r,
+                seed=self.seed,
+                step=PlainStep(),
+                step_options={},
+                **description["config"]["options"],
+            )
+
         return saving.load(model, path, again, commit)
 
 # %% ../../nbs/core/laws.ipynb #c07
@@ -117,7 +150,12 @@ def moved(case: Case) -> Host:
     return randomise(case.adapt(case.base()), case.seed)
 
 # %% ../../nbs/core/laws.ipynb #c09
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.bfloat16: 4e-2,
+    torch.float16: 5e-3,
+}
 
 
 class BrokenLaw(AssertionError):
@@ -131,13 +169,17 @@ def hold(condition: bool, law: int, message: str) -> None:
 
 
 def close(case: Case, law: int, got: Tensor, want: Tensor, what: str) -> None:
-    """Raise BrokenLaw unless two tensors agree to the case's tolerance, relative to the larger
-    of 1 and what is expected."""
+    """Raise BrokenLaw unless two tensors agree to the case's tolerance,
+    relative to the larger of 1 and what is expected.
+    """
     error = (got.double() - want.double()).abs().max().item() / max(
-        1.0, want.double().abs().max().item())
+        1.0, want.double().abs().max().item()
+    )
     hold(
-        error <= TOLERANCE[case.dtype], law,
-        f"{what} off by {error:.1e} in {case.dtype} on {case.host}")
+        error <= TOLERANCE[case.dtype],
+        law,
+        f"{what} off by {error:.1e} in {case.dtype} on {case.host}",
+    )
 
 # %% ../../nbs/core/laws.ipynb #c11
 def zero_at_start(case: Case) -> None:
@@ -146,7 +188,13 @@ def zero_at_start(case: Case) -> None:
     for block in blocks_of(model):
         change = block.adapter.delta(block.W0).detach()
         close(case, 1, change, torch.zeros_like(change), "ΔW at the start")
-    close(case, 1, model(case.inputs()), case.base()(case.inputs()), "the output at the start")
+    close(
+        case,
+        1,
+        model(case.inputs()),
+        case.base()(case.inputs()),
+        "the output at the start",
+    )
 
 
 def blocks_of(model: nn.Module) -> list:
@@ -155,14 +203,19 @@ def blocks_of(model: nn.Module) -> list:
 
 # %% ../../nbs/core/laws.ipynb #c12
 def forward_is_delta(case: Case) -> None:
-    """Law 2: `forward` equals x ΔWᵀ, and the layer's output is the base's plus it in the block's
-    columns."""
+    """Law 2: `forward` equals x ΔWᵀ, and the layer's output is the base's plus
+    it in the block's columns.
+    """
     model, x, base = moved(case), case.inputs(), case.base()
     want = base(x).double()
     for block in blocks_of(model):
         close(
-            case, 2, block.adapter(x, block.W0),
-            x.double() @ block.adapter.delta(block.W0).double().T, "forward")
+            case,
+            2,
+            block.adapter(x, block.W0),
+            x.double() @ block.adapter.delta(block.W0).double().T,
+            "forward",
+        )
         want[..., block.rows or slice(None)] += block.change(x)
     close(case, 2, model(x), want, "the layer's output")
 
@@ -173,39 +226,62 @@ def rank_is_bounded(case: Case) -> None:
         change = block.adapter.delta(block.W0).detach().double()
         bound = block.adapter.rank_bound(*change.shape)
         tolerance = (
-            max(change.shape) * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * 8)
-        rank = int(torch.linalg.matrix_rank(change, rtol=tolerance)) if bound or change.any() else 0
+            max(change.shape)
+            * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+            * 8
+        )
+        rank = (
+            int(torch.linalg.matrix_rank(change, rtol=tolerance))
+            if bound or change.any()
+            else 0
+        )
         hold(rank <= bound, 3, f"rank {rank} above the bound {bound}")
         hold(
-            case.dtype is not torch.float64 or rank == bound, 3,
-            f"random parameters reach rank {rank}, the bound is {bound}")
+            case.dtype is not torch.float64 or rank == bound,
+            3,
+            f"random parameters reach rank {rank}, the bound is {bound}",
+        )
 
 # %% ../../nbs/core/laws.ipynb #c14
 def count_is(case: Case, count: Callable) -> None:
     "Law 4: each adapter trains count(n, m, r) numbers."
     for name, adapter in adapters(case.adapt(case.base())).items():
-        trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        trained = sum(
+            p.numel() for p in adapter.parameters() if p.requires_grad
+        )
         want = count(case.n, case.m, case.r)
-        hold(trained == want, 4, f"{name} trains {trained} numbers, the closed form says {want}")
+        hold(
+            trained == want,
+            4,
+            f"{name} trains {trained} numbers, the closed form says {want}",
+        )
 
 
 def only_adapters_learn(case: Case) -> None:
-    """Law 5: after a backward pass the adapters' trained parameters have finite gradients, and
-    nothing else has any."""
+    """Law 5: after a backward pass the adapters' trained parameters have
+    finite gradients, and nothing else has any.
+    """
     model = moved(case)
     own = {
-        id(p) for adapter in adapters(model).values() for p in adapter.parameters()
-        if p.requires_grad}
+        id(p)
+        for adapter in adapters(model).values()
+        for p in adapter.parameters()
+        if p.requires_grad
+    }
     out = model(case.inputs())
     if own:
         out.float().pow(2).sum().backward()
     for name, p in model.named_parameters():
         hold(
-            (p.grad is not None) == (id(p) in own) == p.requires_grad, 5,
-            f"{name}: gradient {p.grad is not None}, trained {id(p) in own}")
+            (p.grad is not None) == (id(p) in own) == p.requires_grad,
+            5,
+            f"{name}: gradient {p.grad is not None}, trained {id(p) in own}",
+        )
         hold(
-            p.grad is None or bool(torch.isfinite(p.grad).all()), 5,
-            f"{name}: the gradient isn't finite")
+            p.grad is None or bool(torch.isfinite(p.grad).all()),
+            5,
+            f"{name}: the gradient isn't finite",
+        )
 
 # %% ../../nbs/core/laws.ipynb #c15
 def other_rows_rest(case: Case) -> None:
@@ -217,24 +293,41 @@ def other_rows_rest(case: Case) -> None:
     inside = torch.zeros(n_all, dtype=torch.bool)
     for block in blocks_of(model):
         inside[block.rows or slice(None)] = True
-    logical = [t.t() if model.layer.transposed else t for t in (stored, before)]
-    hold(torch.equal(logical[0][~inside], logical[1][~inside]), 6, "rows outside the views moved")
+    logical = [
+        t.t() if model.layer.transposed else t for t in (stored, before)
+    ]
+    hold(
+        torch.equal(logical[0][~inside], logical[1][~inside]),
+        6,
+        "rows outside the views moved",
+    )
 
 # %% ../../nbs/core/laws.ipynb #c16
 def merge_keeps_outputs(case: Case) -> None:
-    "Law 7: the merged model computes what the adapted one does, and the stored weight is W0 + ΔW."
+    """Law 7: the merged model computes what the adapted one does, and the
+    stored weight is W0 + ΔW.
+    """
     model, x = moved(case), case.inputs()
     want = model(x).detach()
     case.merge(model)
     close(case, 7, model(x), want, "the merged output")
     for block in blocks_of(model):
-        stored = model.layer.logical(model.layer.weight.detach())[block.rows or slice(None)]
+        stored = model.layer.logical(model.layer.weight.detach())[
+            block.rows or slice(None)
+        ]
         close(
-            case, 7, stored, block.W0 + block.adapter.delta(block.W0).detach(), "the merged weight")
+            case,
+            7,
+            stored,
+            block.W0 + block.adapter.delta(block.W0).detach(),
+            "the merged weight",
+        )
 
 
 def advance_keeps_outputs(case: Case) -> None:
-    "Law 8: opening the next link doesn't change the outputs, and the new link starts at no change."
+    """Law 8: opening the next link doesn't change the outputs, and the new
+    link starts at no change.
+    """
     model, x = moved(case), case.inputs()
     for seed in (1, 2):
         if not all(adapter.has_next() for adapter in adapters(model).values()):
@@ -250,8 +343,9 @@ def advance_keeps_outputs(case: Case) -> None:
 
 # %% ../../nbs/core/laws.ipynb #c17
 def saving_keeps_outputs(case: Case) -> None:
-    """Law 9: a fresh base model with the saved adapter computes what the adapted one does; a
-    chain keeps its links."""
+    """Law 9: a fresh base model with the saved adapter computes what the
+    adapted one does; a chain keeps its links.
+    """
     model, x = moved(case), case.inputs()
     if all(adapter.has_next() for adapter in adapters(model).values()):
         randomise(advance(model), case.seed)
@@ -262,27 +356,47 @@ def saving_keeps_outputs(case: Case) -> None:
 
 
 def unmerge_restores(case: Case) -> None:
-    "Law 10: after merge and unmerge every tensor of the model has the bits it had."
+    """Law 10: after merge and unmerge every tensor of the model has the bits
+    it had.
+    """
     model, x = moved(case), case.inputs()
-    before, out = {k: v.clone() for k, v in model.state_dict().items()}, model(x).detach()
+    before, out = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        model(x).detach(),
+    )
     case.unmerge(case.merge(model) and model)
     after = model.state_dict()
     hold(
-        before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), 10,
-        "a stored tensor changed")
+        before.keys() == after.keys()
+        and all(torch.equal(before[k], after[k]) for k in before),
+        10,
+        "a stored tensor changed",
+    )
     hold(torch.equal(model(x), out), 10, "the output changed")
 
 # %% ../../nbs/core/laws.ipynb #c18
 LAWS: dict[int, Callable] = {
-    1: zero_at_start, 2: forward_is_delta, 3: rank_is_bounded, 5: only_adapters_learn,
-    6: other_rows_rest, 7: merge_keeps_outputs, 8: advance_keeps_outputs, 9: saving_keeps_outputs,
-    10: unmerge_restores}
+    1: zero_at_start,
+    2: forward_is_delta,
+    3: rank_is_bounded,
+    5: only_adapters_learn,
+    6: other_rows_rest,
+    7: merge_keeps_outputs,
+    8: advance_keeps_outputs,
+    9: saving_keeps_outputs,
+    10: unmerge_restores,
+}
 
 
-def check(case: Case, count: Callable | None = None, starts_at_zero: bool = True) -> int:
-    """Check every law on a case and return how many were checked; raises BrokenLaw. `count(n, m,
-    r)` is law 4's closed form."""
-    chosen = [law for number, law in LAWS.items() if number != 1 or starts_at_zero]
+def check(
+    case: Case, count: Callable | None = None, starts_at_zero: bool = True
+) -> int:
+    """Check every law on a case and return how many were checked; raises
+    BrokenLaw. `count(n, m, r)` is law 4's closed form.
+    """
+    chosen = [
+        law for number, law in LAWS.items() if number != 1 or starts_at_zero
+    ]
     for law in chosen:
         law(case)
     if count is not None:

@@ -9,14 +9,22 @@ import torch
 from .errors import BadType, BadValue, check_count
 
 # %% ../../nbs/core/ldu.ipynb #c04
-def eliminate(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def eliminate(
+    W: torch.Tensor, eps: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian elimination of one (n, m) matrix with partial pivoting.
 
-    Where the pivot counts as zero, the row that loses least is given up: up to `eps` (default: machine epsilon) times the
-    largest entry of its row. Returns the order p (n,) of the rows and the factors packed in one (n, m) matrix: L below the
-    diagonal, diag(z) U on and above it. Source: P4, Algorithm 1 line 2, amended by E3.
+    Where the pivot counts as zero, the row that loses least is given up: up to
+    `eps` (default: machine epsilon) times the largest entry of its row.
+    Returns the order p (n,) of the rows and the factors packed in one (n, m)
+    matrix: L below the diagonal, diag(z) U on and above it. Source: P4,
+    Algorithm 1 line 2, amended by E3.
     """
-    S, p, eps = W.clone(), torch.arange(len(W), device=W.device), torch.finfo(W.dtype).eps if eps is None else eps
+    S, p, eps = (
+        W.clone(),
+        torch.arange(len(W), device=W.device),
+        torch.finfo(W.dtype).eps if eps is None else eps,
+    )
     for j in range(min(W.shape)):
         i = j + int(S[j:, j].abs().argmax())
         top = S[i, j:].abs().max()
@@ -26,13 +34,15 @@ def eliminate(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, 
         if zero:
             S[j, j:] = S[j:, j] = 0
         else:
-            S[j + 1:, j] /= S[j, j]
-            S[j + 1:, j + 1:] -= torch.outer(S[j + 1:, j], S[j, j + 1:])
+            S[j + 1 :, j] /= S[j, j]
+            S[j + 1 :, j + 1 :] -= torch.outer(S[j + 1 :, j], S[j, j + 1 :])
     return p, S
 
 # %% ../../nbs/core/ldu.ipynb #c08
 def _replay(swaps: list[int], n: int) -> list[int]:
-    "The order that the exchanges of row j with row swaps[j] - 1, in turn, make of the rows 0..n-1."
+    """The order that the exchanges of row j with row swaps[j] - 1, in turn,
+    make of the rows 0..n-1.
+    """
     order = list(range(n))
     for j, i in enumerate(swaps):
         order[j], order[i - 1] = order[i - 1], order[j]
@@ -40,61 +50,98 @@ def _replay(swaps: list[int], n: int) -> list[int]:
 
 
 def permutation(pivots: torch.Tensor, n: int) -> torch.Tensor:
-    """The order p of n rows from LAPACK's 1-based exchanges, (..., k) integers -> (..., n) int64: W[p] = L diag(z) U.
+    """The order p of n rows from LAPACK's 1-based exchanges, (..., k) integers
+    -> (..., n) int64: W[p] = L diag(z) U.
 
-    A dense permutation matrix would take n * n numbers and 2 n * n operations a token; this takes n and none
-    (P4, equation 1).
+    A dense permutation matrix would take n * n numbers and 2 n * n operations
+    a token; this takes n and none (P4, equation 1).
     """
-    orders = [_replay(swaps, n) for swaps in pivots.reshape(-1, pivots.shape[-1]).tolist()]
-    return torch.tensor(orders, device=pivots.device).reshape(*pivots.shape[:-1], n)
+    orders = [
+        _replay(swaps, n)
+        for swaps in pivots.reshape(-1, pivots.shape[-1]).tolist()
+    ]
+    return torch.tensor(orders, device=pivots.device).reshape(
+        *pivots.shape[:-1], n
+    )
 
 # %% ../../nbs/core/ldu.ipynb #c09
 def unpermute(p: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-    "P X: the rows of X (..., n, m), in the factors' order p (..., n), back in the order of W. Inverse of W[p]."
+    """P X: the rows of X (..., n, m), in the factors' order p (..., n), back
+    in the order of W. Inverse of W[p].
+    """
     return torch.empty_like(X).scatter(-2, p.unsqueeze(-1).expand_as(X), X)
 
 
-def reconstruct(p: torch.Tensor, L: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-    "P L diag(z) U, (..., n, m), from p (..., n), L (..., n, r), z (..., r), U (..., r, m), without a dense P (P4, equation 6)."
+def reconstruct(
+    p: torch.Tensor, L: torch.Tensor, z: torch.Tensor, U: torch.Tensor
+) -> torch.Tensor:
+    """P L diag(z) U, (..., n, m), from p (..., n), L (..., n, r), z (..., r),
+    U (..., r, m), without a dense P (P4, equation 6).
+    """
     return unpermute(p, (L * z.unsqueeze(-2)) @ U)
 
 # %% ../../nbs/core/ldu.ipynb #c13
 def _weight(W: torch.Tensor) -> torch.Tensor:
-    "W detached, in float32 or float64, once it is known to be a finite (..., n, m) matrix. Raises BadType, BadValue."
+    """W detached, in float32 or float64, once it is known to be a finite (...,
+    n, m) matrix. Raises BadType, BadValue.
+    """
     if not isinstance(W, torch.Tensor) or not W.is_floating_point():
         kind = W.dtype if isinstance(W, torch.Tensor) else type(W).__name__
-        raise BadType(f"W must be a tensor of real floating-point numbers, not {kind}")
+        raise BadType(
+            f"W must be a tensor of real floating-point numbers, not {kind}"
+        )
     W = W.detach() if W.dtype == torch.float64 else W.detach().float()
     if W.dim() < 2 or W.numel() == 0:
-        raise BadValue(f"W must have the shape (..., n, m) with n, m >= 1, not {tuple(W.shape)}")
+        raise BadValue(
+            "W must have the shape (..., n, m) with n, m >= 1, not"
+            f" {tuple(W.shape)}"
+        )
     if not W.isfinite().all():
-        raise BadValue(f"W must be finite; {(~W.isfinite()).sum()} of its {W.numel()} entries are not")
+        raise BadValue(
+            f"W must be finite; {(~W.isfinite()).sum()} of its {W.numel()}"
+            " entries are not"
+        )
     return W
 
 # %% ../../nbs/core/ldu.ipynb #c14
 def lossy(packed: torch.Tensor, eps: float) -> torch.Tensor:
-    "Which matrices of a batch (..., n, m) overflowed or have a pivot that counts as zero in a row that isn't zero: (...) bool."
-    top = packed[..., :min(packed.shape[-2:]), :].triu().abs().amax(-1)
+    """Which matrices of a batch (..., n, m) overflowed or have a pivot that
+    counts as zero in a row that isn't zero: (...) bool.
+    """
+    top = packed[..., : min(packed.shape[-2:]), :].triu().abs().amax(-1)
     zero = packed.diagonal(dim1=-2, dim2=-1).abs() <= eps * top
     return (zero & (top > 0)).any(-1) | ~packed.isfinite().flatten(-2).all(-1)
 
 
-def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "L (..., n, k), z (..., k), U (..., k, m) from the packed factors (..., n, m); a zero pivot's row of U becomes a unit row."
+def unpack(
+    packed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L (..., n, k), z (..., k), U (..., k, m) from the packed factors (...,
+    n, m); a zero pivot's row of U becomes a unit row.
+    """
     k, z = min(packed.shape[-2:]), packed.diagonal(dim1=-2, dim2=-1).clone()
-    L, U = packed[..., :k].tril(-1), (packed[..., :k, :] / z.masked_fill(z == 0, 1).unsqueeze(-1)).triu()
+    L, U = (
+        packed[..., :k].tril(-1),
+        (packed[..., :k, :] / z.masked_fill(z == 0, 1).unsqueeze(-1)).triu(),
+    )
     for X in (L, U):
         X.diagonal(dim1=-2, dim2=-1).fill_(1)
     return L, z, U
 
 # %% ../../nbs/core/ldu.ipynb #c16
-def ldu(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """W[p] = L diag(z) U with partial pivoting, for one matrix (n, m) or a batch (..., n, m); k = min(n, m).
+def ldu(
+    W: torch.Tensor, eps: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W[p] = L diag(z) U with partial pivoting, for one matrix (n, m) or a
+    batch (..., n, m); k = min(n, m).
 
-    Returns p (..., n) int64; L (..., n, k) unit lower, entries at most 1; z (..., k); U (..., k, m) unit upper. Half
-    precision is widened to float32. A pivot up to `eps` (default: machine epsilon) times the largest entry of its row of
-    diag(z) U counts as zero: z = 0 and a unit row of U. A row with z = 0 may miss what the rows above it don't explain;
-    every other row is exact to rounding. Raises BadType, BadValue (also if a pivot overflows). P4, equation 1, E3.
+    Returns p (..., n) int64; L (..., n, k) unit lower, entries at most 1; z
+    (..., k); U (..., k, m) unit upper. Half precision is widened to float32. A
+    pivot up to `eps` (default: machine epsilon) times the largest entry of its
+    row of diag(z) U counts as zero: z = 0 and a unit row of U. A row with z =
+    0 may miss what the rows above it don't explain; every other row is exact
+    to rounding. Raises BadType, BadValue (also if a pivot overflows). P4,
+    equation 1, E3.
     """
     W = _weight(W)
     eps = torch.finfo(W.dtype).eps if eps is None else eps
@@ -103,14 +150,21 @@ def ldu(W: torch.Tensor, eps: float | None = None) -> tuple[torch.Tensor, torch.
     for i in map(tuple, lossy(packed, eps).nonzero().tolist()):
         p[i], packed[i] = eliminate(W[i], eps)
     if not packed.isfinite().all():
-        raise BadValue(f"the pivots of W overflow {W.dtype}: its largest entry is {W.abs().max():.3g}")
+        raise BadValue(
+            f"the pivots of W overflow {W.dtype}: its largest entry is"
+            f" {W.abs().max():.3g}"
+        )
     return p, *unpack(packed)
 
 # %% ../../nbs/core/ldu.ipynb #c17
-def leading(W: torch.Tensor, r: int, eps: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading block of rank r: P L_r (..., n, r), z_r (..., r), U_r (..., r, m), rows in the order of W.
+def leading(
+    W: torch.Tensor, r: int, eps: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading block of rank r: P L_r (..., n, r), z_r (..., r), U_r (...,
+    r, m), rows in the order of W.
 
-    Raises BadType, BadValue: for W as `ldu` does, and for r outside 1..min(n, m). Source: P4, equations 3 to 5.
+    Raises BadType, BadValue: for W as `ldu` does, and for r outside 1..min(n,
+    m). Source: P4, equations 3 to 5.
     """
     W = _weight(W)
     check_count("r", r, 1, min(W.shape[-2:]))

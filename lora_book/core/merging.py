@@ -20,9 +20,11 @@ CHUNK = 2**16
 
 
 def rounding(stored: Tensor, W0: Tensor, change: Tensor) -> Tensor:
-    """The largest |stored - (W0 + change)|, a scalar; not finite where one of them isn't. Exact for
-    a sum rounded once: in one type by the parts that the sum dropped (Knuth's TwoSum), else in
-    float64."""
+    """The largest |stored - (W0 + change)|, a scalar; not finite where one of
+    them isn't. Exact for
+    a sum rounded once: in one type by the parts that the sum dropped (Knuth's
+    TwoSum), else in float64.
+    """
     if stored.dtype == W0.dtype == change.dtype:
         part = stored - W0
         gap = stored - part
@@ -35,11 +37,15 @@ def rounding(stored: Tensor, W0: Tensor, change: Tensor) -> Tensor:
 
 
 def write_sum(target: Tensor, W0: Tensor, change: Tensor) -> float:
-    """W0 + change, rounded once, into target (n, m); returns the largest rounding error. Some rows
-    at a time on a CPU, which then finds in its cache what it has just written."""
+    """W0 + change, rounded once, into target (n, m); returns the largest
+    rounding error. Some rows at a time on a CPU, which then finds in its cache
+    what it has just written.
+    """
     n, m = target.shape
     size, errors = max(1, CHUNK // m) if target.is_cpu else n, []
-    parts = zip(target.split(size), W0.split(size), change.split(size), strict=True)
+    parts = zip(
+        target.split(size), W0.split(size), change.split(size), strict=True
+    )
     for out, W, rows in parts:
         torch.add(widened(W), rows, out=out)
         errors.append(rounding(out, W, rows))
@@ -47,17 +53,31 @@ def write_sum(target: Tensor, W0: Tensor, change: Tensor) -> float:
 
 # %% ../../nbs/core/merging.ipynb #c05
 def merged_weight(site: Site) -> tuple[Tensor, dict]:
-    """The stored weight with W0 + ΔW in each view's rows, other rows untouched; and each view
-    key's largest rounding error."""
+    """The stored weight with W0 + ΔW in each view's rows, other rows
+    untouched; and each view key's largest rounding error.
+    """
     whole = any(view.rows is None for view in site.views.values())
-    stored = torch.empty_like(site.weight.detach()) if whole else site.weight.detach().clone()
+    stored = (
+        torch.empty_like(site.weight.detach())
+        if whole
+        else site.weight.detach().clone()
+    )
     return stored, {
-        key: write_sum(view.of(stored), block.W0.detach(), block.adapter.delta(block.W0).detach())
-        for block, (key, view) in zip(site.blocks(), site.views.items(), strict=True)}
+        key: write_sum(
+            view.of(stored),
+            block.W0.detach(),
+            block.adapter.delta(block.W0).detach(),
+        )
+        for block, (key, view) in zip(
+            site.blocks(), site.views.items(), strict=True
+        )
+    }
 
 
 def merged_bias(site: Site) -> Tensor | None:
-    "The stored bias with each adapter's change in it; None if no adapter changes the bias."
+    """The stored bias with each adapter's change in it; None if no adapter
+    changes the bias.
+    """
     if site.bias is None:
         return None
     stored, changed = site.bias.detach().clone(), False
@@ -70,21 +90,32 @@ def merged_bias(site: Site) -> Tensor | None:
 
 # %% ../../nbs/core/merging.ipynb #c06
 def check_untied(model: nn.Module) -> None:
-    """Raise BadValue if an adapted weight is shared with another module, which merging would
-    change as well."""
+    """Raise BadValue if an adapted weight is shared with another module, which
+    merging would change as well.
+    """
     held = owners(model)
     for name, site in sites(model):
-        others = [other for other in held[id(site.weight)] if other != f"{name}.weight".lstrip(".")]
+        others = [
+            other
+            for other in held[id(site.weight)]
+            if other != f"{name}.weight".lstrip(".")
+        ]
         if others:
-            raise BadValue(f"{name!r} shares its weight with {others}; merging would change both")
+            raise BadValue(
+                f"{name!r} shares its weight with {others}; merging would"
+                " change both"
+            )
 
 
 def check_merged(name: str, weight: Tensor, errors: dict) -> None:
-    """Raise BadValue if a merged weight's rounding error is NaN or infinite: the change isn't
-    finite, or the weight's type can't hold the sum."""
+    """Raise BadValue if a merged weight's rounding error is NaN or infinite:
+    the change isn't finite, or the weight's type can't hold the sum.
+    """
     if not all(map(math.isfinite, errors.values())):
         raise BadValue(
-            f"the merged weight of {name!r} isn't finite in {weight.dtype}; nothing was merged")
+            f"the merged weight of {name!r} isn't finite in {weight.dtype};"
+            " nothing was merged"
+        )
 
 # %% ../../nbs/core/merging.ipynb #c08
 @torch.inference_mode(False)
@@ -92,26 +123,34 @@ def check_merged(name: str, weight: Tensor, errors: dict) -> None:
 def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
     """Fold every ΔW into its weight; the outputs stay the same up to rounding.
 
-    Returns {site name: largest |stored - (W0 + ΔW)|}, in the weight's units. With unload=True the
-    adapters are taken off for good and plain modules with the base's state-dict keys remain. Raises
-    BadValue if the model is plain, merged already, or ties an adapted weight to another module.
+    Returns {site name: largest |stored - (W0 + ΔW)|}, in the weight's units.
+    With unload=True the adapters are taken off for good and plain modules with
+    the base's state-dict keys remain. Raises BadValue if the model is plain,
+    merged already, or ties an adapted weight to another module.
     """
     record = enabled_record(model)
     if record.merged:
         raise BadValue("the model is merged already; unmerge it first")
     check_untied(model)
-    made = [(name, site, *merged_weight(site), merged_bias(site)) for name, site in sites(model)]
+    made = [
+        (name, site, *merged_weight(site), merged_bias(site))
+        for name, site in sites(model)
+    ]
     for name, _, weight, errors, _ in made:
         check_merged(name, weight, errors)
     report = {}
     for name, site, weight, errors, bias in made:
         site.kept = {"weight": site.weight.data} | (
-            {} if bias is None else {"bias": site.bias.data})
+            {} if bias is None else {"bias": site.bias.data}
+        )
         site.weight.data = weight
         if bias is not None:
             site.bias.data = bias
         site.forgets()
-        report |= {site_name(name, key, site.views[key]): error for key, error in errors.items()}
+        report |= {
+            site_name(name, key, site.views[key]): error
+            for key, error in errors.items()
+        }
     record.merged = True
     if unload:
         strip(model)
@@ -119,8 +158,9 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
 
 # %% ../../nbs/core/merging.ipynb #c09
 def unmerge(model: nn.Module) -> nn.Module:
-    """Bring the adapters back: every stored tensor has the bits it had before `merge`. Raises
-    BadValue if the model isn't merged."""
+    """Bring the adapters back: every stored tensor has the bits it had before
+    `merge`. Raises BadValue if the model isn't merged.
+    """
     record = enabled_record(model)
     if not record.merged:
         raise BadValue("the model isn't merged")

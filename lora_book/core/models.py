@@ -18,77 +18,151 @@ import torch
 from safetensors.torch import load as tensors_in
 from torch import Tensor, nn
 
-from .data import SMOLLM2, Split, batches, joined, load_data, minilm_folder, smollm2_folder
-from .errors import BadValue, MissingFile, check_choice, check_count, check_number, unknown
+from lora_book.core.data import (
+    SMOLLM2,
+    Split,
+    batches,
+    joined,
+    load_data,
+    minilm_folder,
+    smollm2_folder,
+)
+from lora_book.core.errors import (
+    BadValue,
+    MissingFile,
+    check_choice,
+    check_count,
+    check_number,
+    unknown,
+)
 from .hub import hub_access
 from .settings import load_settings, write_atomic
 
 # %% ../../nbs/core/models.ipynb #c05
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    "The torch dtype named by a text such as 'bfloat16', or the dtype itself; raises BadValue for any other."
+    """The torch dtype named by a text such as 'bfloat16', or the dtype itself;
+    raises BadValue for any other.
+    """
     name = str(dtype).removeprefix("torch.")
     check_choice("dtype", name, DTYPES)
     return DTYPES[name]
 
 
 def seeded(make: Callable, seed: int) -> nn.Module:
-    "What `make()` builds when it draws from `seed`; afterwards the global random state is what it was."
+    """What `make()` builds when it draws from `seed`; afterwards the global
+    random state is what it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
-def fresh_head(model: nn.Module, name: str, seed: int, std: float = 0.02) -> nn.Module:
-    "Redraw the linear classifier called `name` from `seed` (normal weights of deviation `std`, zero bias); returns the model."
-    head, generator = model.get_submodule(name), torch.Generator().manual_seed(seed)
+def fresh_head(
+    model: nn.Module, name: str, seed: int, std: float = 0.02
+) -> nn.Module:
+    """Redraw the linear classifier called `name` from `seed` (normal weights
+    of deviation `std`, zero bias); returns the model.
+    """
+    head, generator = (
+        model.get_submodule(name),
+        torch.Generator().manual_seed(seed),
+    )
     with torch.no_grad():
         head.weight.normal_(0.0, std, generator=generator)
         head.bias.zero_()
     return model
 
 # %% ../../nbs/core/models.ipynb #c08
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_SHA256 = (
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)
 
 
 def verified(path: Path, sha256: str) -> bytes:
-    "The bytes of a file whose sha256 is as expected. Raises MissingFile without the file, BadValue when it was altered."
+    """The bytes of a file whose sha256 is as expected. Raises MissingFile
+    without the file, BadValue when it was altered.
+    """
     if not path.is_file():
-        raise MissingFile(f"no file at {str(path)!r}; install its package again")
+        raise MissingFile(
+            f"no file at {str(path)!r}; install its package again"
+        )
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise BadValue(f"{path.name} was altered: its sha256 is {found}, not {sha256}; install its package again")
+        raise BadValue(
+            f"{path.name} was altered: its sha256 is {found}, not {sha256};"
+            " install its package again"
+        )
     return content
 
 # %% ../../nbs/core/models.ipynb #c10
 def with_dropout(rate: float) -> dict:
     "The configuration entries of BERT that set every dropout rate."
-    return dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), rate)
+    return dict.fromkeys(
+        (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "classifier_dropout",
+        ),
+        rate,
+    )
 
 
 def minilm(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
-    "MiniLM as BertModel, or as a sequence classifier with a fresh head when n_classes is given."
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
+    """MiniLM as BertModel, or as a sequence classifier with a fresh head when
+    n_classes is given.
+    """
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BertModel,
+    )
 
     folder = minilm_folder()
     weights = tensors_in(verified(folder / "model.safetensors", MINILM_SHA256))
     weights.pop("embeddings.position_ids")
-    keys = json.loads((folder / "config.json").read_text()) | with_dropout(dropout) | {"num_labels": n_classes or 2}
+    keys = (
+        json.loads((folder / "config.json").read_text())
+        | with_dropout(dropout)
+        | {"num_labels": n_classes or 2}
+    )
     config = BertConfig(**keys, attn_implementation="sdpa")
-    model = seeded(lambda: (BertForSequenceClassification if n_classes else BertModel)(config), seed)
+    model = seeded(
+        lambda: (BertForSequenceClassification if n_classes else BertModel)(
+            config
+        ),
+        seed,
+    )
     (model.bert if n_classes else model).load_state_dict(weights)
     return fresh_head(model, "classifier", seed) if n_classes else model
 
 # %% ../../nbs/core/models.ipynb #c14
-def small_vit(n_classes: int = 10, dim: int = 64, depth: int = 4, heads: int = 4) -> nn.Module:
-    "timm's VisionTransformer for 28x28 grey images in 16 patches of 7x7, with fused qkv and Xavier weights."
+def small_vit(
+    n_classes: int = 10, dim: int = 64, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    """timm's VisionTransformer for 28x28 grey images in 16 patches of 7x7,
+    with fused qkv and Xavier weights.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=28, patch_size=7, in_chans=1, num_classes=n_classes, embed_dim=dim, depth=depth, num_heads=heads,
-                              mlp_ratio=2)
+    model = VisionTransformer(
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        num_classes=n_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=2,
+    )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -96,31 +170,59 @@ def small_vit(n_classes: int = 10, dim: int = 64, depth: int = 4, heads: int = 4
 
 # %% ../../nbs/core/models.ipynb #c15
 def logits(model: nn.Module, batch: dict) -> Tensor:
-    "The scores that a timm or transformers classifier gives the rows of a batch, whose labels it doesn't see."
+    """The scores that a timm or transformers classifier gives the rows of a
+    batch, whose labels it doesn't see.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    output = model(inputs["pixel_values"]) if list(inputs) == ["pixel_values"] else model(**inputs)
+    output = (
+        model(inputs["pixel_values"])
+        if list(inputs) == ["pixel_values"]
+        else model(**inputs)
+    )
     return output if isinstance(output, Tensor) else output.logits
 
 
 def accuracy(model: nn.Module, split: Split, batch_size: int = 256) -> float:
-    "The share of a split's rows whose label the model ranks first; computed in evaluation mode, the mode is put back."
+    """The share of a split's rows whose label the model ranks first; computed
+    in evaluation mode, the mode is put back.
+    """
     training = model.training
     model.eval()
     with torch.no_grad():
-        hits = sum(int((logits(model, batch).argmax(-1) == batch["labels"]).sum()) for batch in batches(split, batch_size, shuffle=False))
+        hits = sum(
+            int((logits(model, batch).argmax(-1) == batch["labels"]).sum())
+            for batch in batches(split, batch_size, shuffle=False)
+        )
     model.train(training)
     return hits / len(split)
 
 # %% ../../nbs/core/models.ipynb #c17
-def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    "All images of a batch moved by the same random number of pixels, at most `most` each way, around the edges."
-    return torch.roll(images, torch.randint(-most, most + 1, (2,), generator=generator).tolist(), (2, 3))
+def shifted(
+    images: Tensor, generator: torch.Generator, most: int = 2
+) -> Tensor:
+    """All images of a batch moved by the same random number of pixels, at most
+    `most` each way, around the edges.
+    """
+    return torch.roll(
+        images,
+        torch.randint(-most, most + 1, (2,), generator=generator).tolist(),
+        (2, 3),
+    )
 
 
-def learn(model: nn.Module, loss: Callable, stream: Iterable, steps: int, lr: float) -> nn.Module:
-    "Train on the batches of `stream` with AdamW and a one-cycle rate over `steps`, on one thread: the same bits each time on one kind of processor."
-    optimizer, threads = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05), torch.get_num_threads()
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+def learn(
+    model: nn.Module, loss: Callable, stream: Iterable, steps: int, lr: float
+) -> nn.Module:
+    """Train on the batches of `stream` with AdamW and a one-cycle rate over
+    `steps`, on one thread: the same bits each time on one kind of processor.
+    """
+    optimizer, threads = (
+        torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05),
+        torch.get_num_threads(),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.15
+    )
     torch.set_num_threads(1)
     try:
         for batch in stream:
@@ -133,36 +235,79 @@ def learn(model: nn.Module, loss: Callable, stream: Iterable, steps: int, lr: fl
     return model.eval()
 
 
-def pretrain(train: Split, epochs: int = 15, lr: float = 3e-3, seed: int = 0) -> nn.Module:
+def pretrain(
+    train: Split, epochs: int = 15, lr: float = 3e-3, seed: int = 0
+) -> nn.Module:
     "A small ViT trained on `train` in batches of 50, each of them shifted."
     generator = torch.Generator().manual_seed(seed)
-    stream = (batch for _ in range(epochs) for batch in batches(train, 50, generator=generator))
-    def loss(model, batch): return nn.functional.cross_entropy(model(shifted(batch["pixel_values"], generator)), batch["labels"])
-    return learn(seeded(small_vit, seed), loss, stream, epochs * -(-len(train) // 50), lr)
+    stream = (
+        batch
+        for _ in range(epochs)
+        for batch in batches(train, 50, generator=generator)
+    )
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(
+            model(shifted(batch["pixel_values"], generator)), batch["labels"]
+        )
+
+    return learn(
+        seeded(small_vit, seed),
+        loss,
+        stream,
+        epochs * -(-len(train) // 50),
+        lr,
+    )
 
 # %% ../../nbs/core/models.ipynb #c19
 RECIPE = 1
 
 
 def cached(path: Path, card: Path) -> tuple | None:
-    "(state dict, card) from the cache, or None when a file is missing, cut off or altered."
+    """(state dict, card) from the cache, or None when a file is missing, cut
+    off or altered.
+    """
     try:
         content, facts = path.read_bytes(), json.loads(card.read_bytes())
-        return (tensors_in(content), facts) if hashlib.sha256(content).hexdigest() == facts["sha256"] else None
+        return (
+            (tensors_in(content), facts)
+            if hashlib.sha256(content).hexdigest() == facts["sha256"]
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def kept(name: str, recipe: int, data_hash: str, cache_dir: Path | None, make: Callable, judge: Callable) -> tuple:
-    "(state dict, card) of a model trained here: from the cache, or `make()` now, its card from `judge(model)`, and then cached."
-    origin = {"recipe": recipe, "data": data_hash, "torch": torch.__version__.split("+")[0]}
+def kept(
+    name: str,
+    recipe: int,
+    data_hash: str,
+    cache_dir: Path | None,
+    make: Callable,
+    judge: Callable,
+) -> tuple:
+    """(state dict, card) of a model trained here: from the cache, or `make()`
+    now, its card from `judge(model)`, and then cached.
+    """
+    origin = {
+        "recipe": recipe,
+        "data": data_hash,
+        "torch": torch.__version__.split("+")[0],
+    }
     key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
-    path = Path(cache_dir or load_settings().cache_dir) / f"{name}-{key}.safetensors"
+    path = (
+        Path(cache_dir or load_settings().cache_dir)
+        / f"{name}-{key}.safetensors"
+    )
     found = cached(path, path.with_suffix(".json"))
     if found is None:
         model = make()
         content = safetensors.torch.save(model.state_dict())
-        facts = origin | {"sha256": hashlib.sha256(content).hexdigest()} | judge(model)
+        facts = (
+            origin
+            | {"sha256": hashlib.sha256(content).hexdigest()}
+            | judge(model)
+        )
         write_atomic(path, content)
         write_atomic(path.with_suffix(".json"), json.dumps(facts).encode())
         found = model.state_dict(), facts
@@ -170,13 +315,24 @@ def kept(name: str, recipe: int, data_hash: str, cache_dir: Path | None, make: C
 
 # %% ../../nbs/core/models.ipynb #c19x
 def digits_vit_weights(cache_dir: Path | None = None) -> tuple:
-    "(state dict, card) of the ViT pretrained on mnist5000: from the cache, or trained now and then cached."
+    """(state dict, card) of the ViT pretrained on mnist5000: from the cache,
+    or trained now and then cached.
+    """
     data = load_data("mnist5000")
-    return kept("digits_vit", RECIPE, data.hash, cache_dir, lambda: pretrain(data.train), lambda model: {"accuracy": accuracy(model, data.test)})
+    return kept(
+        "digits_vit",
+        RECIPE,
+        data.hash,
+        cache_dir,
+        lambda: pretrain(data.train),
+        lambda model: {"accuracy": accuracy(model, data.test)},
+    )
 
 # %% ../../nbs/core/models.ipynb #c20
 def digits_vit(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
-    "The ViT pretrained on mnist5000 with its own ten-digit head, or with a fresh head when n_classes is given; it has no dropout."
+    """The ViT pretrained on mnist5000 with its own ten-digit head, or with a
+    fresh head when n_classes is given; it has no dropout.
+    """
     model = seeded(small_vit, 0)
     model.load_state_dict(digits_vit_weights()[0])
     if n_classes is None:
@@ -185,98 +341,228 @@ def digits_vit(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
     return fresh_head(model, "head", seed)
 
 # %% ../../nbs/core/models.ipynb #c22
-LLAMA = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-         "intermediate_size": 128, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+LLAMA = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 LESSON = 1
 
 
 def small_llama(n_classes: int | None = None) -> nn.Module:
-    "transformers' Llama at width 64 for bytes: a generator, or a sequence classifier when n_classes is given."
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    """transformers' Llama at width 64 for bytes: a generator, or a sequence
+    classifier when n_classes is given.
+    """
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+    )
 
     config = LlamaConfig(**LLAMA, num_labels=n_classes or 2)
-    return (LlamaForSequenceClassification if n_classes else LlamaForCausalLM)(config)
+    return (LlamaForSequenceClassification if n_classes else LlamaForCausalLM)(
+        config
+    )
 
 
 def lesson_loss(model: nn.Module, batch: dict, given: float = 0.1) -> Tensor:
-    "The mean loss of the letters to be written, plus `given` times that of all letters."
+    """The mean loss of the letters to be written, plus `given` times that of
+    all letters.
+    """
     scores = logits(model, batch)[:, :-1].flatten(0, 1)
-    written, whole = batch["labels"], batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    losses = [nn.functional.cross_entropy(scores, labels[:, 1:].flatten()) for labels in (written, whole)]
+    written, whole = (
+        batch["labels"],
+        batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100),
+    )
+    losses = [
+        nn.functional.cross_entropy(scores, labels[:, 1:].flatten())
+        for labels in (written, whole)
+    ]
     return losses[0] + given * losses[1]
 
 
-def pretrain_llama(train: Split, epochs: int = 3, lr: float = 4e-3, seed: int = 0) -> nn.Module:
+def pretrain_llama(
+    train: Split, epochs: int = 3, lr: float = 4e-3, seed: int = 0
+) -> nn.Module:
     "A small Llama trained on a generation split in batches of 32."
     rows, generator = joined(train), torch.Generator().manual_seed(seed)
-    stream = (batch for _ in range(epochs) for batch in batches(rows, 32, generator=generator))
-    return learn(seeded(small_llama, seed), lesson_loss, stream, epochs * -(-len(rows) // 32), lr)
+    stream = (
+        batch
+        for _ in range(epochs)
+        for batch in batches(rows, 32, generator=generator)
+    )
+    return learn(
+        seeded(small_llama, seed),
+        lesson_loss,
+        stream,
+        epochs * -(-len(rows) // 32),
+        lr,
+    )
 
 # %% ../../nbs/core/models.ipynb #c23
 def letters_right(model: nn.Module, split: Split) -> float:
-    "The share of a joined split's target letters that the model ranks first, each after the true ones before it."
+    """The share of a joined split's target letters that the model ranks first,
+    each after the true ones before it.
+    """
     found = []
     with torch.no_grad():
         for batch in batches(split, 128, shuffle=False):
             labels = batch["labels"][:, 1:]
-            found.append((logits(model, batch)[:, :-1].argmax(-1) == labels)[labels != -100])
+            found.append(
+                (logits(model, batch)[:, :-1].argmax(-1) == labels)[
+                    labels != -100
+                ]
+            )
     return torch.cat(found).double().mean().item()
 
 
 def byte_llama_weights(cache_dir: Path | None = None) -> tuple:
-    "(state dict, card) of the small Llama pretrained on the lessons: from the cache, or trained now and then cached."
+    """(state dict, card) of the small Llama pretrained on the lessons: from
+    the cache, or trained now and then cached.
+    """
     data = load_data("lessons")
-    return kept("byte_llama", LESSON, data.hash, cache_dir, lambda: pretrain_llama(data.train),
-                lambda model: {"letters": letters_right(model, joined(data.test))})
+    return kept(
+        "byte_llama",
+        LESSON,
+        data.hash,
+        cache_dir,
+        lambda: pretrain_llama(data.train),
+        lambda model: {"letters": letters_right(model, joined(data.test))},
+    )
 
 
 def byte_llama(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
-    "The pretrained small Llama as a generator, or as a sequence classifier with a fresh head when n_classes is given."
+    """The pretrained small Llama as a generator, or as a sequence classifier
+    with a fresh head when n_classes is given.
+    """
     weights = byte_llama_weights()[0]
     model = seeded(lambda: small_llama(n_classes), seed)
     if n_classes is None:
         model.load_state_dict(weights)
         return model
-    model.model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")})
+    model.model.load_state_dict(
+        {
+            name.removeprefix("model."): value
+            for name, value in weights.items()
+            if name.startswith("model.")
+        }
+    )
     return model
 
 # %% ../../nbs/core/models.ipynb #c25
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_SHA256 = (
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
 
 
 def smollm2(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
-    "SmolLM2-135M-Instruct out of its optional wheel as a generator, or as a sequence classifier with a fresh head."
-    from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+    """SmolLM2-135M-Instruct out of its optional wheel as a generator, or as a
+    sequence classifier with a fresh head.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaForSequenceClassification,
+    )
 
     folder = smollm2_folder()
     verified(folder / SMOLLM2, SMOLLM2_SHA256)
-    generator = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
+    generator = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=SMOLLM2, dtype=torch.float32
+    )
     if n_classes is None:
         return generator
     generator.config.num_labels = n_classes
-    model = seeded(lambda: LlamaForSequenceClassification(generator.config), seed)
+    model = seeded(
+        lambda: LlamaForSequenceClassification(generator.config), seed
+    )
     model.model.load_state_dict(generator.model.state_dict())
     return model
 
 # %% ../../nbs/core/models.ipynb #c27
 TINY = {
-    "tiny_bert": ("Bert", "Model", {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                    "intermediate_size": 64, "max_position_embeddings": 128} | with_dropout(0.0)),
-    "tiny_gpt2": ("GPT2", "LMHeadModel", {"vocab_size": 264, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0,
-                                          "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}),
-    "tiny_llama": ("Llama", "ForCausalLM", {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                                            "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}),
-    "tiny_t5": ("T5", "ForConditionalGeneration", {"vocab_size": 264, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-                                                   "dropout_rate": 0.0, "decoder_start_token_id": 0})}
+    "tiny_bert": (
+        "Bert",
+        "Model",
+        {
+            "vocab_size": 30522,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 128,
+        }
+        | with_dropout(0.0),
+    ),
+    "tiny_gpt2": (
+        "GPT2",
+        "LMHeadModel",
+        {
+            "vocab_size": 264,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "summary_first_dropout": 0.0,
+        },
+    ),
+    "tiny_llama": (
+        "Llama",
+        "ForCausalLM",
+        {
+            "vocab_size": 264,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "tiny_t5": (
+        "T5",
+        "ForConditionalGeneration",
+        {
+            "vocab_size": 264,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
 
 # %% ../../nbs/core/models.ipynb #c28
 def tiny(name: str, n_classes: int | None, seed: int) -> nn.Module:
-    "A random transformers model of width 32 and two layers; a sequence classifier when n_classes is given."
+    """A random transformers model of width 32 and two layers; a sequence
+    classifier when n_classes is given.
+    """
     import transformers
 
     family, plain, keys = TINY[name]
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "num_labels": n_classes or 2}
-    scale = {"initializer_factor": 8.0} if family == "T5" else {"initializer_range": 0.2}
+    ids = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "num_labels": n_classes or 2,
+    }
+    scale = (
+        {"initializer_factor": 8.0}
+        if family == "T5"
+        else {"initializer_range": 0.2}
+    )
     config = getattr(transformers, f"{family}Config")(**keys | ids | scale)
     kind = "ForSequenceClassification" if n_classes else plain
     return seeded(lambda: getattr(transformers, family + kind)(config), seed)
@@ -287,33 +573,50 @@ def tiny_vit(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
     return seeded(lambda: small_vit(n_classes or 10, dim=32, depth=2), seed)
 
 # %% ../../nbs/core/models.ipynb #c30
-HUB_MODELS = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large",
-              "bert-base-uncased": "google-bert/bert-base-uncased", "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge",
-              "deberta-v3-base": "microsoft/deberta-v3-base", "gpt2": "openai-community/gpt2", "t5-base": "google-t5/t5-base",
-              "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "deepseek-coder": "deepseek-ai/deepseek-coder-1.3b-base"}
+HUB_MODELS = {
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge",
+    "deberta-v3-base": "microsoft/deberta-v3-base",
+    "gpt2": "openai-community/gpt2",
+    "t5-base": "google-t5/t5-base",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "deepseek-coder": "deepseek-ai/deepseek-coder-1.3b-base",
+}
 
 
 WRITERS = ("gpt2", "tinyllama", "deepseek-coder")
 
 
 def tokens_of(name: str) -> str | None:
-    "The tokenizer that a model's texts need, as `load_data` takes it: None for MiniLM's, 'bytes', or a repository of the hub."
+    """The tokenizer that a model's texts need, as `load_data` takes it: None
+    for MiniLM's, 'bytes', or a repository of the hub.
+    """
     if name in BYTES:
         return "bytes"
     if name in OPTIONAL:
         return name
-    return None if name in MODELS or name in TINY or is_image(name) else HUB_MODELS.get(name, name)
+    return (
+        None
+        if name in MODELS or name in TINY or is_image(name)
+        else HUB_MODELS.get(name, name)
+    )
 
 # %% ../../nbs/core/models.ipynb #c30b
 def is_timm(name: str) -> bool:
-    "Whether timm knows a model of that name; a tag after a dot chooses among its weights."
+    """Whether timm knows a model of that name; a tag after a dot chooses among
+    its weights.
+    """
     import timm
 
     return timm.is_model(name.split(".")[0])
 
 
 def is_image(name: str) -> bool:
-    "Whether a hub name is an image model of timm. Raises UnknownName for a name that can't be a hub's."
+    """Whether a hub name is an image model of timm. Raises UnknownName for a
+    name that can't be a hub's.
+    """
     image = is_timm(name)
     if not image and name not in HUB_MODELS and "/" not in name:
         raise unknown("model", name, [*MODELS, *TINY, *HUB_MODELS])
@@ -321,36 +624,74 @@ def is_image(name: str) -> bool:
 
 
 def hub_model(name: str, n_classes: int | None) -> nn.Module:
-    "A transformers model from the hub in its published architecture, or a sequence classifier when n_classes is given."
+    """A transformers model from the hub in its published architecture, or a
+    sequence classifier when n_classes is given.
+    """
     import transformers
 
     where = HUB_MODELS.get(name, name)
     if n_classes:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(where, num_labels=n_classes)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            where, num_labels=n_classes
+        )
     published = transformers.AutoConfig.from_pretrained(where).architectures[0]
     return getattr(transformers, published).from_pretrained(where)
 
 # %% ../../nbs/core/models.ipynb #c31
 def fetched(name: str, n_classes: int | None, seed: int) -> nn.Module:
-    "A model from the hub through timm or transformers, its new head drawn from `seed`; see load_model for the errors."
+    """A model from the hub through timm or transformers, its new head drawn
+    from `seed`; see load_model for the errors.
+    """
     import timm
 
     image = is_image(name)
     heads = {"num_classes": n_classes} if n_classes else {}
-    with hub_access("model", name, "digits_vit" if image else "byte_llama" if name in WRITERS else "minilm"):
-        return seeded(lambda: timm.create_model(name, pretrained=True, **heads) if image else hub_model(name, n_classes), seed)
+    with hub_access(
+        "model",
+        name,
+        (
+            "digits_vit"
+            if image
+            else "byte_llama"
+            if name in WRITERS
+            else "minilm"
+        ),
+    ):
+        return seeded(
+            lambda: (
+                timm.create_model(name, pretrained=True, **heads)
+                if image
+                else hub_model(name, n_classes)
+            ),
+            seed,
+        )
 
 # %% ../../nbs/core/models.ipynb #c33
-MODELS = {"minilm": minilm, "digits_vit": digits_vit, "byte_llama": byte_llama, "tiny_vit": tiny_vit}
+MODELS = {
+    "minilm": minilm,
+    "digits_vit": digits_vit,
+    "byte_llama": byte_llama,
+    "tiny_vit": tiny_vit,
+}
 OPTIONAL = {"smollm2": smollm2}
 BYTES = ("byte_llama", "tiny_gpt2", "tiny_llama", "tiny_t5")
 
 
-def load_model(name: str, n_classes: int | None = None, seed: int = 0, dtype: str | torch.dtype = "float32", dropout: float = 0.0) -> nn.Module:
-    """The model `name` in evaluation mode: minilm, digits_vit, byte_llama, smollm2, tiny_*, or a hub name of transformers or timm.
+def load_model(
+    name: str,
+    n_classes: int | None = None,
+    seed: int = 0,
+    dtype: str | torch.dtype = "float32",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """The model `name` in evaluation mode: minilm, digits_vit, byte_llama,
+    smollm2, tiny_*, or a hub name of transformers or timm.
 
-    `n_classes` asks for a classifier whose head is drawn from `seed`; without it the model is as it was published.
-    Raises UnknownName for a name nobody knows, MissingFile when the hub can't be reached, BadValue for altered weights."""
+    `n_classes` asks for a classifier whose head is drawn from `seed`; without
+    it the model is as it was published. Raises UnknownName for a name nobody
+    knows, MissingFile when the hub can't be reached, BadValue for altered
+    weights.
+    """
     if n_classes is not None:
         check_count("n_classes", n_classes)
     check_count("seed", seed, least=0)

@@ -24,16 +24,47 @@ from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
 from .adapter import Adapter, Block, LowRank, widened
-from .adapting import Record, commit, enabled_record, root_of, stored_buffers
-from .errors import BadType, BadValue, MissingFile, check_choice, check_count, check_number, unknown
+from lora_book.core.adapting import (
+    Record,
+    commit,
+    enabled_record,
+    root_of,
+    stored_buffers,
+)
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    MissingFile,
+    check_choice,
+    check_count,
+    check_number,
+    unknown,
+)
 from .hosts import Site, check_site_is_plain, sites
-from .saving import fill, folder_of, is_adapted, put, trained_tensors, write_pair
-from .targets import check_runs, ends_with, exactly, in_modules, linear_names, tied_names, views_of
+from lora_book.core.saving import (
+    fill,
+    folder_of,
+    is_adapted,
+    put,
+    trained_tensors,
+    write_pair,
+)
+from lora_book.core.targets import (
+    check_runs,
+    ends_with,
+    exactly,
+    in_modules,
+    linear_names,
+    tied_names,
+    views_of,
+)
 
 # %% ../../nbs/core/peft.ipynb #c06
 @dataclass(frozen=True)
 class LoraForm:
-    "W = W0 + s·B A with A (r, m) and B (n, r); where g (n,) is given, each row of W is brought to that length (DoRA)."
+    """W = W0 + s·B A with A (r, m) and B (n, r); where g (n,) is given, each
+    row of W is brought to that length (DoRA).
+    """
 
     A: Tensor
     B: Tensor
@@ -46,7 +77,10 @@ class LoraForm:
         if self.g is None:
             return change
         moved = W0.double() + change
-        return moved * (self.g.double() / moved.norm(dim=1))[:, None] - W0.double()
+        return (
+            moved * (self.g.double() / moved.norm(dim=1))[:, None]
+            - W0.double()
+        )
 
     def size(self, W0: Tensor) -> float:
         "What rounding errors of `change` are relative to."
@@ -56,7 +90,9 @@ class LoraForm:
 # %% ../../nbs/core/peft.ipynb #c07
 @dataclass(frozen=True)
 class VeraForm:
-    "ΔW = diag(b) B diag(d) A with A (r, m) and B (n, r) shared by all layers (@eq-peft-vera)."
+    """ΔW = diag(b) B diag(d) A with A (r, m) and B (n, r) shared by all layers
+    (@eq-peft-vera).
+    """
 
     A: Tensor
     B: Tensor
@@ -65,35 +101,62 @@ class VeraForm:
 
     def change(self, W0: Tensor) -> Tensor:
         "ΔW, (n, m), in float64."
-        return (self.b.double()[:, None] * self.B.double()) @ (self.d.double()[:, None] * self.A.double())
+        return (self.b.double()[:, None] * self.B.double()) @ (
+            self.d.double()[:, None] * self.A.double()
+        )
 
     def size(self, W0: Tensor) -> float:
         "What rounding errors of `change` are relative to."
-        return self.b.norm().item() * self.B.norm().item() * self.d.norm().item() * self.A.norm().item()
+        return (
+            self.b.norm().item()
+            * self.B.norm().item()
+            * self.d.norm().item()
+            * self.A.norm().item()
+        )
 
 # %% ../../nbs/core/peft.ipynb #c09
 def split(form: LoraForm) -> tuple[Tensor, Tensor, Tensor, float]:
-    "U (n, k), σ (k,), Vᵀ (k, m) of B A in float64, through factors no larger than (R, R); and what σ's rounding errors are relative to."
+    """U (n, k), σ (k,), Vᵀ (k, m) of B A in float64, through factors no larger
+    than (R, R); and what σ's rounding errors are relative to.
+    """
     Qb, Rb = torch.linalg.qr(form.B.double())
     Qa, Ra = torch.linalg.qr(form.A.double().T)
     U, sigma, Vt = torch.linalg.svd(Rb @ Ra.T)
     k = len(sigma)
-    return Qb @ U[:, :k], sigma, Vt[:k] @ Qa.T, Rb.norm().item() * Ra.norm().item()
+    return (
+        Qb @ U[:, :k],
+        sigma,
+        Vt[:k] @ Qa.T,
+        Rb.norm().item() * Ra.norm().item(),
+    )
 
 
 def compressed(form: LoraForm) -> LoraForm:
-    "The same product with as many rows of A as its rank in float64 (one for the product 0); the form itself if it has no more."
+    """The same product with as many rows of A as its rank in float64 (one for
+    the product 0); the form itself if it has no more.
+    """
     U, sigma, Vt, size = split(form)
-    sigma = sigma * (sigma > max(form.B.shape[0], form.A.shape[1]) * torch.finfo(torch.float64).eps * size)
+    sigma = sigma * (
+        sigma
+        > max(form.B.shape[0], form.A.shape[1])
+        * torch.finfo(torch.float64).eps
+        * size
+    )
     rank = max(1, int(sigma.count_nonzero()))
     if rank == form.A.shape[0]:
         return form
     root = sigma[:rank].sqrt()
-    return LoraForm((root[:, None] * Vt[:rank]).to(form.A), (U[:, :rank] * root).to(form.B), form.scale)
+    return LoraForm(
+        (root[:, None] * Vt[:rank]).to(form.A),
+        (U[:, :rank] * root).to(form.B),
+        form.scale,
+    )
 
 # %% ../../nbs/core/peft.ipynb #c11
 def one_product(products: list) -> LoraForm:
-    "Σ_j s_j·B_j A_j as one product, of its true rank where there are several (@eq-peft-stack); a single product stays as it is."
+    """Σ_j s_j·B_j A_j as one product, of its true rank where there are several
+    (@eq-peft-stack); a single product stays as it is.
+    """
     scale = products[-1][2]
     A = torch.cat([widened(A) for A, _, _ in products])
     B = torch.cat([widened(B) * (s / scale) for _, B, s in products], 1)
@@ -102,14 +165,25 @@ def one_product(products: list) -> LoraForm:
 
 # %% ../../nbs/core/peft.ipynb #c16
 def form_of(block: Block, as_lora: bool) -> LoraForm | VeraForm:
-    "How PEFT can write one adapter's change: its own form, or the product of its factors. Raises BadType if neither gives ΔW."
+    """How PEFT can write one adapter's change: its own form, or the product of
+    its factors. Raises BadType if neither gives ΔW.
+    """
     adapter = block.adapter
     if block.b0 is not None and adapter.bias_delta(block.b0) is not None:
         raise BadType(f"{type(adapter).__name__} changes a bias")
-    form = (None if as_lora else adapter.peft()) or one_product(adapter.factors())
-    gap = (form.change(block.W0) - adapter.delta(block.W0).double()).norm().item()
+    form = (None if as_lora else adapter.peft()) or one_product(
+        adapter.factors()
+    )
+    gap = (
+        (form.change(block.W0) - adapter.delta(block.W0).double())
+        .norm()
+        .item()
+    )
     if not gap <= TOLERANCE * form.size(block.W0):
-        raise BadType(f"the factors of {type(adapter).__name__} don't multiply to its change (off by {gap:.1e})")
+        raise BadType(
+            f"the factors of {type(adapter).__name__} don't multiply to its"
+            f" change (off by {gap:.1e})"
+        )
     return form
 
 
@@ -117,7 +191,9 @@ TOLERANCE = 1e-5
 
 # %% ../../nbs/core/peft.ipynb #c18
 def lengths(forms: list, W0: Tensor) -> Tensor | None:
-    "The row lengths of the whole layer (N,): W0's own where no form sets them; None if none does."
+    """The row lengths of the whole layer (N,): W0's own where no form sets
+    them; None if none does.
+    """
     if all(form.g is None for _, form in forms):
         return None
     g = widened(W0).norm(dim=1)
@@ -127,13 +203,15 @@ def lengths(forms: list, W0: Tensor) -> Tensor | None:
 
 
 def stacked(forms: list, W0: Tensor) -> LoraForm:
-    "One form for a layer W0 (N, m) from (rows, form) of its blocks: rows of B that belong to no block are 0 (@eq-peft-fused)."
+    """One form for a layer W0 (N, m) from (rows, form) of its blocks: rows of
+    B that belong to no block are 0 (@eq-peft-fused).
+    """
     scale, at = forms[0][1].scale, 0
     A = torch.cat([form.A for _, form in forms])
     B = A.new_zeros(W0.shape[0], A.shape[0])
     for rows, form in forms:
         r = form.A.shape[0]
-        B[rows, at:at + r] = form.B * (form.scale / scale)
+        B[rows, at : at + r] = form.B * (form.scale / scale)
         at += r
     return LoraForm(A, B, scale, lengths(forms, W0))
 
@@ -142,48 +220,92 @@ def layer_form(name: str, site: Site, as_lora: bool) -> LoraForm | VeraForm:
     "How PEFT can write a whole adapted layer; raises BadType where it can't."
     blocks, W0 = site.blocks(), site.logical(site.base_weight())
     try:
-        forms = [(block.rows or slice(0, W0.shape[0]), form_of(block, as_lora)) for block in blocks]
+        forms = [
+            (block.rows or slice(0, W0.shape[0]), form_of(block, as_lora))
+            for block in blocks
+        ]
     except BadType as error:
-        raise BadType(f"{name!r} can't be written in PEFT's format: {error}. Save it with save, or fold it in with merge(model, unload=True) "
-                      "and save the whole model") from error
+        raise BadType(
+            f"{name!r} can't be written in PEFT's format: {error}. Save it"
+            " with save, or fold it in with merge(model, unload=True) and"
+            " save the whole model"
+        ) from error
     if len(forms) == 1 and blocks[0].rows is None:
         form = forms[0][1]
     elif any(isinstance(form, VeraForm) for _, form in forms):
         return layer_form(name, site, True)
     else:
         form = stacked(forms, W0)
-    too_long = isinstance(form, LoraForm) and form.g is None and form.A.shape[0] > min(W0.shape)
+    too_long = (
+        isinstance(form, LoraForm)
+        and form.g is None
+        and form.A.shape[0] > min(W0.shape)
+    )
     return compressed(form) if too_long else form
 
 # %% ../../nbs/core/peft.ipynb #c22
 def exact_names(model: nn.Module, names: list[str]) -> list[str] | str:
-    "`target_modules` that stands for just these modules: their names, or a regular expression where a name ends another one's."
-    others = [other for other, _ in model.named_modules() if other not in names]
+    """`target_modules` that stands for just these modules: their names, or a
+    regular expression where a name ends another one's.
+    """
+    others = [
+        other for other, _ in model.named_modules() if other not in names
+    ]
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(map(re.escape, names))
     return names
 
 
-def common(model: nn.Module, peft_type: str, names: list[str], heads: list[str], base_model: str | None) -> dict:
+def common(
+    model: nn.Module,
+    peft_type: str,
+    names: list[str],
+    heads: list[str],
+    base_model: str | None,
+) -> dict:
     "What every configuration says."
     modules = dict(model.named_modules())
-    return {"peft_type": peft_type, "base_model_name_or_path": base_model, "task_type": None, "inference_mode": True, "bias": "none",
-            "target_modules": exact_names(model, names), "modules_to_save": heads or None,
-            "fan_in_fan_out": all(modules[name].transposed for name in names)}
+    return {
+        "peft_type": peft_type,
+        "base_model_name_or_path": base_model,
+        "task_type": None,
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": exact_names(model, names),
+        "modules_to_save": heads or None,
+        "fan_in_fan_out": all(modules[name].transposed for name in names),
+    }
 
 # %% ../../nbs/core/peft.ipynb #c23
 def pattern(values: dict) -> tuple:
-    "The most common value, and {pattern that only one layer's name fits: value} for the layers with another."
+    """The most common value, and {pattern that only one layer's name fits:
+    value} for the layers with another.
+    """
     usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+    return usual, {
+        f"^{re.escape(name)}": value
+        for name, value in values.items()
+        if value != usual
+    }
 
 
 def fitting(patterns: dict, name: str, usual: object) -> object:
-    "The value of the first pattern that fits the end of a layer's name, by PEFT's rule; `usual` if none does."
+    """The value of the first pattern that fits the end of a layer's name, by
+    PEFT's rule; `usual` if none does.
+    """
     try:
-        return next((value for ending, value in patterns.items() if re.match(rf"(.*\.)?({ending})$", name)), usual)
+        return next(
+            (
+                value
+                for ending, value in patterns.items()
+                if re.match(rf"(.*\.)?({ending})$", name)
+            ),
+            usual,
+        )
     except re.error as error:
-        raise BadValue(f"a pattern in {CONFIG} isn't a regular expression: {error}") from error
+        raise BadValue(
+            f"a pattern in {CONFIG} isn't a regular expression: {error}"
+        ) from error
 
 
 def tidy(number: float) -> int | float:
@@ -194,39 +316,84 @@ def tidy(number: float) -> int | float:
 
 def is_stabilised(adapters: list[Adapter]) -> bool:
     "Whether all scales are α/√r, and not all of them α/r as well."
-    sizes = [(a.scaling, a.alpha, a.r) for a in adapters if isinstance(a, LowRank)]
-    return len(sizes) == len(adapters) and all(s == alpha / math.sqrt(r) for s, alpha, r in sizes) and any(s != alpha / r for s, alpha, r in sizes)
+    sizes = [
+        (a.scaling, a.alpha, a.r) for a in adapters if isinstance(a, LowRank)
+    ]
+    return (
+        len(sizes) == len(adapters)
+        and all(s == alpha / math.sqrt(r) for s, alpha, r in sizes)
+        and any(s != alpha / r for s, alpha, r in sizes)
+    )
 
 # %% ../../nbs/core/peft.ipynb #c26
 def lora_file(forms: dict, stabilised: bool) -> tuple[dict, dict]:
-    "The settings and tensors of LoRA, rsLoRA (s = α/√r) and DoRA forms by layer."
+    """The settings and tensors of LoRA, rsLoRA (s = α/√r) and DoRA forms by
+    layer.
+    """
     ranks = {name: form.A.shape[0] for name, form in forms.items()}
-    alphas = {name: tidy(form.scale * (math.sqrt(ranks[name]) if stabilised else ranks[name])) for name, form in forms.items()}
+    alphas = {
+        name: tidy(
+            form.scale
+            * (math.sqrt(ranks[name]) if stabilised else ranks[name])
+        )
+        for name, form in forms.items()
+    }
     (r, rank_pattern), (alpha, alpha_pattern) = pattern(ranks), pattern(alphas)
-    settings = {"r": r, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "lora_dropout": 0.0,
-                "use_rslora": stabilised, "use_dora": any(form.g is not None for form in forms.values()), "init_lora_weights": True}
+    settings = {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": 0.0,
+        "use_rslora": stabilised,
+        "use_dora": any(form.g is not None for form in forms.values()),
+        "init_lora_weights": True,
+    }
     tensors = {}
     for name, form in forms.items():
-        tensors |= {f"{name}.lora_A.weight": form.A, f"{name}.lora_B.weight": form.B}
-        tensors |= {} if form.g is None else {f"{name}.lora_magnitude_vector": form.g}
-    return settings, {PREFIX + name: tensor for name, tensor in tensors.items()}
+        tensors |= {
+            f"{name}.lora_A.weight": form.A,
+            f"{name}.lora_B.weight": form.B,
+        }
+        tensors |= (
+            {} if form.g is None else {f"{name}.lora_magnitude_vector": form.g}
+        )
+    return settings, {
+        PREFIX + name: tensor for name, tensor in tensors.items()
+    }
 
 
 PREFIX = "base_model.model."
 
 
 def vera_file(forms: dict) -> tuple[dict, dict] | None:
-    "The settings and tensors of VeRA forms by layer; None if not all layers cut their A and B from one pair, as PEFT's format wants."
+    """The settings and tensors of VeRA forms by layer; None if not all layers
+    cut their A and B from one pair, as PEFT's format wants.
+    """
     if not all(isinstance(form, VeraForm) for form in forms.values()):
         return None
     A = max((form.A for form in forms.values()), key=lambda A: A.shape[1])
     B = max((form.B for form in forms.values()), key=lambda B: B.shape[0])
-    if not all(torch.equal(form.A, A[:, :form.A.shape[1]]) and torch.equal(form.B, B[:form.B.shape[0]]) for form in forms.values()):
+    if not all(
+        torch.equal(form.A, A[:, : form.A.shape[1]])
+        and torch.equal(form.B, B[: form.B.shape[0]])
+        for form in forms.values()
+    ):
         return None
     tensors = {"base_model.vera_A": A, "base_model.vera_B": B}
     for name, form in forms.items():
-        tensors |= {f"{PREFIX}{name}.vera_lambda_b": form.b, f"{PREFIX}{name}.vera_lambda_d": form.d}
-    return {"r": A.shape[0], "projection_prng_key": 0, "save_projection": True, "vera_dropout": 0.0, "d_initial": 0.1, "init_weights": True}, tensors
+        tensors |= {
+            f"{PREFIX}{name}.vera_lambda_b": form.b,
+            f"{PREFIX}{name}.vera_lambda_d": form.d,
+        }
+    return {
+        "r": A.shape[0],
+        "projection_prng_key": 0,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "init_weights": True,
+    }, tensors
 
 # %% ../../nbs/core/peft.ipynb #c28
 def outermost(names) -> list[str]:
@@ -238,133 +405,321 @@ def outermost(names) -> list[str]:
 
 
 def check_own(model: nn.Module, heads: list[str]) -> None:
-    "Raise for a head that PEFT can't copy: a list of modules, or one that shares a tensor with the rest of the model."
+    """Raise for a head that PEFT can't copy: a list of modules, or one that
+    shares a tensor with the rest of the model.
+    """
     tied = tied_names(model)
     for head in heads:
         module = model.get_submodule(head)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            raise BadType(f"the head {head!r} is a {type(module).__name__}, which PEFT can't train in full; name its modules one by one")
+            raise BadType(
+                f"the head {head!r} is a {type(module).__name__}, which PEFT"
+                " can't train in full; name its modules one by one"
+            )
         for name, p in module.named_parameters():
             if len(tied[id(p)]) > 1:
-                raise BadValue(f"the head's {head + '.' + name!r} is one tensor with {tied[id(p)]}, and PEFT would train a copy of it")
+                raise BadValue(
+                    f"the head's {head + '.' + name!r} is one tensor with"
+                    f" {tied[id(p)]}, and PEFT would train a copy of it"
+                )
 
 # %% ../../nbs/core/peft.ipynb #c28x
-def heads_of(model: nn.Module, record: Record, targets: list[str]) -> list[str]:
-    "The names of the modules that train in full; raises where PEFT's rules would make something else of them."
+def heads_of(
+    model: nn.Module, record: Record, targets: list[str]
+) -> list[str]:
+    """The names of the modules that train in full; raises where PEFT's rules
+    would make something else of them.
+    """
     names = outermost(record.config["head"])
     check_own(model, names)
     for name in names:
-        clash = [t for t in targets if t.endswith(name) or re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", t)]
+        clash = [
+            t
+            for t in targets
+            if t.endswith(name)
+            or re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", t)
+        ]
         if clash:
-            raise BadValue(f"PEFT takes every module whose name ends in {name!r} for the head, also the adapted {clash[0]!r}")
+            raise BadValue(
+                f"PEFT takes every module whose name ends in {name!r} for the"
+                f" head, also the adapted {clash[0]!r}"
+            )
     return names
 
 
 def head_tensors(model: nn.Module, heads: list[str]) -> dict[str, Tensor]:
-    "The tensors of every module that PEFT takes for a head: those whose names end in one."
-    found = {name: module for name, module in model.named_modules() if any(name.endswith(head) for head in heads)}
-    return {f"{PREFIX}{name}.{key}": t for name, module in found.items() for key, t in module.state_dict().items()}
+    """The tensors of every module that PEFT takes for a head: those whose
+    names end in one.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if any(name.endswith(head) for head in heads)
+    }
+    return {
+        f"{PREFIX}{name}.{key}": t
+        for name, module in found.items()
+        for key, t in module.state_dict().items()
+    }
 
 # %% ../../nbs/core/peft.ipynb #c30
 def check_expressible(model: nn.Module, record: Record) -> None:
-    "Raise BadType for what PEFT's format has no place for: numbers that moved in place, nothing adapted, a model that is one layer."
-    buffers = [key.removeprefix("buffer:") for key in trained_tensors(model) if key.startswith("buffer:")]
+    """Raise BadType for what PEFT's format has no place for: numbers that
+    moved in place, nothing adapted, a model that is one layer.
+    """
+    buffers = [
+        key.removeprefix("buffer:")
+        for key in trained_tensors(model)
+        if key.startswith("buffer:")
+    ]
     moved = [name for name in record.base if name not in record.head]
-    moved += [name for name in buffers if not in_modules(name.rpartition(".")[0], record.config["head"])]
+    moved += [
+        name
+        for name in buffers
+        if not in_modules(name.rpartition(".")[0], record.config["head"])
+    ]
     names = [name for name, _ in sites(model)]
     if moved:
-        raise BadType(f"{record.method_id!r} moves {moved[0]!r} in place, which PEFT's format can't hold: save the model itself")
+        raise BadType(
+            f"{record.method_id!r} moves {moved[0]!r} in place, which PEFT's"
+            " format can't hold: save the model itself"
+        )
     if not names or names == [""]:
-        raise BadType(f"{record.method_id!r} adapts no layer inside this model, and PEFT's format holds nothing else: use save")
+        raise BadType(
+            f"{record.method_id!r} adapts no layer inside this model, and"
+            " PEFT's format holds nothing else: use save"
+        )
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write(folder: Path, settings: dict, tensors: dict) -> None:
-    "Write both files or neither; raises BadValue, before anything is written, if a number isn't finite."
+    """Write both files or neither; raises BadValue, before anything is
+    written, if a number isn't finite.
+    """
     for name, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
-            raise BadValue(f"{name!r} holds NaN or infinite numbers; it isn't written")
-    data = write_tensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata={"format": "pt"})
-    write_pair(folder, {WEIGHTS: data, CONFIG: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()})
+            raise BadValue(
+                f"{name!r} holds NaN or infinite numbers; it isn't written"
+            )
+    data = write_tensors(
+        {
+            name: t.detach().cpu().contiguous().clone()
+            for name, t in tensors.items()
+        },
+        metadata={"format": "pt"},
+    )
+    write_pair(
+        folder,
+        {
+            WEIGHTS: data,
+            CONFIG: (
+                (
+                    json.dumps(settings, indent=2, sort_keys=True) + "\n"
+                ).encode()
+            ),
+        },
+    )
 
 # %% ../../nbs/core/peft.ipynb #c31
-def file_content(root: nn.Module, as_lora: bool) -> tuple[str, list[str], dict, dict]:
-    "PEFT's type, the adapted layers' names, the settings and the tensors; VeRA becomes LoRA where PEFT's VeRA can't hold it."
+def file_content(
+    root: nn.Module, as_lora: bool
+) -> tuple[str, list[str], dict, dict]:
+    """PEFT's type, the adapted layers' names, the settings and the tensors;
+    VeRA becomes LoRA where PEFT's VeRA can't hold it.
+    """
     found = dict(sites(root))
-    forms = {name: layer_form(name, site, as_lora) for name, site in found.items()}
+    forms = {
+        name: layer_form(name, site, as_lora) for name, site in found.items()
+    }
     native = None if as_lora else vera_file(forms)
     if native is not None:
         return "VERA", list(forms), *native
-    forms = {name: layer_form(name, found[name], True) if isinstance(form, VeraForm) else form for name, form in forms.items()}
-    return "LORA", list(forms), *lora_file(forms, is_stabilised([adapter for site in found.values() for adapter in site.adapters.values()]))
+    forms = {
+        name: (
+            layer_form(name, found[name], True)
+            if isinstance(form, VeraForm)
+            else form
+        )
+        for name, form in forms.items()
+    }
+    return (
+        "LORA",
+        list(forms),
+        *lora_file(
+            forms,
+            is_stabilised(
+                [
+                    adapter
+                    for site in found.values()
+                    for adapter in site.adapters.values()
+                ]
+            ),
+        ),
+    )
 
 
 @torch.no_grad()
-def to_peft(model: nn.Module, path, *, as_lora: bool = False, base_model: str | None = None) -> Path:
-    """Write the adaptation to the folder `path` as `peft.PeftModel.from_pretrained(base, path)` reads it; returns the folder.
+def to_peft(
+    model: nn.Module,
+    path,
+    *,
+    as_lora: bool = False,
+    base_model: str | None = None,
+) -> Path:
+    """Write the adaptation to the folder `path` as
+    `peft.PeftModel.from_pretrained(base, path)` reads it; returns the folder.
 
-    The outputs are equal, also where the model is merged now. Chains become one LoRA of their true rank; blocks of a fused layer become one LoRA with
-    rows of zeros; VeRA stays VeRA where all layers share A and B, unless as_lora=True. base_model: the base's name, which the file then mentions.
-    Raises BadType for a change that isn't low rank or that trains in place, BadValue for a plain or disabled model or numbers that aren't finite; then
+    The outputs are equal, also where the model is merged now. Chains become
+    one LoRA of their true rank; blocks of a fused layer become one LoRA with
+    rows of zeros; VeRA stays VeRA where all layers share A and B, unless
+    as_lora=True. base_model: the base's name, which the file then mentions.
+    Raises BadType for a change that isn't low rank or that trains in place,
+    BadValue for a plain or disabled model or numbers that aren't finite; then
     nothing is written.
     """
-    record, root, folder = enabled_record(model), root_of(model), folder_of(path)
+    record, root, folder = (
+        enabled_record(model),
+        root_of(model),
+        folder_of(path),
+    )
     check_expressible(root, record)
     kind, names, settings, tensors = file_content(root, as_lora)
     heads = heads_of(root, record, names)
-    write(folder, common(root, kind, names, heads, base_model) | settings, tensors | head_tensors(root, heads))
+    write(
+        folder,
+        common(root, kind, names, heads, base_model) | settings,
+        tensors | head_tensors(root, heads),
+    )
     return folder
 
 # %% ../../nbs/core/peft.ipynb #c39
-KINDS = {"LORA": {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude"}, "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d"}}
-READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias", "modules_to_save",
-        "target_modules", "exclude_modules", "layers_to_transform", "save_projection"}
-SILENT = {"auto_mapping", "base_model_name_or_path", "corda_config", "d_initial", "eva_config", "fan_in_fan_out", "inference_mode", "init_weights",
-          "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "projection_prng_key",
-          "qalora_group_size", "revision", "runtime_config", "task_type", "vera_dropout"}
+KINDS = {
+    "LORA": {
+        "lora_A": "A",
+        "lora_B": "B",
+        "lora_magnitude_vector": "magnitude",
+    },
+    "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d"},
+}
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "bias",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "save_projection",
+}
+SILENT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "d_initial",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_weights",
+    "layers_pattern",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "projection_prng_key",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "vera_dropout",
+}
 STARTS_AT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def check_settings(settings: dict) -> None:
-    "Raise BadValue for a setting that makes the numbers mean something that can't be read here."
+    """Raise BadValue for a setting that makes the numbers mean something that
+    can't be read here.
+    """
     check_choice("peft_type", settings.get("peft_type"), KINDS)
     for key, value in settings.items():
         if key not in READ | SILENT and value:
-            raise BadValue(f"{key}={value!r} in {CONFIG} changes what the adapter computes in a way that can't be read")
+            raise BadValue(
+                f"{key}={value!r} in {CONFIG} changes what the adapter"
+                " computes in a way that can't be read"
+            )
     if settings.get("bias", "none") != "none":
-        raise BadValue(f"bias={settings['bias']!r} in {CONFIG}: adapters with trained biases can't be read")
+        raise BadValue(
+            f"bias={settings['bias']!r} in {CONFIG}: adapters with trained"
+            " biases can't be read"
+        )
     if settings.get("init_lora_weights") not in STARTS_AT_BASE:
-        raise BadValue(f"init_lora_weights={settings['init_lora_weights']!r} in {CONFIG} moved the base's weights; "
-                       "save it in PEFT with path_initial_model_for_weight_conversion")
-    if settings["peft_type"] == "VERA" and not settings.get("save_projection", True):
-        raise BadValue(f"save_projection=False in {CONFIG}: the file has no A and B, which VeRA draws at random; save it with them")
-    for key, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list), ("target_modules", (list, str))):
-        if settings.get(key) is not None and not isinstance(settings[key], kind):
-            raise BadValue(f"{key}={settings[key]!r} in {CONFIG} is of the wrong type")
+        raise BadValue(
+            f"init_lora_weights={settings['init_lora_weights']!r} in {CONFIG}"
+            " moved the base's weights; save it in PEFT with"
+            " path_initial_model_for_weight_conversion"
+        )
+    if settings["peft_type"] == "VERA" and not settings.get(
+        "save_projection", True
+    ):
+        raise BadValue(
+            f"save_projection=False in {CONFIG}: the file has no A and B,"
+            " which VeRA draws at random; save it with them"
+        )
+    for key, kind in (
+        ("rank_pattern", dict),
+        ("alpha_pattern", dict),
+        ("modules_to_save", list),
+        ("target_modules", (list, str)),
+    ):
+        if settings.get(key) is not None and not isinstance(
+            settings[key], kind
+        ):
+            raise BadValue(
+                f"{key}={settings[key]!r} in {CONFIG} is of the wrong type"
+            )
 
 # %% ../../nbs/core/peft.ipynb #c40
 def read_peft(path) -> tuple[dict, dict]:
-    "Settings and tensors of an adapter in PEFT's format; raises MissingFile or BadValue."
+    """Settings and tensors of an adapter in PEFT's format; raises MissingFile
+    or BadValue.
+    """
     folder = folder_of(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise MissingFile(f"no file {name!r} in {str(folder)!r}: PEFT's format is a folder with {CONFIG!r} and {WEIGHTS!r} (pickles aren't read)")
+            raise MissingFile(
+                f"no file {name!r} in {str(folder)!r}: PEFT's format is a"
+                f" folder with {CONFIG!r} and {WEIGHTS!r} (pickles aren't"
+                " read)"
+            )
     try:
         settings = json.loads((folder / CONFIG).read_bytes())
         tensors = read_tensors((folder / WEIGHTS).read_bytes())
     except (ValueError, SafetensorError) as error:
         raise BadValue(f"{str(folder)!r} is damaged: {error}") from error
     if not isinstance(settings, dict):
-        raise BadValue(f"{CONFIG} in {str(folder)!r} holds a {type(settings).__name__}, not settings")
+        raise BadValue(
+            f"{CONFIG} in {str(folder)!r} holds a {type(settings).__name__},"
+            " not settings"
+        )
     check_settings(settings)
     return settings, tensors
 
 # %% ../../nbs/core/peft.ipynb #c42
 def by_layer(model: nn.Module, kind: str, tensors: dict) -> tuple[dict, dict]:
-    "{layer: {our name: tensor}} and the tensors that belong to no layer; raises UnknownName for a layer the model hasn't."
-    form = re.compile(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(KINDS[kind])})(?:\.weight)?")
+    """{layer: {our name: tensor}} and the tensors that belong to no layer;
+    raises UnknownName for a layer the model hasn't.
+    """
+    form = re.compile(
+        rf"{re.escape(PREFIX)}(.+)\.({'|'.join(KINDS[kind])})(?:\.weight)?"
+    )
     layers, rest, known = {}, {}, dict(model.named_modules())
     for key, tensor in sorted(tensors.items()):
         match = form.fullmatch(key)
@@ -378,84 +733,172 @@ def by_layer(model: nn.Module, kind: str, tensors: dict) -> tuple[dict, dict]:
 
 
 def shared_projections(model: nn.Module, layers: dict, rest: dict) -> None:
-    "Give each layer its part of VeRA's common A and B, which leave `rest`; raises BadValue if they aren't there."
-    A, B = rest.pop("base_model.vera_A", None), rest.pop("base_model.vera_B", None)
+    """Give each layer its part of VeRA's common A and B, which leave `rest`;
+    raises BadValue if they aren't there.
+    """
+    A, B = (
+        rest.pop("base_model.vera_A", None),
+        rest.pop("base_model.vera_B", None),
+    )
     if A is None or B is None:
-        raise BadValue(f"{WEIGHTS} has no 'base_model.vera_A' and 'base_model.vera_B'")
+        raise BadValue(
+            f"{WEIGHTS} has no 'base_model.vera_A' and 'base_model.vera_B'"
+        )
     for name, own in layers.items():
-        n, m = views_of(model.get_submodule(name), None, name)["all"].of(model.get_submodule(name).weight).shape
+        n, m = (
+            views_of(model.get_submodule(name), None, name)["all"]
+            .of(model.get_submodule(name).weight)
+            .shape
+        )
         own |= {"A": A[:, :m], "B": B[:n]}
 
 # %% ../../nbs/core/peft.ipynb #c43
 def is_target(settings: dict, name: str) -> bool:
-    "Whether `target_modules` names a module: by an ending in a list, or as a whole by a regular expression."
+    """Whether `target_modules` names a module: by an ending in a list, or as a
+    whole by a regular expression.
+    """
     wanted = settings.get("target_modules")
     if wanted is None or wanted == "all-linear":
         return True
     try:
-        return any(ends_with(name, ending) for ending in wanted) if isinstance(wanted, list) else re.fullmatch(wanted, name) is not None
+        return (
+            any(ends_with(name, ending) for ending in wanted)
+            if isinstance(wanted, list)
+            else re.fullmatch(wanted, name) is not None
+        )
     except re.error as error:
-        raise BadValue(f"target_modules={wanted!r} in {CONFIG} isn't a regular expression: {error}") from error
+        raise BadValue(
+            f"target_modules={wanted!r} in {CONFIG} isn't a regular"
+            f" expression: {error}"
+        ) from error
 
 
-def check_targets(model: nn.Module, settings: dict, layers: dict, heads: list[str]) -> None:
-    "Raise BadValue unless the layers with numbers are those that the settings name."
+def check_targets(
+    model: nn.Module, settings: dict, layers: dict, heads: list[str]
+) -> None:
+    """Raise BadValue unless the layers with numbers are those that the
+    settings name.
+    """
     if not layers:
         raise BadValue(f"{WEIGHTS} holds no adapted layer")
     for name in layers:
         check_site_is_plain(model.get_submodule(name), name)
         check_runs(model, name)
         if not is_target(settings, name):
-            raise BadValue(f"{WEIGHTS} holds numbers for {name!r}, which isn't among target_modules={settings['target_modules']!r}")
-    if isinstance(settings.get("target_modules"), list) and not settings.get("layers_to_transform") and not settings.get("exclude_modules"):
-        missing = [name for name in linear_names(model) if name not in layers and is_target(settings, name) and not in_modules(name, heads)]
+            raise BadValue(
+                f"{WEIGHTS} holds numbers for {name!r}, which isn't among"
+                f" target_modules={settings['target_modules']!r}"
+            )
+    if (
+        isinstance(settings.get("target_modules"), list)
+        and not settings.get("layers_to_transform")
+        and not settings.get("exclude_modules")
+    ):
+        missing = [
+            name
+            for name in linear_names(model)
+            if name not in layers
+            and is_target(settings, name)
+            and not in_modules(name, heads)
+        ]
         if missing:
-            raise BadValue(f"{WEIGHTS} has no numbers for {missing[0]!r}, which target_modules names")
+            raise BadValue(
+                f"{WEIGHTS} has no numbers for {missing[0]!r}, which"
+                " target_modules names"
+            )
 
 # %% ../../nbs/core/peft.ipynb #c45
-def head_numbers(model: nn.Module, settings: dict, rest: dict) -> tuple[list[str], dict[str, Tensor]]:
-    "The modules that trained in full, and their tensors as `fill` wants them; raises BadValue if these aren't those of `modules_to_save`."
+def head_numbers(
+    model: nn.Module, settings: dict, rest: dict
+) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules that trained in full, and their tensors as `fill` wants
+    them; raises BadValue if these aren't those of `modules_to_save`.
+    """
     endings = settings.get("modules_to_save") or []
-    heads = outermost(name for name, _ in model.named_modules() if name and any(name.endswith(str(ending)) for ending in endings))
+    heads = outermost(
+        name
+        for name, _ in model.named_modules()
+        if name and any(name.endswith(str(ending)) for ending in endings)
+    )
     check_own(model, heads)
-    wanted = [name for name in model.state_dict() if in_modules(name.rpartition(".")[0], heads)]
+    wanted = [
+        name
+        for name in model.state_dict()
+        if in_modules(name.rpartition(".")[0], heads)
+    ]
     got = {key.removeprefix(PREFIX): t for key, t in rest.items()}
     if strange := sorted(got.keys() - set(wanted)):
-        raise BadValue(f"{WEIGHTS} holds {strange[0]!r}, which is neither an adapted layer's nor in modules_to_save={endings!r} of this model")
+        raise BadValue(
+            f"{WEIGHTS} holds {strange[0]!r}, which is neither an adapted"
+            f" layer's nor in modules_to_save={endings!r} of this model"
+        )
     if missing := sorted(set(wanted) - got.keys()):
-        raise BadValue(f"{WEIGHTS} has no numbers for {missing[0]!r}, which modules_to_save={endings!r} names")
+        raise BadValue(
+            f"{WEIGHTS} has no numbers for {missing[0]!r}, which"
+            f" modules_to_save={endings!r} names"
+        )
     parameters = dict(model.named_parameters())
-    return heads, {f"{'parameter' if name in parameters else 'buffer'}:{name}": t for name, t in got.items()}
+    return heads, {
+        f"{'parameter' if name in parameters else 'buffer'}:{name}": t
+        for name, t in got.items()
+    }
 
 # %% ../../nbs/core/peft.ipynb #c47
 def sizes(settings: dict, layers: dict) -> dict[str, dict]:
-    "{layer: its r and alpha}, with DoRA's α/√r written as α√r / r; raises BadType or BadValue for what can't be a rank or an alpha."
+    """{layer: its r and alpha}, with DoRA's α/√r written as α√r / r; raises
+    BadType or BadValue for what can't be a rank or an alpha.
+    """
     found = {}
     for name in layers:
-        r = fitting(settings.get("rank_pattern") or {}, name, settings.get("r"))
-        alpha = None if settings["peft_type"] == "VERA" else fitting(settings.get("alpha_pattern") or {}, name, settings.get("lora_alpha"))
+        r = fitting(
+            settings.get("rank_pattern") or {}, name, settings.get("r")
+        )
+        alpha = (
+            None
+            if settings["peft_type"] == "VERA"
+            else fitting(
+                settings.get("alpha_pattern") or {},
+                name,
+                settings.get("lora_alpha"),
+            )
+        )
         check_count("r", r)
         if settings["peft_type"] == "LORA":
             check_number("lora_alpha", alpha, above=0)
         both = settings.get("use_dora") and settings.get("use_rslora")
-        found[name] = {"r": r, "alpha": alpha * math.sqrt(r) if both else alpha}
+        found[name] = {
+            "r": r,
+            "alpha": alpha * math.sqrt(r) if both else alpha,
+        }
     return found
 
 
 def method_of(settings: dict) -> str:
     "The id of the method that a file holds."
     ids = [("use_dora", "dora"), ("use_rslora", "rslora")]
-    return "vera" if settings["peft_type"] == "VERA" else next((method for flag, method in ids if settings.get(flag)), "lora")
+    return (
+        "vera"
+        if settings["peft_type"] == "VERA"
+        else next(
+            (method for flag, method in ids if settings.get(flag)), "lora"
+        )
+    )
 
 # %% ../../nbs/core/peft.ipynb #c49
 def from_peft(model: nn.Module, path, make_plan: Callable) -> nn.Module:
-    """Adapt the plain base `model` with the LoRA, rsLoRA, DoRA or VeRA adapter that PEFT wrote to the folder `path`; returns the model.
+    """Adapt the plain base `model` with the LoRA, rsLoRA, DoRA or VeRA adapter
+    that PEFT wrote to the folder `path`; returns the model.
 
-    make_plan(model, method_id, ...) builds the adapters without changing the model. Raises a LoraBookError, with the model unchanged, for missing or
-    damaged files, settings that can't be honoured, layers or shapes that don't fit, NaN, or a model that is adapted already.
+    make_plan(model, method_id, ...) builds the adapters without changing the
+    model. Raises a LoraBookError, with the model unchanged, for missing or
+    damaged files, settings that can't be honoured, layers or shapes that don't
+    fit, NaN, or a model that is adapted already.
     """
     if is_adapted(model):
-        raise BadValue("the model is adapted already; from_peft takes the plain base model")
+        raise BadValue(
+            "the model is adapted already; from_peft takes the plain base"
+            " model"
+        )
     settings, tensors = read_peft(path)
     layers, rest = by_layer(model, settings["peft_type"], tensors)
     if settings["peft_type"] == "VERA":
@@ -465,11 +908,28 @@ def from_peft(model: nn.Module, path, make_plan: Callable) -> nn.Module:
     own = sizes(settings, layers)
     usual = own[next(iter(own))]
     differing = {name: size for name, size in own.items() if size != usual}
-    made = make_plan(model, method_of(settings), None, (exactly(model, list(layers)), []), differing, head=heads or None, **usual)
+    made = make_plan(
+        model,
+        method_of(settings),
+        None,
+        (exactly(model, list(layers)), []),
+        differing,
+        head=heads or None,
+        **usual,
+    )
     named, buffers = dict(model.named_parameters()), stored_buffers(model)
     in_place = {name: named[name] for name in made.head}
-    numbers |= {f"{name}/{key}": t for name, parts in layers.items() for key, t in parts.items()}
-    fill({name: made.built[name]["all"] for name in layers}, in_place, numbers, buffers)
+    numbers |= {
+        f"{name}/{key}": t
+        for name, parts in layers.items()
+        for key, t in parts.items()
+    }
+    fill(
+        {name: made.built[name]["all"] for name in layers},
+        in_place,
+        numbers,
+        buffers,
+    )
     commit(model, made)
     put(in_place, buffers, numbers)
     return model

@@ -26,8 +26,9 @@ def flat(x: Tensor) -> Tensor:
 
 
 def rows_of(Y: Tensor, rows: slice | None) -> Tensor:
-    """The columns of a (T, n) output that belong to the weight's `rows`; all of them for None. A
-    view."""
+    """The columns of a (T, n) output that belong to the weight's `rows`; all
+    of them for None. A view.
+    """
     return Y if rows is None else Y[:, rows]
 
 
@@ -37,8 +38,10 @@ def product(U: Tensor, M: Tensor, scale: float) -> Tensor:
 
 
 def add_product(Y: Tensor, U: Tensor, M: Tensor, scale: float = 1.0) -> Tensor:
-    """Y + scale·U M in place, without a second tensor of Y's size; by the call that PyTorch's
-    counter of operations knows, where autograd and the compiler allow it."""
+    """Y + scale·U M in place, without a second tensor of Y's size; by the call
+    that PyTorch's counter of operations knows, where autograd and the compiler
+    allow it.
+    """
     if scale == 0:
         return Y
     if torch.is_grad_enabled() or not Y.is_contiguous():
@@ -47,15 +50,18 @@ def add_product(Y: Tensor, U: Tensor, M: Tensor, scale: float = 1.0) -> Tensor:
 
 # %% ../../nbs/core/products.ipynb #c05c
 def copy_pays(T: int, W: Tensor, least: int = 1) -> bool:
-    """Whether T tokens are worth a changed copy of W (n, m): T >= least·m, and W's numbers have
-    32 bits or more."""
+    """Whether T tokens are worth a changed copy of W (n, m): T >= least·m, and
+    W's numbers have 32 bits or more.
+    """
     return T >= least * W.shape[1] and torch.finfo(W.dtype).bits >= 32
 
 
 def summed(W: Tensor, blocks: list, factors: list) -> Tensor:
     "W with s·B A added to each block's rows, a new (n, m) tensor."
     V = W.clone()
-    for (rows, scale), A, B in zip(blocks, factors[::2], factors[1::2], strict=True):
+    for (rows, scale), A, B in zip(
+        blocks, factors[::2], factors[1::2], strict=True
+    ):
         add_product(V if rows is None else V[rows], B, A, scale)
     return V
 
@@ -73,7 +79,9 @@ class Given:
 
 
 class ByPlace(Signature):
-    "The signature of a function that takes its arguments by place, without defaults."
+    """The signature of a function that takes its arguments by place, without
+    defaults.
+    """
 
     def bind(self, *args) -> Given:
         "The arguments as they are."
@@ -81,18 +89,28 @@ class ByPlace(Signature):
 
 
 class Product(torch.autograd.Function):
-    "A function whose forward part takes its arguments by place, without defaults."
+    """A function whose forward part takes its arguments by place, without
+    defaults.
+    """
 
     def __init_subclass__(cls, **named):
         super().__init_subclass__(**named)
-        cls.forward.__signature__ = ByPlace([Parameter("inputs", Parameter.VAR_POSITIONAL)])
+        cls.forward.__signature__ = ByPlace(
+            [Parameter("inputs", Parameter.VAR_POSITIONAL)]
+        )
 
 # %% ../../nbs/core/products.ipynb #c07w
-def low_rank_output(X, W, bias, copy: bool, blocks: list, factors: list) -> tuple:
-    """Y (T, n) and the U_i (T, r) of @eq-products-forward; Y from a changed copy of W with `copy`,
-    which needs no U_i: then it is None where no B_i asks for it."""
-    us = [None if copy and not B.requires_grad else X @ A.t()
-          for A, B in zip(factors[::2], factors[1::2], strict=True)]
+def low_rank_output(
+    X, W, bias, copy: bool, blocks: list, factors: list
+) -> tuple:
+    """Y (T, n) and the U_i (T, r) of @eq-products-forward; Y from a changed
+    copy of W with `copy`,
+    which needs no U_i: then it is None where no B_i asks for it.
+    """
+    us = [
+        None if copy and not B.requires_grad else X @ A.t()
+        for A, B in zip(factors[::2], factors[1::2], strict=True)
+    ]
     if copy:
         return F.linear(X, summed(W, blocks, factors), bias), *us
     Y = F.linear(X, W, bias)
@@ -114,32 +132,60 @@ class LowRankProduct(Product):
         x, W, _, copy, ctx.blocks, *factors = inputs
         needs, ctx.shape = ctx.needs_input_grad, x.shape
         ctx.copy = copy and not any(needs[5::2])
-        us = [U if needed else None for U, needed in zip(output[1:], needs[6::2], strict=True)]
-        ctx.save_for_backward(x if needs[1] or any(needs[5::2]) else None, W, *factors, *us)
+        us = [
+            U if needed else None
+            for U, needed in zip(output[1:], needs[6::2], strict=True)
+        ]
+        ctx.save_for_backward(
+            x if needs[1] or any(needs[5::2]) else None, W, *factors, *us
+        )
 
     @staticmethod
     def backward(ctx, G, *GU):
         x, W, *rest = ctx.saved_tensors
         needs, X = ctx.needs_input_grad, None if x is None else flat(x)
-        factors, us = rest[:2 * len(ctx.blocks)], rest[2 * len(ctx.blocks):]
+        factors, us = rest[: 2 * len(ctx.blocks)], rest[2 * len(ctx.blocks) :]
         G = W.new_zeros(ctx.shape[:-1].numel(), len(W)) if G is None else G
-        Vs = pulled(G, ctx.blocks, factors, GU) if any(needs[5::2]) or needs[0] and not ctx.copy else GU
+        Vs = (
+            pulled(G, ctx.blocks, factors, GU)
+            if any(needs[5::2]) or needs[0] and not ctx.copy
+            else GU
+        )
         grads = factor_grads(G, X, ctx.blocks, Vs, us, needs[5:])
-        GX = low_rank_input_grad(G, W, ctx.blocks, factors, Vs, ctx.copy) if needs[0] else None
+        GX = (
+            low_rank_input_grad(G, W, ctx.blocks, factors, Vs, ctx.copy)
+            if needs[0]
+            else None
+        )
         GX = GX if GX is None or len(ctx.shape) == 2 else GX.view(ctx.shape)
-        return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, None, *grads
+        return (
+            GX,
+            G.t() @ X if needs[1] else None,
+            G.sum(0) if needs[2] else None,
+            None,
+            None,
+            *grads,
+        )
 
 # %% ../../nbs/core/products.ipynb #c08
 def pulled(G: Tensor, blocks: list, factors: list, GU: list) -> list:
-    """The V_i of @eq-products-backward, (T, r), with the gradients GU (None for 0) that reach the
-    U_i themselves."""
-    Vs = [product(rows_of(G, rows), B, scale) for (rows, scale), B in zip(blocks, factors[1::2], strict=True)]
+    """The V_i of @eq-products-backward, (T, r), with the gradients GU (None
+    for 0) that reach the U_i themselves.
+    """
+    Vs = [
+        product(rows_of(G, rows), B, scale)
+        for (rows, scale), B in zip(blocks, factors[1::2], strict=True)
+    ]
     return [V if gu is None else V + gu for V, gu in zip(Vs, GU, strict=True)]
 
 
-def low_rank_input_grad(G, W, blocks: list, factors: list, Vs: list, copy: bool) -> Tensor:
-    """∂L/∂X of @eq-products-backward, (T, m), from the V_i, None for 0; from a changed copy of W,
-    which has their part in it but for what reaches the U_i, with `copy`."""
+def low_rank_input_grad(
+    G, W, blocks: list, factors: list, Vs: list, copy: bool
+) -> Tensor:
+    """∂L/∂X of @eq-products-backward, (T, m), from the V_i, None for 0; from a
+    changed copy of W, which has their part in it but for what reaches the U_i,
+    with `copy`.
+    """
     W, GX = summed(W, blocks, factors) if copy else W, None
     for V, A in zip(Vs, factors[::2], strict=True):
         if V is not None:
@@ -147,32 +193,48 @@ def low_rank_input_grad(G, W, blocks: list, factors: list, Vs: list, copy: bool)
     return G @ W if GX is None else add_product(GX, G, W)
 
 
-def factor_grads(G: Tensor, X: Tensor, blocks: list, Vs: list, us: list, needs: tuple) -> list:
-    """∂L/∂A_i and ∂L/∂B_i of @eq-products-backward, in turn, from the V_i and U_i; None for those
-    that `needs` doesn't ask for."""
+def factor_grads(
+    G: Tensor, X: Tensor, blocks: list, Vs: list, us: list, needs: tuple
+) -> list:
+    """∂L/∂A_i and ∂L/∂B_i of @eq-products-backward, in turn, from the V_i and
+    U_i; None for those that `needs` doesn't ask for.
+    """
     grads = []
-    for i, ((rows, scale), V, U) in enumerate(zip(blocks, Vs, us, strict=True)):
-        of_B = product(rows_of(G, rows).t(), U, scale) if needs[2 * i + 1] else None
+    for i, ((rows, scale), V, U) in enumerate(
+        zip(blocks, Vs, us, strict=True)
+    ):
+        of_B = (
+            product(rows_of(G, rows).t(), U, scale)
+            if needs[2 * i + 1]
+            else None
+        )
         grads += [V.t() @ X if needs[2 * i] else None, of_B]
     return grads
 
 # %% ../../nbs/core/products.ipynb #c10
 def applied(function: type[torch.autograd.Function], *inputs) -> tuple:
-    """The function's outputs: through autograd if an input needs a gradient, else its `forward`
-    alone."""
+    """The function's outputs: through autograd if an input needs a gradient,
+    else its `forward` alone.
+    """
     learns = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in inputs)
+        isinstance(t, Tensor) and t.requires_grad for t in inputs
+    )
     if learns:
         return function.apply(*inputs)
-    return function.forward(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))
+    return function.forward(
+        *(t.detach() if isinstance(t, Tensor) else t for t in inputs)
+    )
 
 
-def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
+def low_rank_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
     """x Wᵀ + bias with s·B A added to some rows of W (@eq-products-forward).
 
-    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, A (r, m), B (k, r), s)
-    with `rows` a slice of k rows of W or None for all. Factors are cast to x's dtype. Returns
-    (..., n). Keeps x for the backward pass only if an A needs a gradient.
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, A (r, m),
+    B (k, r), s) with `rows` a slice of k rows of W or None for all. Factors
+    are cast to x's dtype. Returns (..., n). Keeps x for the backward pass only
+    if an A needs a gradient.
     """
     spans = [(rows, float(scale)) for rows, _, _, scale in blocks]
     factors = [M.to(x.dtype) for _, A, B, _ in blocks for M in (A, B)]
@@ -183,7 +245,9 @@ def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> 
 
 # %% ../../nbs/core/products.ipynb #c12
 def patched(W: Tensor, blocks, idxs, Bs) -> Tensor:
-    "W with scale·B added to the columns idx of its rows, a new tensor; (n, m)."
+    """W with scale·B added to the columns idx of its rows, a new tensor; (n,
+    m).
+    """
     out = W.clone()
     for (rows, scale), idx, B in zip(blocks, idxs, Bs, strict=True):
         (out if rows is None else out[rows]).index_add_(1, idx, B, alpha=scale)
@@ -191,7 +255,9 @@ def patched(W: Tensor, blocks, idxs, Bs) -> Tensor:
 
 # %% ../../nbs/core/products.ipynb #c13
 class ColumnProduct(Product):
-    "Y and the selected inputs of @eq-products-columns; called through `column_linear`."
+    """Y and the selected inputs of @eq-products-columns; called through
+    `column_linear`.
+    """
 
     @staticmethod
     def forward(x, W, bias, blocks, idxs, *Bs):
@@ -209,23 +275,48 @@ class ColumnProduct(Product):
         ctx.set_materialize_grads(False)
         x, W, _, ctx.blocks, ctx.idxs, *Bs = inputs
         needs, ctx.shape = ctx.needs_input_grad, x.shape
-        us = [U if needed else None for U, needed in zip(output[1:], needs[5:], strict=True)]
+        us = [
+            U if needed else None
+            for U, needed in zip(output[1:], needs[5:], strict=True)
+        ]
         ctx.save_for_backward(x if needs[1] else None, W, *Bs, *us)
 
     @staticmethod
     def backward(ctx, G, *GU):
         x, W, *rest = ctx.saved_tensors
-        Bs, us, needs = rest[:len(ctx.blocks)], rest[len(ctx.blocks):], ctx.needs_input_grad
+        Bs, us, needs = (
+            rest[: len(ctx.blocks)],
+            rest[len(ctx.blocks) :],
+            ctx.needs_input_grad,
+        )
         G = W.new_zeros(ctx.shape[:-1].numel(), len(W)) if G is None else G
-        grads = [product(U.t(), rows_of(G, rows), scale).t() if needed else None
-                 for (rows, scale), U, needed in zip(ctx.blocks, us, needs[5:], strict=True)]
-        GX = column_input_grad(G, W, ctx.blocks, ctx.idxs, Bs, GU).view(ctx.shape) if needs[0] else None
-        return GX, G.t() @ flat(x) if needs[1] else None, G.sum(0) if needs[2] else None, None, None, *grads
+        grads = [
+            product(U.t(), rows_of(G, rows), scale).t() if needed else None
+            for (rows, scale), U, needed in zip(
+                ctx.blocks, us, needs[5:], strict=True
+            )
+        ]
+        GX = (
+            column_input_grad(G, W, ctx.blocks, ctx.idxs, Bs, GU).view(
+                ctx.shape
+            )
+            if needs[0]
+            else None
+        )
+        return (
+            GX,
+            G.t() @ flat(x) if needs[1] else None,
+            G.sum(0) if needs[2] else None,
+            None,
+            None,
+            *grads,
+        )
 
 # %% ../../nbs/core/products.ipynb #c14
 def column_input_grad(G: Tensor, W: Tensor, blocks, idxs, Bs, GU) -> Tensor:
-    """∂L/∂X of @eq-products-columns, (T, m), with the gradients GU (None for 0) that reach the
-    selected inputs themselves."""
+    """∂L/∂X of @eq-products-columns, (T, m), with the gradients GU (None for
+    0) that reach the selected inputs themselves.
+    """
     copy = copy_pays(len(G), W)
     GX = G @ (patched(W, blocks, idxs, Bs) if copy else W)
     for (rows, scale), idx, B, gu in zip(blocks, idxs, Bs, GU, strict=True):
@@ -236,12 +327,15 @@ def column_input_grad(G: Tensor, W: Tensor, blocks, idxs, Bs, GU) -> Tensor:
     return GX
 
 # %% ../../nbs/core/products.ipynb #c15
-def column_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-    """x Wᵀ + bias with s·B added to the columns idx of some rows of W (@eq-products-columns).
+def column_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
+    """x Wᵀ + bias with s·B added to the columns idx of some rows of W
+    (@eq-products-columns).
 
-    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, idx (r,) int64, B (k, r), s)
-    with `rows` a slice of k rows of W or None for all; B is cast to x's dtype. Returns (..., n).
-    Keeps T·r numbers, never x.
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, idx (r,)
+    int64, B (k, r), s) with `rows` a slice of k rows of W or None for all; B
+    is cast to x's dtype. Returns (..., n). Keeps T·r numbers, never x.
     """
     spans = [(rows, float(scale)) for rows, _, _, scale in blocks]
     idxs = [idx for _, idx, _, _ in blocks]
@@ -251,10 +345,11 @@ def column_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Te
 
 # %% ../../nbs/core/products.ipynb #c22
 def saved_bytes(run, exclude=()) -> int:
-    """Bytes that autograd holds for the backward pass after `run()`, each storage counted once.
+    """Bytes that autograd holds for the backward pass after `run()`, each
+    storage counted once.
 
-    Storages of the tensors in `exclude` (weights, the input itself) aren't counted. The tensors are
-    not kept alive.
+    Storages of the tensors in `exclude` (weights, the input itself) aren't
+    counted. The tensors are not kept alive.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     found = {}
@@ -272,38 +367,57 @@ def saved_bytes(run, exclude=()) -> int:
 
 # %% ../../nbs/core/products.ipynb #c24
 def addmm_flops(Y_shape, U_shape, M_shape, *args, **kwargs) -> int:
-    "Multiplications and additions of Y += U M, two for each pair of numbers multiplied."
+    """Multiplications and additions of Y += U M, two for each pair of numbers
+    multiplied.
+    """
     return 2 * U_shape[0] * U_shape[1] * M_shape[1]
 
 
 def count_flops(run) -> int:
-    """Floating-point operations of the matrix products that `run()` does, forward and backward;
-    exact, and the same on every machine."""
+    """Floating-point operations of the matrix products that `run()` does,
+    forward and backward; exact, and the same on every machine.
+    """
     with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}
+    ) as counter:
         run()
     return counter.get_total_flops()
 
 # %% ../../nbs/core/products.ipynb #c27
 class Alive(TorchDispatchMode):
-    """Follows the tensors made inside it: `bytes` are alive now, `peak` were at once at most,
-    `shapes` were made, in order."""
+    """Follows the tensors made inside it: `bytes` are alive now, `peak` were
+    at once at most,
+    `shapes` were made, in order.
+    """
 
     def __init__(self):
         super().__init__()
         self.sizes, self.bytes, self.peak, self.shapes = {}, 0, 0, []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
         made = op(*args, **(kwargs or {}))
         for t in tree_leaves(made):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given | self.sizes.keys():
+            if (
+                isinstance(t, Tensor)
+                and t.untyped_storage()._cdata not in given | self.sizes.keys()
+            ):
                 self.follow(t)
         return made
 
     def follow(self, t: Tensor) -> None:
         "Count a new storage until it's freed."
-        storage, self.shapes = t.untyped_storage(), [*self.shapes, tuple(t.shape)]
+        storage, self.shapes = (
+            t.untyped_storage(),
+            [
+                *self.shapes,
+                tuple(t.shape),
+            ],
+        )
         self.sizes[storage._cdata] = storage.nbytes()
         self.bytes += storage.nbytes()
         self.peak = max(self.peak, self.bytes)
@@ -315,57 +429,92 @@ class Alive(TorchDispatchMode):
 
 # %% ../../nbs/core/products.ipynb #c27x
 def peak_bytes(run: Callable) -> int:
-    """The most bytes that tensors made by `run()` held at once; exact, and the same on every
-    machine."""
+    """The most bytes that tensors made by `run()` held at once; exact, and the
+    same on every machine.
+    """
     with Alive() as alive:
         run()
     return alive.peak
 
 # %% ../../nbs/core/products.ipynb #c31
 class NudgedProduct(torch.autograd.Function):
-    """The output of @eq-products-nudged; called through `nudged_linear`. It can be
-    differentiated once."""
+    """The output of @eq-products-nudged; called through `nudged_linear`. It
+    can be differentiated once.
+    """
 
     @staticmethod
     def forward(ctx, X, W, bias, blocks, *factors):
         Y, kept = F.linear(X, W, bias), []
         for (rows, scale), A, B, EA, EB in zip(
-            blocks, *(factors[i::4] for i in range(4)), strict=True):
+            blocks, *(factors[i::4] for i in range(4)), strict=True
+        ):
             U = X @ torch.cat([A, EA]).t()
-            add_product(rows_of(Y, rows), U, torch.cat([B + EB, B], 1).t(), scale)
+            add_product(
+                rows_of(Y, rows), U, torch.cat([B + EB, B], 1).t(), scale
+            )
             kept.append(U)
         ctx.blocks, needs = blocks, ctx.needs_input_grad
-        ctx.save_for_backward(X if needs[1] or any(needs[4::4]) else None, W, *factors, *kept)
+        ctx.save_for_backward(
+            X if needs[1] or any(needs[4::4]) else None, W, *factors, *kept
+        )
         return Y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
         X, W, *rest = ctx.saved_tensors
-        needs, count, grads, GX = ctx.needs_input_grad, 4 * len(ctx.blocks), [], None
+        needs, count, grads, GX = (
+            ctx.needs_input_grad,
+            4 * len(ctx.blocks),
+            [],
+            None,
+        )
         for i, (rows, scale) in enumerate(ctx.blocks):
-            A, B, EA, EB = rest[4 * i:4 * i + 4]
+            A, B, EA, EB = rest[4 * i : 4 * i + 4]
             r, g = len(A), rows_of(G, rows)
             V = product(g, torch.cat([B, EB], 1), scale)
-            of_B = product(g.t(), rest[count + i][:, :r], scale) if needs[5 + 4 * i] else None
-            grads += [V[:, :r].t() @ X if needs[4 + 4 * i] else None, of_B, None, None]
+            of_B = (
+                product(g.t(), rest[count + i][:, :r], scale)
+                if needs[5 + 4 * i]
+                else None
+            )
+            grads += [
+                V[:, :r].t() @ X if needs[4 + 4 * i] else None,
+                of_B,
+                None,
+                None,
+            ]
             if needs[0]:
                 moved = torch.cat([A + EA, A])
                 GX = V @ moved if GX is None else add_product(GX, V, moved)
         GX = add_product(GX, G, W) if needs[0] else None
-        return GX, G.t() @ X if needs[1] else None, G.sum(0) if needs[2] else None, None, *grads
+        return (
+            GX,
+            G.t() @ X if needs[1] else None,
+            G.sum(0) if needs[2] else None,
+            None,
+            *grads,
+        )
 
 # %% ../../nbs/core/products.ipynb #c32
-def nudged_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-    """x Wᵀ + bias with s·(B A + E_B A + B E_A) added to some rows of W (@eq-products-nudged),
-    without forming the sum.
+def nudged_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
+    """x Wᵀ + bias with s·(B A + E_B A + B E_A) added to some rows of W
+    (@eq-products-nudged), without forming the sum.
 
-    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, A (r, m), B (k, r), s,
-    E_A, E_B), the last two of A's and B's shapes. Factors are cast to x's dtype; A and B get
-    the gradients they would have were the E-terms a constant. Returns (..., n).
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (rows, A (r, m),
+    B (k, r), s, E_A, E_B), the last two of A's and B's shapes. Factors are
+    cast to x's dtype; A and B get the gradients they would have were the
+    E-terms a constant. Returns (..., n).
     """
     X = x.reshape(-1, x.shape[-1])
     spans = [(rows, float(s)) for rows, _, _, s, _, _ in blocks]
     factors = [
-        M.to(x.dtype) for _, A, B, _, EA, EB in blocks for M in (A, B, EA.detach(), EB.detach())]
-    return NudgedProduct.apply(X, W, bias, spans, *factors).view(*x.shape[:-1], W.shape[0])
+        M.to(x.dtype)
+        for _, A, B, _, EA, EB in blocks
+        for M in (A, B, EA.detach(), EB.detach())
+    ]
+    return NudgedProduct.apply(X, W, bias, spans, *factors).view(
+        *x.shape[:-1], W.shape[0]
+    )

@@ -19,14 +19,22 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
 
-from .adapting import check_module, enabled_record, record_of, root_of, stored_buffers
+from lora_book.core.adapting import (
+    check_module,
+    enabled_record,
+    record_of,
+    root_of,
+    stored_buffers,
+)
 from .errors import BadType, BadValue, MissingFile
 from .hosts import Site, adapters, sites
 from .targets import in_modules
 
 # %% ../../nbs/core/saving.ipynb #c04
 def hash_numbers(digest, W: Tensor) -> None:
-    "Feed a tensor's values to a hash, so that equal values in float16 to float64 give equal bytes."
+    """Feed a tensor's values to a hash, so that equal values in float16 to
+    float64 give equal bytes.
+    """
     if W.is_floating_point():
         narrow = W.detach().to("cpu", torch.float32)
         digest.update(narrow.contiguous().numpy().tobytes())
@@ -39,29 +47,43 @@ def hash_numbers(digest, W: Tensor) -> None:
 
 # %% ../../nbs/core/saving.ipynb #c05
 def base_tensors(model: nn.Module, head: list[str]) -> dict[str, Tensor]:
-    """The base's own parameters and stored buffers by name, without the adapters' and those of
-    the modules in `head`; as they were before training."""
+    """The base's own parameters and stored buffers by name, without the
+    adapters' and those of the modules in `head`; as they were before training.
+    """
     record = record_of(model) if is_adapted(model) else None
-    base = {name: p for name, p in model.named_parameters() if not is_adapters(name, model)}
+    base = {
+        name: p
+        for name, p in model.named_parameters()
+        if not is_adapters(name, model)
+    }
     names = {id(p): name for name, p in base.items()}
     for _, site in sites(model):
         base[names[id(site.weight)]] = site.base_weight()
         if site.bias is not None:
             base[names[id(site.bias)]] = site.base_bias()
-    base |= {**record.base, **record.buffers} if record else stored_buffers(model)
+    base |= (
+        {**record.base, **record.buffers} if record else stored_buffers(model)
+    )
     return {name: t for name, t in base.items() if not in_modules(name, head)}
 
 
 def is_adapted(model: nn.Module) -> bool:
-    "Whether `adapt` was called on the model, on a module inside it or on one that it is a part of."
+    """Whether `adapt` was called on the model, on a module inside it or on one
+    that it is a part of.
+    """
     check_module(model)
     return any(
-        "_lora_book" in vars(module) or isinstance(module, Site) for module in model.modules())
+        "_lora_book" in vars(module) or isinstance(module, Site)
+        for module in model.modules()
+    )
 
 
 def is_adapters(name: str, model: nn.Module) -> bool:
     "Whether a parameter's name lies inside a site's adapters."
-    return any(name.startswith(f"{site}.adapters.".lstrip(".")) for site, _ in sites(model))
+    return any(
+        name.startswith(f"{site}.adapters.".lstrip("."))
+        for site, _ in sites(model)
+    )
 
 # %% ../../nbs/core/saving.ipynb #c06
 def fingerprint(tensors: dict[str, Tensor]) -> tuple[str, str]:
@@ -77,7 +99,9 @@ TENSORS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
 
 
 def plain_number(value: object) -> int | float:
-    "numpy's numbers, which `adapt` takes too, as Python's; raises TypeError for anything else."
+    """numpy's numbers, which `adapt` takes too, as Python's; raises TypeError
+    for anything else.
+    """
     if not isinstance(value, Real):
         raise TypeError(f"{value!r} can't be written as JSON")
     return int(value) if isinstance(value, Integral) else float(value)
@@ -85,20 +109,27 @@ def plain_number(value: object) -> int | float:
 
 def canonical(description: dict) -> bytes:
     "The one way to write a description: sorted keys, its checksum last."
-    body = json.dumps(description, sort_keys=True, indent=1, default=plain_number)
+    body = json.dumps(
+        description, sort_keys=True, indent=1, default=plain_number
+    )
     return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n".encode()
 
 
 def parse_description(data: bytes, path: Path) -> dict:
-    """The description in a file's bytes; raises BadValue unless `canonical` would write exactly
-    these bytes."""
+    """The description in a file's bytes; raises BadValue unless `canonical`
+    would write exactly these bytes.
+    """
     try:
         description = json.loads(data.decode().rsplit("\n", 2)[0])
     except ValueError as error:
         raise BadValue(
-            f"{path} isn't a description of an adapter, or is damaged: {error}") from error
+            f"{path} isn't a description of an adapter, or is damaged: {error}"
+        ) from error
     if not isinstance(description, dict) or canonical(description) != data:
-        raise BadValue(f"{path} was altered after it was written: its checksum doesn't fit")
+        raise BadValue(
+            f"{path} was altered after it was written: its checksum"
+            " doesn't fit"
+        )
     return description
 
 # %% ../../nbs/core/saving.ipynb #c10
@@ -110,7 +141,9 @@ def folder_of(path: object) -> Path:
 
 
 def write_pair(folder: Path, files: dict[str, bytes]) -> Path:
-    "Write all files of a folder, or, if one can't be written, none; returns the folder."
+    """Write all files of a folder, or, if one can't be written, none; returns
+    the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f"{name}.{os.getpid()}.part" for name in files}
     try:
@@ -128,127 +161,207 @@ def read_file(path: Path) -> bytes:
     "The file's bytes; raises MissingFile if it isn't there."
     if not path.is_file():
         raise MissingFile(
-            f"no file {path.name!r} in {str(path.parent)!r}: a saved adapter is a folder with "
-            f"{TENSORS!r} and {DESCRIPTION!r}")
+            f"no file {path.name!r} in {str(path.parent)!r}: a saved adapter"
+            f" is a folder with {TENSORS!r} and {DESCRIPTION!r}"
+        )
     return path.read_bytes()
 
 # %% ../../nbs/core/saving.ipynb #c12
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All numbers that make the adaptation: each adapter's state by `site name/tensor`, what
-    trained in place by `parameter:`, moved buffers by `buffer:`."""
+    """All numbers that make the adaptation: each adapter's state by `site
+    name/tensor`, what trained in place by `parameter:`, moved buffers by
+    `buffer:`.
+    """
     root, record = root_of(model), record_of(model)
     found = {
-        f"{site}/{key}": t for site, adapter in adapters(root).items()
-        for key, t in adapter.state_dict().items()}
+        f"{site}/{key}": t
+        for site, adapter in adapters(root).items()
+        for key, t in adapter.state_dict().items()
+    }
     named, buffers = dict(root.named_parameters()), stored_buffers(root)
     moved = {
-        name: buffers[name] for name, base in record.buffers.items()
-        if not torch.equal(base.to(buffers[name]), buffers[name])}
+        name: buffers[name]
+        for name, base in record.buffers.items()
+        if not torch.equal(base.to(buffers[name]), buffers[name])
+    }
     return (
-        found | {f"parameter:{name}": named[name] for name in record.base}
-        | {f"buffer:{name}": b for name, b in moved.items()})
+        found
+        | {f"parameter:{name}": named[name] for name in record.base}
+        | {f"buffer:{name}": b for name, b in moved.items()}
+    )
 
 # %% ../../nbs/core/saving.ipynb #c13
 def describe(model: nn.Module, data: bytes) -> dict:
-    """What `adapter.json` says: method, settings, sites, fingerprints of the base and checksum
-    of the numbers."""
+    """What `adapter.json` says: method, settings, sites, fingerprints of the
+    base and checksum of the numbers.
+    """
     record = record_of(model)
     config = record.config | {
-        "dtype": None if record.config["dtype"] is None
-        else str(record.config["dtype"]).removeprefix("torch.")}
-    shapes, numbers = fingerprint(base_tensors(root_of(model), record.config["head"]))
+        "dtype": (
+            None
+            if record.config["dtype"] is None
+            else str(record.config["dtype"]).removeprefix("torch.")
+        )
+    }
+    shapes, numbers = fingerprint(
+        base_tensors(root_of(model), record.config["head"])
+    )
     return {
-        "format": FORMAT, "method": record.method_id, "config": config,
-        "sites": list(adapters(root_of(model))), "head": record.head,
+        "format": FORMAT,
+        "method": record.method_id,
+        "config": config,
+        "sites": list(adapters(root_of(model))),
+        "head": record.head,
         "in_place": [name for name in record.base if name not in record.head],
-        "architecture": shapes, "base": numbers, "steps": record.steps,
-        "sha256": hashlib.sha256(data).hexdigest()}
+        "architecture": shapes,
+        "base": numbers,
+        "steps": record.steps,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
 
 
 def save(model: nn.Module, path) -> Path:
-    """Write the adaptation to the folder `path`: `adapter.safetensors` and `adapter.json`;
-    returns the folder.
+    """Write the adaptation to the folder `path`: `adapter.safetensors` and
+    `adapter.json`; returns the folder.
 
-    Right also while merged. Raises BadValue for a plain or disabled model or for numbers that
-    aren't finite.
+    Right also while merged. Raises BadValue for a plain or disabled model or
+    for numbers that aren't finite.
     """
     enabled_record(model)
     tensors = {
-        name: t.detach().cpu().contiguous().clone() for name, t in trained_tensors(model).items()}
+        name: t.detach().cpu().contiguous().clone()
+        for name, t in trained_tensors(model).items()
+    }
     check_all_finite(tensors)
     data = write_tensors(tensors)
     return write_pair(
-        folder_of(path), {TENSORS: data, DESCRIPTION: canonical(describe(model, data))})
+        folder_of(path),
+        {TENSORS: data, DESCRIPTION: canonical(describe(model, data))},
+    )
 
 # %% ../../nbs/core/saving.ipynb #c15
 KEYS = {
-    "format": int, "method": str, "config": dict, "sites": list, "head": list, "in_place": list,
-    "architecture": str, "base": str, "steps": int, "sha256": str}
+    "format": int,
+    "method": str,
+    "config": dict,
+    "sites": list,
+    "head": list,
+    "in_place": list,
+    "architecture": str,
+    "base": str,
+    "steps": int,
+    "sha256": str,
+}
 CONFIG_KEYS = (
-    "r", "alpha", "seed", "dtype", "lr_ratio", "step", "head", "target_modules", "options",
-    "step_options")
+    "r",
+    "alpha",
+    "seed",
+    "dtype",
+    "lr_ratio",
+    "step",
+    "head",
+    "target_modules",
+    "options",
+    "step_options",
+)
 
 
 def check_keys(description: dict, path: Path) -> None:
     "Raise BadValue unless a description has every entry, each of its type."
-    wrong = [key for key, kind in KEYS.items() if not isinstance(description.get(key), kind)]
+    wrong = [
+        key
+        for key, kind in KEYS.items()
+        if not isinstance(description.get(key), kind)
+    ]
     wrong += [
-        f"config.{key}" for key in CONFIG_KEYS if not wrong and key not in description["config"]]
+        f"config.{key}"
+        for key in CONFIG_KEYS
+        if not wrong and key not in description["config"]
+    ]
     wrong += [
-        f"config.{key}" for key in ("options", "step_options")
-        if not wrong and not isinstance(description["config"][key], dict)]
+        f"config.{key}"
+        for key in ("options", "step_options")
+        if not wrong and not isinstance(description["config"][key], dict)
+    ]
     wrong += ["steps"] if not wrong and description["steps"] < 0 else []
     wrong += [
-        key for key in ("sites", "head", "in_place")
-        if not wrong and not all(isinstance(name, str) for name in description[key])]
+        key
+        for key in ("sites", "head", "in_place")
+        if not wrong
+        and not all(isinstance(name, str) for name in description[key])
+    ]
     if wrong:
         raise BadValue(
-            f"{path} has no {wrong[0]!r}, or one of the wrong type: it isn't a description of an "
-            "adapter")
+            f"{path} has no {wrong[0]!r}, or one of the wrong type: it isn't a"
+            " description of an adapter"
+        )
 
 # %% ../../nbs/core/saving.ipynb #c17
 def read(path) -> tuple[dict, dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter, both verified; raises MissingFile or
-    BadValue."""
+    """The description and the tensors of a saved adapter, both verified;
+    raises MissingFile or BadValue.
+    """
     folder = folder_of(path)
-    description = parse_description(read_file(folder / DESCRIPTION), folder / DESCRIPTION)
+    description = parse_description(
+        read_file(folder / DESCRIPTION), folder / DESCRIPTION
+    )
     check_keys(description, folder / DESCRIPTION)
     data = read_file(folder / TENSORS)
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise BadValue(
-            f"{folder / TENSORS} is truncated or was altered: its checksum isn't the one in "
-            f"{DESCRIPTION}")
+            f"{folder / TENSORS} is truncated or was altered: its checksum"
+            f" isn't the one in {DESCRIPTION}"
+        )
     if description["format"] != FORMAT:
         raise BadValue(
-            f"{folder} has format {description['format']}, this version reads format {FORMAT}")
+            f"{folder} has format {description['format']}, this version reads"
+            f" format {FORMAT}"
+        )
     return description, read_tensors(data)
 
 # %% ../../nbs/core/saving.ipynb #c18
 def check_base(model: nn.Module, description: dict) -> None:
-    """Raise BadValue unless the model has the architecture and the base weights that the adapter
-    was trained on."""
+    """Raise BadValue unless the model has the architecture and the base
+    weights that the adapter was trained on.
+    """
     tensors = base_tensors(model, description["config"]["head"])
-    missing = [name for name in description["head"] if name not in dict(model.named_parameters())]
+    missing = [
+        name
+        for name in description["head"]
+        if name not in dict(model.named_parameters())
+    ]
     if missing:
         raise BadValue(
-            f"another architecture: the model has no {missing[0]!r}, which the adapter trained as "
-            "its head")
+            f"another architecture: the model has no {missing[0]!r}, which the"
+            " adapter trained as its head"
+        )
     shapes, numbers = fingerprint(tensors)
     if shapes != description["architecture"]:
         raise BadValue(
-            "another architecture: names or shapes of the model's parameters differ from those "
-            "the adapter was trained on")
+            "another architecture: names or shapes of the model's parameters"
+            " differ from those the adapter was trained on"
+        )
     if numbers != description["base"]:
         raise BadValue(
-            "another base model: its weights differ from those the adapter was trained on")
+            "another base model: its weights differ from those the adapter was"
+            " trained on"
+        )
 
 # %% ../../nbs/core/saving.ipynb #c19
-def fill_one(site: str, adapter: nn.Module, tensors: dict[str, Tensor]) -> None:
-    "Put the saved numbers of one adapter into it; raises BadValue if a name or shape doesn't fit."
+def fill_one(
+    site: str, adapter: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put the saved numbers of one adapter into it; raises BadValue if a name
+    or shape doesn't fit.
+    """
     try:
-        adapter.load_state_dict({name.split("/", 1)[1]: t for name, t in tensors.items()})
+        adapter.load_state_dict(
+            {name.split("/", 1)[1]: t for name, t in tensors.items()}
+        )
     except RuntimeError as error:
-        raise BadValue(f"the saved numbers of {site!r} don't fit: {error}") from error
+        raise BadValue(
+            f"the saved numbers of {site!r} don't fit: {error}"
+        ) from error
 
 
 def check_all_finite(tensors: dict[str, Tensor]) -> None:
@@ -259,53 +372,76 @@ def check_all_finite(tensors: dict[str, Tensor]) -> None:
 
 # %% ../../nbs/core/saving.ipynb #c20
 def fill(
-    built: dict[str, nn.Module], in_place: dict[str, nn.Parameter], tensors: dict[str, Tensor],
-    buffers: dict | None = None) -> None:
-    """Put the saved numbers into built adapters (by site name); raises BadValue if a name or shape
-    doesn't fit or a number isn't finite.
+    built: dict[str, nn.Module],
+    in_place: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    buffers: dict | None = None,
+) -> None:
+    """Put the saved numbers into built adapters (by site name); raises
+    BadValue if a name or shape doesn't fit or a number isn't finite.
 
-    in_place and buffers: the model's own parameters and buffers that may have saved numbers too, by
-    name; they are only compared.
+    in_place and buffers: the model's own parameters and buffers that may have
+    saved numbers too, by name; they are only compared.
     """
     left = dict(tensors)
     for site, adapter in built.items():
         fill_one(
-            site, adapter,
-            {name: left.pop(name) for name in list(left) if name.startswith(f"{site}/")})
+            site,
+            adapter,
+            {
+                name: left.pop(name)
+                for name in list(left)
+                if name.startswith(f"{site}/")
+            },
+        )
     for name, p in in_place.items():
         saved = left.pop(f"parameter:{name}", None)
         if saved is None or saved.shape != p.shape:
             raise BadValue(
-                f"the saved numbers of {name!r} don't fit: "
-                f"{None if saved is None else tuple(saved.shape)} for {tuple(p.shape)}")
+                f"the saved numbers of {name!r} don't fit:"
+                f" {None if saved is None else tuple(saved.shape)} for"
+                f" {tuple(p.shape)}"
+            )
     for name, b in (buffers or {}).items():
         saved = left.pop(f"buffer:{name}", b)
         if saved.shape != b.shape:
             raise BadValue(
-                f"the saved numbers of {name!r} don't fit: {tuple(saved.shape)} for "
-                f"{tuple(b.shape)}")
+                f"the saved numbers of {name!r} don't fit:"
+                f" {tuple(saved.shape)} for {tuple(b.shape)}"
+            )
     if left:
         raise BadValue(
-            f"the file holds numbers for {next(iter(left))!r}, which this model doesn't train")
+            f"the file holds numbers for {next(iter(left))!r}, which this"
+            " model doesn't train"
+        )
     check_all_finite(tensors)
 
 # %% ../../nbs/core/saving.ipynb #c21
-def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Module:
-    """Adapt the plain base `model` as the adapter in folder `path` was, and fill its numbers in;
-    returns the model.
+def load(
+    model: nn.Module, path, make_plan: Callable, commit: Callable
+) -> nn.Module:
+    """Adapt the plain base `model` as the adapter in folder `path` was, and
+    fill its numbers in; returns the model.
 
-    make_plan(model, description) builds the adapters without changing the model; commit(model,
-    plan) installs them. Raises BadValue or MissingFile, with the model unchanged, for altered or
-    missing files, another base or a model that is adapted already.
+    make_plan(model, description) builds the adapters without changing the
+    model; commit(model, plan) installs them. Raises BadValue or MissingFile,
+    with the model unchanged, for altered or missing files, another base or a
+    model that is adapted already.
     """
     if is_adapted(model):
-        raise BadValue("the model is adapted already; load takes the plain base model")
+        raise BadValue(
+            "the model is adapted already; load takes the plain base model"
+        )
     description, tensors = read(path)
     check_base(model, description)
     made = make_plan(model, description)
     built = {
-        name: adapter for target in made.targets
-        for name, adapter in zip(target.sites(), made.built[target.name].values(), strict=True)}
+        name: adapter
+        for target in made.targets
+        for name, adapter in zip(
+            target.sites(), made.built[target.name].values(), strict=True
+        )
+    }
     named = dict(model.named_parameters())
     in_place = {name: named[name] for name in [*made.head, *made.in_place]}
     buffers = stored_buffers(model)
@@ -318,9 +454,13 @@ def load(model: nn.Module, path, make_plan: Callable, commit: Callable) -> nn.Mo
 # %% ../../nbs/core/saving.ipynb #c21x
 @torch.no_grad()
 def put(
-    in_place: dict[str, nn.Parameter], buffers: dict[str, Tensor], tensors: dict[str, Tensor]
+    in_place: dict[str, nn.Parameter],
+    buffers: dict[str, Tensor],
+    tensors: dict[str, Tensor],
 ) -> None:
-    "Copy what `trained_tensors` gave for parameters and buffers into a model's own."
+    """Copy what `trained_tensors` gave for parameters and buffers into a
+    model's own.
+    """
     for name, p in in_place.items():
         p.copy_(tensors[f"parameter:{name}"])
     for name, b in buffers.items():

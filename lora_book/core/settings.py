@@ -15,19 +15,61 @@ from .errors import BadValue, MissingFile, check_choice, unknown
 
 # %% ../../nbs/core/settings.ipynb #c05
 DEFAULTS = {
-    "book": {"profile": "laptop", "workers": "2", "threads": "1", "cell_timeout": "600",
-             "cache_dir": ".lora_book/cache", "results_dir": ".lora_book/results"},
-    "profile.smoke": {"examples": "200", "epochs": "1", "seeds": "1", "batch_size": "32", "dtype": "float32"},
-    "profile.laptop": {"examples": "1200", "epochs": "3", "seeds": "3", "batch_size": "32", "dtype": "float32"},
-    "profile.workstation": {"examples": "0", "epochs": "5", "seeds": "3", "batch_size": "32", "dtype": "bfloat16"},
-    "profile.gpu": {"examples": "0", "epochs": "30", "seeds": "3", "batch_size": "32", "dtype": "bfloat16"}}
+    "book": {
+        "profile": "laptop",
+        "workers": "2",
+        "threads": "1",
+        "cell_timeout": "600",
+        "cache_dir": ".lora_book/cache",
+        "results_dir": ".lora_book/results",
+    },
+    "profile.smoke": {
+        "examples": "200",
+        "epochs": "1",
+        "seeds": "1",
+        "batch_size": "32",
+        "dtype": "float32",
+    },
+    "profile.laptop": {
+        "examples": "1200",
+        "epochs": "3",
+        "seeds": "3",
+        "batch_size": "32",
+        "dtype": "float32",
+    },
+    "profile.workstation": {
+        "examples": "0",
+        "epochs": "5",
+        "seeds": "3",
+        "batch_size": "32",
+        "dtype": "bfloat16",
+    },
+    "profile.gpu": {
+        "examples": "0",
+        "epochs": "30",
+        "seeds": "3",
+        "batch_size": "32",
+        "dtype": "bfloat16",
+    },
+}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-LEAST = {"workers": 1, "threads": 1, "cell_timeout": 1, "examples": 0, "epochs": 1, "seeds": 1, "batch_size": 1}
+LEAST = {
+    "workers": 1,
+    "threads": 1,
+    "cell_timeout": 1,
+    "examples": 0,
+    "epochs": 1,
+    "seeds": 1,
+    "batch_size": 1,
+}
 
 # %% ../../nbs/core/settings.ipynb #c07
 @dataclass(frozen=True)
 class Settings:
-    "How the book runs. `examples` caps each split of a data set, 0 takes all; `cell_timeout` is in seconds."
+    """How the book runs. `examples` caps each split of a data set, 0 takes
+    all; `cell_timeout` is in seconds.
+    """
+
     profile: str
     workers: int
     threads: int
@@ -43,28 +85,47 @@ class Settings:
 
 # %% ../../nbs/core/settings.ipynb #c09
 def read_ini(path: Path) -> configparser.ConfigParser:
-    "The parsed file. Raises MissingFile when it isn't there, BadValue when it isn't an ini file."
+    """The parsed file. Raises MissingFile when it isn't there, BadValue when
+    it isn't an ini file.
+    """
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(Path(path).read_text(encoding="utf-8"), source=str(path))
+        parser.read_string(
+            Path(path).read_text(encoding="utf-8"), source=str(path)
+        )
     except (FileNotFoundError, IsADirectoryError):
         raise MissingFile(f"no settings file at {str(path)!r}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise BadValue(f"{path} can't be read as an ini file: {error}") from None
+        raise BadValue(
+            f"{path} can't be read as an ini file: {error}"
+        ) from None
     return parser
 
 
 def find_settings(start: Path | None = None) -> Path | None:
-    "The nearest settings.ini with a section [book], from the folder `start` (default: the working directory) upward."
+    """The nearest settings.ini with a section [book], from the folder `start`
+    (default: the working directory) upward.
+    """
     folder = Path(start or Path.cwd()).resolve()
     files = (place / "settings.ini" for place in (folder, *folder.parents))
-    return next((file for file in files if file.is_file() and read_ini(file).has_section("book")), None)
+    return next(
+        (
+            file
+            for file in files
+            if file.is_file() and read_ini(file).has_section("book")
+        ),
+        None,
+    )
 
 # %% ../../nbs/core/settings.ipynb #c11
 def own_keys(parser: configparser.ConfigParser, section: str) -> dict:
-    "The keys written in `section` itself, without those inherited from [DEFAULT]. Raises UnknownName for a key nobody reads."
+    """The keys written in `section` itself, without those inherited from
+    [DEFAULT]. Raises UnknownName for a key nobody reads.
+    """
     shared = parser.defaults()
-    keys = {key: value for key, value in parser.items(section) if key not in shared}
+    keys = {
+        key: value for key, value in parser.items(section) if key not in shared
+    }
     known = DEFAULTS["book" if section == "book" else "profile.laptop"]
     for key in keys:
         if key not in known:
@@ -73,17 +134,23 @@ def own_keys(parser: configparser.ConfigParser, section: str) -> dict:
 
 
 def sections(parser: configparser.ConfigParser | None) -> dict:
-    "{section: {key: text}}: the package's defaults with the file's own keys on top; a new profile begins as laptop."
+    """{section: {key: text}}: the package's defaults with the file's own keys
+    on top; a new profile begins as laptop.
+    """
     merged = {name: dict(keys) for name, keys in DEFAULTS.items()}
     for name in parser.sections() if parser else ():
         if name != "book" and not name.startswith("profile."):
             raise unknown("section of settings.ini", name, DEFAULTS)
-        merged.setdefault(name, dict(DEFAULTS["profile.laptop"])).update(own_keys(parser, name))
+        merged.setdefault(name, dict(DEFAULTS["profile.laptop"])).update(
+            own_keys(parser, name)
+        )
     return merged
 
 # %% ../../nbs/core/settings.ipynb #c13
 def to_count(key: str, text: str) -> int:
-    "The whole number in `text`; raises BadValue with the key's name when it isn't one or is below LEAST[key]."
+    """The whole number in `text`; raises BadValue with the key's name when it
+    isn't one or is below LEAST[key].
+    """
     try:
         number = int(text)
     except ValueError:
@@ -94,45 +161,71 @@ def to_count(key: str, text: str) -> int:
 
 
 def typed(keys: Mapping, base: Path) -> dict:
-    "The texts of settings.ini as numbers, names and absolute paths; relative paths start at the folder `base`."
+    """The texts of settings.ini as numbers, names and absolute paths; relative
+    paths start at the folder `base`.
+    """
     check_choice("dtype", keys["dtype"], DTYPES)
     counts = {key: to_count(key, keys[key]) for key in LEAST}
-    folders = {key: (base / Path(keys[key]).expanduser()).resolve() for key in ("cache_dir", "results_dir")}
-    return counts | folders | {"profile": keys["profile"], "dtype": keys["dtype"]}
+    folders = {
+        key: (base / Path(keys[key]).expanduser()).resolve()
+        for key in ("cache_dir", "results_dir")
+    }
+    return (
+        counts | folders | {"profile": keys["profile"], "dtype": keys["dtype"]}
+    )
 
 # %% ../../nbs/core/settings.ipynb #c14
-def load_settings(path: Path | str | None = None, environ: Mapping | None = None) -> Settings:
-    """The settings of this run: defaults, then the file, then LORA_BOOK_<KEY> in `environ` (default: os.environ).
+def load_settings(
+    path: Path | str | None = None, environ: Mapping | None = None
+) -> Settings:
+    """The settings of this run: defaults, then the file, then LORA_BOOK_<KEY>
+    in `environ` (default: os.environ).
 
-    `path` names the file; by default the nearest one upward is read, and without any, folders start at the home folder.
-    Raises MissingFile, BadValue or UnknownName and names the key."""
+    `path` names the file; by default the nearest one upward is read, and
+    without any, folders start at the home folder. Raises MissingFile, BadValue
+    or UnknownName and names the key.
+    """
     source = Path(path).resolve() if path else find_settings()
     table = sections(read_ini(source) if source else None)
     environ = os.environ if environ is None else environ
-    given = {key: environ.get(f"LORA_BOOK_{key.upper()}", "").strip() for key in (*table["book"], *DEFAULTS["profile.laptop"])}
+    given = {
+        key: environ.get(f"LORA_BOOK_{key.upper()}", "").strip()
+        for key in (*table["book"], *DEFAULTS["profile.laptop"])
+    }
     given = {key: text for key, text in given.items() if text}
     profile = given.get("profile", table["book"]["profile"])
-    profiles = [name.removeprefix("profile.") for name in table if name != "book"]
+    profiles = [
+        name.removeprefix("profile.") for name in table if name != "book"
+    ]
     if profile not in profiles:
         raise unknown("profile", profile, profiles)
     keys = table["book"] | table[f"profile.{profile}"] | given
-    return Settings(**typed(keys, source.parent if source else Path.home()), source=source)
+    return Settings(
+        **typed(keys, source.parent if source else Path.home()), source=source
+    )
 
 # %% ../../nbs/core/settings.ipynb #c16b
 def repeats() -> range:
-    "The seeds of a chapter's own small experiments: as many as the profile has, at least two."
+    """The seeds of a chapter's own small experiments: as many as the profile
+    has, at least two.
+    """
     return range(max(2, load_settings().seeds))
 
 
 def ranges(*groups: Iterable[float]) -> str:
-    """What a few seeds say of groups of results: "ranges overlap", if one value lies in all of
-    their ranges, or "ranges are apart"."""
-    lows, highs = zip(*((min(group), max(group)) for group in map(list, groups)), strict=True)
+    """What a few seeds say of groups of results: "ranges overlap", if one
+    value lies in all of their ranges, or "ranges are apart".
+    """
+    lows, highs = zip(
+        *((min(group), max(group)) for group in map(list, groups)), strict=True
+    )
     return "ranges overlap" if max(lows) <= min(highs) else "ranges are apart"
 
 # %% ../../nbs/core/settings.ipynb #c20
 def write_atomic(path: Path | str, content: bytes) -> Path:
-    "Write `content` to `path` so that a reader sees the old file or the whole new one, never a part; makes the folder."
+    """Write `content` to `path` so that a reader sees the old file or the
+    whole new one, never a part; makes the folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -18,15 +18,23 @@ from .hosts import adapters, sites
 
 # %% ../../nbs/core/steps.ipynb #c04
 class PlainStep:
-    "One gradient, one step of the optimizer. Other steps derive from it and override `gradient`."
+    """One gradient, one step of the optimizer. Other steps derive from it and
+    override `gradient`.
+    """
 
-    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Raise if this step can't work with the model or the optimizer; called before anything
-        else."""
+    def check(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Raise if this step can't work with the model or the optimizer;
+        called before anything else.
+        """
 
-    def gradient(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable) -> Tensor:
-        """Leave the step's gradient in the parameters; `run()` computes the loss and runs
-        backward once. Returns the loss."""
+    def gradient(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable
+    ) -> Tensor:
+        """Leave the step's gradient in the parameters; `run()` computes the
+        loss and runs backward once. Returns the loss.
+        """
         return run()
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -36,35 +44,56 @@ class PlainStep:
     def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         "Take back what `state` gave."
 
-    def __call__(self, model, optimizer, run: Callable, max_grad_norm: float | None) -> Tensor:
-        """Gradient, clipping, optimizer; returns the detached loss. The gradients stay until
-        `Method.after` has seen them."""
+    def __call__(
+        self, model, optimizer, run: Callable, max_grad_norm: float | None
+    ) -> Tensor:
+        """Gradient, clipping, optimizer; returns the detached loss. The
+        gradients stay until
+        `Method.after` has seen them.
+        """
         self.check(model, optimizer)
         loss = self.gradient(model, optimizer, run)
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
+                [
+                    p
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                ],
+                max_grad_norm,
+            )
         optimizer.step()
         return loss
 
 # %% ../../nbs/core/steps.ipynb #c05
 def step_options(step: type) -> list[str]:
     "The names of a step's options."
-    return [p.name for p in inspect.signature(step).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [
+        p.name
+        for p in inspect.signature(step).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    ]
 
 # %% ../../nbs/core/steps.ipynb #c06
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Callable, *,
-    backward: Callable | None = None, max_grad_norm: float | None = None) -> Tensor:
-    """One step of training in the model's own way; returns the detached loss of the step's first
-    gradient.
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable,
+    *,
+    backward: Callable | None = None,
+    max_grad_norm: float | None = None,
+) -> Tensor:
+    """One step of training in the model's own way; returns the detached loss
+    of the step's first gradient.
 
-    loss_fn() -> scalar loss, called once per gradient (once for plain steps and MGPO, twice for
-    SAM). backward(loss) replaces `loss.backward()` (Accelerate's goes here). max_grad_norm clips
-    the gradient's norm before the optimizer steps. Afterwards gradients are zeroed, and a chain
-    with `reset_every` advances when its steps are done. Raises BadValue on a plain, disabled or
-    merged model and for a loss that isn't one number or doesn't depend on what is trained, BadType
-    for what isn't an optimizer or a loss. A step that raises leaves no gradient behind.
+    loss_fn() -> scalar loss, called once per gradient (once for plain steps
+    and MGPO, twice for SAM). backward(loss) replaces `loss.backward()`
+    (Accelerate's goes here). max_grad_norm clips the gradient's norm before
+    the optimizer steps. Afterwards gradients are zeroed, and a chain with
+    `reset_every` advances when its steps are done. Raises BadValue on a plain,
+    disabled or merged model and for a loss that isn't one number or doesn't
+    depend on what is trained, BadType for what isn't an optimizer or a loss. A
+    step that raises leaves no gradient behind.
     """
     record = enabled_record(model)
     check_step(record, optimizer, loss_fn, max_grad_norm)
@@ -84,9 +113,12 @@ def train_step(
     return loss
 
 # %% ../../nbs/core/steps.ipynb #c07
-def one_gradient(model: nn.Module, record, loss_fn: Callable, backward: Callable | None) -> Tensor:
-    """Compute the loss once, add the method's penalty, run backward once; returns the detached
-    loss without the penalty."""
+def one_gradient(
+    model: nn.Module, record, loss_fn: Callable, backward: Callable | None
+) -> Tensor:
+    """Compute the loss once, add the method's penalty, run backward once;
+    returns the detached loss without the penalty.
+    """
     loss = loss_fn()
     check_loss(loss)
     extra = record.method.penalty(adapters(model))
@@ -95,16 +127,24 @@ def one_gradient(model: nn.Module, record, loss_fn: Callable, backward: Callable
     return loss.detach()
 
 
-def check_step(record, optimizer: object, loss_fn: object, max_grad_norm: object) -> None:
-    """Raise unless a step can begin: adapters in place, an optimizer, a function for the loss, a
-    possible norm."""
+def check_step(
+    record, optimizer: object, loss_fn: object, max_grad_norm: object
+) -> None:
+    """Raise unless a step can begin: adapters in place, an optimizer, a
+    function for the loss, a possible norm.
+    """
     if record.merged:
-        raise BadValue("the model is merged: its adapters get no gradient; unmerge it first")
+        raise BadValue(
+            "the model is merged: its adapters get no gradient; unmerge it"
+            " first"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise BadType(f"train_step takes a torch optimizer, not {optimizer!r}")
     if not callable(loss_fn):
         raise BadType(
-            f"loss_fn is a function without arguments that returns the loss, not {loss_fn!r}")
+            "loss_fn is a function without arguments that returns the loss,"
+            f" not {loss_fn!r}"
+        )
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0)
 
@@ -114,18 +154,25 @@ def check_loss(loss: object) -> None:
     if not isinstance(loss, Tensor):
         raise BadType(f"loss_fn must return a tensor, not {loss!r}")
     if loss.numel() != 1:
-        raise BadValue(f"loss_fn must return one number, not a tensor of shape {tuple(loss.shape)}")
+        raise BadValue(
+            "loss_fn must return one number, not a tensor of shape"
+            f" {tuple(loss.shape)}"
+        )
     if not loss.requires_grad:
         raise BadValue("the loss doesn't depend on anything that is trained")
 
 # %% ../../nbs/core/steps.ipynb #c09
-def advance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Open the next link of every chain in the model; the outputs don't change.
+def advance(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> nn.Module:
+    """Open the next link of every chain in the model; the outputs don't
+    change.
 
-    The old links' gradients are dropped, and the optimizer's state for their parameters, and only
-    that. The resting weights are formed here, so that the next step costs what the last one did.
-    Raises BadType for a method without links or what isn't an optimizer, BadValue for a plain or
-    merged model or a chain that has reached its length; then nothing has changed.
+    The old links' gradients are dropped, and the optimizer's state for their
+    parameters, and only that. The resting weights are formed here, so that the
+    next step costs what the last one did. Raises BadType for a method without
+    links or what isn't an optimizer, BadValue for a plain or merged model or a
+    chain that has reached its length; then nothing has changed.
     """
     check_links(model, optimizer)
     found = adapters(model)
@@ -142,20 +189,33 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     return model
 
 # %% ../../nbs/core/steps.ipynb #c09x
-def check_links(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    "Raise unless every chain in the model may open another link; see `advance`."
+def check_links(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise unless every chain in the model may open another link; see
+    `advance`.
+    """
     record, found = enabled_record(model), adapters(model)
     if record.merged:
         raise BadValue("the model is merged; unmerge it before advancing")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise BadType(f"advance takes a torch optimizer or None, not a {type(optimizer).__name__}")
+    if optimizer is not None and not isinstance(
+        optimizer, torch.optim.Optimizer
+    ):
+        raise BadType(
+            "advance takes a torch optimizer or None, not a"
+            f" {type(optimizer).__name__}"
+        )
     if not found:
         raise BadType(f"{record.method_id!r} has no links to advance")
     for adapter in found.values():
         adapter.check_advance()
 
 
-def advance_if_links_left(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    "Advance, unless the chain has reached its length: then its last link trains on."
+def advance_if_links_left(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Advance, unless the chain has reached its length: then its last link
+    trains on.
+    """
     if all(adapter.has_next() for adapter in adapters(model).values()):
         advance(model, optimizer)

@@ -12,14 +12,28 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import BadType, BadValue, UnknownName, nearest, unknown
-from .hosts import (
-    View, check_site_is_plain, is_linear, is_transposed, out_features, site_name)
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    UnknownName,
+    nearest,
+    unknown,
+)
+from lora_book.core.hosts import (
+    View,
+    check_site_is_plain,
+    is_linear,
+    is_transposed,
+    out_features,
+    site_name,
+)
 
 # %% ../../nbs/core/targets.ipynb #c04
 @dataclass(frozen=True)
 class Target:
-    "One module to adapt: its name in the model, the module, and its views by key."
+    """One module to adapt: its name in the model, the module, and its views by
+    key.
+    """
 
     name: str
     module: nn.Module
@@ -27,17 +41,36 @@ class Target:
 
     def sites(self) -> list[str]:
         "The public names of the target's adapters."
-        return [site_name(self.name, key, view) for key, view in self.views.items()]
+        return [
+            site_name(self.name, key, view) for key, view in self.views.items()
+        ]
 
 # %% ../../nbs/core/targets.ipynb #c06
 FUSED = "qkv"
 ENTRY = re.compile(r"^(?P<ending>[^\[\]]*?)(?:\[(?P<rows>[^\[\]]+)\])?$")
 QUERY_VALUE = (
-    ["query", "value"], ["q_proj", "v_proj"], ["query_proj", "value_proj"], ["q_lin", "v_lin"],
-    ["SelfAttention.q", "SelfAttention.v"], ["attn.c_attn[q,v]"], ["attn.qkv[q,v]"])
+    ["query", "value"],
+    ["q_proj", "v_proj"],
+    ["query_proj", "value_proj"],
+    ["q_lin", "v_lin"],
+    ["SelfAttention.q", "SelfAttention.v"],
+    ["attn.c_attn[q,v]"],
+    ["attn.qkv[q,v]"],
+)
 HEADS = (
-    "classifier", "score", "lm_head", "head", "head_dist", "qa_outputs", "cls", "fc",
-    "pre_classifier", "classification_head", "embed_out", "proj_out")
+    "classifier",
+    "score",
+    "lm_head",
+    "head",
+    "head_dist",
+    "qa_outputs",
+    "cls",
+    "fc",
+    "pre_classifier",
+    "classification_head",
+    "embed_out",
+    "proj_out",
+)
 
 
 def ends_with(name: str, ending: str) -> bool:
@@ -46,21 +79,31 @@ def ends_with(name: str, ending: str) -> bool:
 
 # %% ../../nbs/core/targets.ipynb #c07
 def parse_rows(text: str, n: int, transposed: bool, entry: str) -> list[View]:
-    """The views that the part in brackets stands for: `q,v` blocks of a fused projection, `a:b`
-    rows; n rows in all."""
-    return [parse_view(part.strip(), n, transposed, entry) for part in text.split(",")]
+    """The views that the part in brackets stands for: `q,v` blocks of a fused
+    projection, `a:b` rows; n rows in all.
+    """
+    return [
+        parse_view(part.strip(), n, transposed, entry)
+        for part in text.split(",")
+    ]
 
 
 def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
     "One view: a block named q, k or v, or rows a:b."
     if part in tuple(FUSED):
         if n % 3:
-            raise BadValue(f"{entry!r}: {n} rows don't split into three equal blocks q, k, v")
+            raise BadValue(
+                f"{entry!r}: {n} rows don't split into three equal blocks q,"
+                " k, v"
+            )
         at = FUSED.index(part) * (n // 3)
         return View((at, at + n // 3), transposed, part)
     match = re.fullmatch(r"(\d+):(\d+)", part)
     if not match:
-        raise BadValue(f"{entry!r}: {part!r} is neither one of q, k, v nor rows as in 0:384")
+        raise BadValue(
+            f"{entry!r}: {part!r} is neither one of q, k, v nor rows as in"
+            " 0:384"
+        )
     start, stop = map(int, match.groups())
     if not start < stop <= n:
         raise BadValue(f"{entry!r}: rows {part} don't lie within 0:{n}")
@@ -68,44 +111,65 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
 
 # %% ../../nbs/core/targets.ipynb #c08
 def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
-    """Views by key of one module: the whole weight under the key `all`, or one view a part in
-    brackets."""
+    """Views by key of one module: the whole weight under the key `all`, or one
+    view a part in brackets.
+    """
     if rows is None:
         return {"all": View(None, is_transposed(module), "")}
     return {
         view.label: view
-        for view in parse_rows(rows, out_features(module), is_transposed(module), entry)}
+        for view in parse_rows(
+            rows, out_features(module), is_transposed(module), entry
+        )
+    }
 
 
 def check_disjoint(name: str, views: dict) -> None:
     "Raise BadValue if two views of one module share a row."
     spans = sorted((view.rows or (0, float("inf"))) for view in views.values())
-    if any(first[1] > second[0] for first, second in zip(spans, spans[1:], strict=False)):
+    if any(
+        first[1] > second[0]
+        for first, second in zip(spans, spans[1:], strict=False)
+    ):
         raise BadValue(
-            f"{name!r}: the targets "
-            f"{', '.join(repr(v.label or 'the whole weight') for v in views.values())} share rows")
+            f"{name!r}: the targets"
+            f" {', '.join(repr(v.label or 'the whole weight') for v in views.values())}"
+            " share rows"
+        )
 
 # %% ../../nbs/core/targets.ipynb #c10
 def linear_names(model: nn.Module) -> list[str]:
     "The names of all linear maps of the model, in its order."
-    return [name for name, module in model.named_modules() if is_linear(module)]
+    return [
+        name for name, module in model.named_modules() if is_linear(module)
+    ]
 
 
 def modules_matching(
-    model: nn.Module, entry: str, matches, hint: str = "") -> list[tuple[str, nn.Module]]:
-    """The (name, module) pairs that `matches`, a module with two names once; raises UnknownName,
-    with the nearest endings, if there are none."""
+    model: nn.Module, entry: str, matches, hint: str = ""
+) -> list[tuple[str, nn.Module]]:
+    """The (name, module) pairs that `matches`, a module with two names once;
+    raises UnknownName, with the nearest endings, if there are none.
+    """
     canonical = {id(module): name for name, module in model.named_modules()}
     every = model.named_modules(remove_duplicate=False)
     found = list(
         {
-            id(module): (canonical[id(module)], module) for name, module in every if matches(name)
-        }.values())
+            id(module): (canonical[id(module)], module)
+            for name, module in every
+            if matches(name)
+        }.values()
+    )
     if not found:
-        parts = {".".join(name.split(".")[-k:]) for name in linear_names(model) for k in (1, 2)}
+        parts = {
+            ".".join(name.split(".")[-k:])
+            for name in linear_names(model)
+            for k in (1, 2)
+        }
         raise UnknownName(
             f"no module matches {entry!r}; nearest: "
-            f"{nearest(entry.split('[')[0], sorted(parts))}{hint}")
+            f"{nearest(entry.split('[')[0], sorted(parts))}{hint}"
+        )
     return found
 
 # %% ../../nbs/core/targets.ipynb #c11
@@ -113,11 +177,19 @@ def choose_entry(model: nn.Module, entry: str) -> list[Target]:
     "The targets that one entry of a list names."
     match = ENTRY.match(entry) if isinstance(entry, str) else None
     if not match or not match["ending"]:
-        raise BadValue(f"a target is a module's name, perhaps with rows in brackets, not {entry!r}")
-    found = modules_matching(model, entry, lambda name: ends_with(name, match["ending"]))
+        raise BadValue(
+            "a target is a module's name, perhaps with rows in brackets, not"
+            f" {entry!r}"
+        )
+    found = modules_matching(
+        model, entry, lambda name: ends_with(name, match["ending"])
+    )
     for name, module in found:
         check_site_is_plain(module, name)
-    return [Target(name, module, views_of(module, match["rows"], entry)) for name, module in found]
+    return [
+        Target(name, module, views_of(module, match["rows"], entry))
+        for name, module in found
+    ]
 
 # %% ../../nbs/core/targets.ipynb #c13
 def check_runs(model: nn.Module, name: str) -> None:
@@ -125,19 +197,27 @@ def check_runs(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise BadType(
-            f"{name!r} belongs to a torch.nn.MultiheadAttention, which multiplies with its weight "
-            "without calling it")
+            f"{name!r} belongs to a torch.nn.MultiheadAttention, which"
+            " multiplies with its weight without calling it"
+        )
 
 # %% ../../nbs/core/targets.ipynb #c14
 def head_names(model: nn.Module) -> list[str]:
-    """The names of the model's own head: modules called as heads usually are, also where the
-    model is the only child of a wrapper."""
+    """The names of the model's own head: modules called as heads usually are,
+    also where the model is the only child of a wrapper.
+    """
     children = [
-        (name, child) for name, child in model.named_children()
-        if next(child.parameters(), None) is not None]
+        (name, child)
+        for name, child in model.named_children()
+        if next(child.parameters(), None) is not None
+    ]
     if (
-        len(children) == 1 and not isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        and children[0][0] not in HEADS):
+        len(children) == 1
+        and not isinstance(
+            model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        )
+        and children[0][0] not in HEADS
+    ):
         name, only = children[0]
         return [f"{name}.{inner}" for inner in head_names(only)]
     return [name for name, _ in children if name in HEADS]
@@ -149,37 +229,50 @@ def in_modules(name: str, modules: list[str]) -> bool:
 
 # %% ../../nbs/core/targets.ipynb #c15
 def query_value(model: nn.Module) -> list[str]:
-    """The endings of the usual query and value projections that this model has; raises
-    UnknownName if it has none."""
+    """The endings of the usual query and value projections that this model
+    has; raises UnknownName if it has none.
+    """
     names = linear_names(model)
     for endings in QUERY_VALUE:
-        if all(any(ends_with(name, ending.split("[")[0]) for name in names) for ending in endings):
+        if all(
+            any(ends_with(name, ending.split("[")[0]) for name in names)
+            for ending in endings
+        ):
             return endings
     raise UnknownName(
-        "no query and value projections under a known name; say target_modules=, for example one "
-        f"of {nearest('query', names)}")
+        "no query and value projections under a known name; say"
+        f" target_modules=, for example one of {nearest('query', names)}"
+    )
 
 # %% ../../nbs/core/targets.ipynb #c16
-def choose(model: nn.Module, target_modules, head: list[str] = ()) -> list[Target]:
+def choose(
+    model: nn.Module, target_modules, head: list[str] = ()
+) -> list[Target]:
     """The targets that `target_modules` stands for, in the model's order.
 
-    target_modules: a list of endings, one regular expression, "all-linear", or None for query and
-    value. `head`: names of modules that train in full and can't be targets. Raises UnknownName if
-    an entry matches nothing, BadType for a module that isn't linear, BadValue for rows that don't
-    exist or overlap.
+    target_modules: a list of endings, one regular expression, "all-linear", or
+    None for query and value. `head`: names of modules that train in full and
+    can't be targets. Raises UnknownName if an entry matches nothing, BadType
+    for a module that isn't linear, BadValue for rows that don't exist or
+    overlap.
     """
-    found = [t for entry in entries(model, target_modules, head) for t in entry]
+    found = [
+        t for entry in entries(model, target_modules, head) for t in entry
+    ]
     merged: dict[str, Target] = {}
     for target in found:
         known = merged.get(target.name, Target(target.name, target.module, {}))
-        merged[target.name] = Target(target.name, target.module, known.views | target.views)
+        merged[target.name] = Target(
+            target.name, target.module, known.views | target.views
+        )
     for name, target in merged.items():
         check_disjoint(name, target.views)
         check_runs(model, name)
         if in_modules(name, head):
             raise BadValue(
-                f"{name!r} belongs to head={list(head)}, which trains in full; it can't be a "
-                "target too")
+                f"{name!r} belongs to head={list(head)}, which trains in full;"
+                " it can't be a target too"
+            )
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(merged.values(), key=lambda t: order[t.name])
 
@@ -188,12 +281,18 @@ def entries(model: nn.Module, target_modules, head) -> list[list[Target]]:
     "Lists of targets, one for each entry of `target_modules`."
     if isinstance(target_modules, str):
         return [
-            all_linear(model, head) if target_modules == "all-linear"
-            else by_expression(model, target_modules)]
+            (
+                all_linear(model, head)
+                if target_modules == "all-linear"
+                else by_expression(model, target_modules)
+            )
+        ]
     listed = query_value(model) if target_modules is None else target_modules
     if not isinstance(listed, (list, tuple, set)):
         raise BadType(
-            f"target_modules is a list of names or one regular expression, not {target_modules!r}")
+            "target_modules is a list of names or one regular expression, not"
+            f" {target_modules!r}"
+        )
     if not listed:
         raise BadValue("target_modules is empty: nothing would train")
     return [choose_entry(model, entry) for entry in listed]
@@ -203,54 +302,82 @@ def all_linear(model: nn.Module, head) -> list[Target]:
     "Every linear map of the model but the head."
     heads = [*head, *head_names(model)]
     names = [
-        name for name in linear_names(model) if not in_modules(name, heads) and runs(model, name)]
+        name
+        for name in linear_names(model)
+        if not in_modules(name, heads) and runs(model, name)
+    ]
     if not names:
         raise UnknownName(
-            "'all-linear' matches nothing: the model has no linear map outside its head")
+            "'all-linear' matches nothing: the model has no linear map outside"
+            " its head"
+        )
     return [
-        Target(name, model.get_submodule(name), views_of(model.get_submodule(name), None, name))
-        for name in names]
+        Target(
+            name,
+            model.get_submodule(name),
+            views_of(model.get_submodule(name), None, name),
+        )
+        for name in names
+    ]
 
 # %% ../../nbs/core/targets.ipynb #c18
 def runs(model: nn.Module, name: str) -> bool:
     "Whether the module is called when the model runs (see `check_runs`)."
-    return not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    return not isinstance(
+        model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention
+    )
 
 
 def by_expression(model: nn.Module, expression: str) -> list[Target]:
-    "Every linear map whose whole name matches a regular expression, as in PEFT."
+    """Every linear map whose whole name matches a regular expression, as in
+    PEFT.
+    """
     try:
         pattern = re.compile(expression)
     except re.error as error:
         raise BadValue(
-            f"{expression!r} isn't a regular expression: {error}; name endings go in a list"
+            f"{expression!r} isn't a regular expression: {error}; name endings"
+            " go in a list"
         ) from error
     found = modules_matching(
-        model, expression, lambda name: pattern.fullmatch(name) is not None,
-        "; name endings go in a list")
+        model,
+        expression,
+        lambda name: pattern.fullmatch(name) is not None,
+        "; name endings go in a list",
+    )
     for name, module in found:
         check_site_is_plain(module, name)
-    return [Target(name, module, views_of(module, None, expression)) for name, module in found]
+    return [
+        Target(name, module, views_of(module, None, expression))
+        for name, module in found
+    ]
 
 # %% ../../nbs/core/targets.ipynb #c19
 def exactly(model: nn.Module, names: list[str]) -> list[Target]:
-    """The targets with just these public names (as `adapters` gives them), for reloading; raises
-    UnknownName for a name that isn't there."""
+    """The targets with just these public names (as `adapters` gives them), for
+    reloading; raises UnknownName for a name that isn't there.
+    """
     modules, views = dict(model.named_modules()), {}
     for name in names:
         match = ENTRY.match(name)
         if match is None or match["ending"] not in modules:
             raise unknown(
-                "module is called", name if match is None else match["ending"], linear_names(model))
+                "module is called",
+                name if match is None else match["ending"],
+                linear_names(model),
+            )
         module = modules[match["ending"]]
         check_site_is_plain(module, name)
-        views.setdefault(match["ending"], {}).update(views_of(module, match["rows"], name))
+        views.setdefault(match["ending"], {}).update(
+            views_of(module, match["rows"], name)
+        )
     return [Target(name, modules[name], own) for name, own in views.items()]
 
 # %% ../../nbs/core/targets.ipynb #c21
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """The names of every parameter, by the identity of the parameter: more than one name means a
-    tied weight."""
+    """The names of every parameter, by the identity of the parameter: more
+    than one name means a tied weight.
+    """
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(p), []).append(name)
@@ -258,8 +385,9 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the parameters that different modules hold, by the parameter's identity; a
-    module with two names counts once."""
+    """The names of the parameters that different modules hold, by the
+    parameter's identity; a module with two names counts once.
+    """
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
@@ -269,10 +397,14 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def own_linear(model: nn.Module) -> list[Target]:
-    """A target for every linear map that is called when the model runs and shares its weight
-    with no other module."""
+    """A target for every linear map that is called when the model runs and
+    shares its weight with no other module.
+    """
     held = owners(model)
     names = [
-        name for name in linear_names(model)
-        if runs(model, name) and len(held[id(model.get_submodule(name).weight)]) == 1]
+        name
+        for name in linear_names(model)
+        if runs(model, name)
+        and len(held[id(model.get_submodule(name).weight)]) == 1
+    ]
     return exactly(model, names)

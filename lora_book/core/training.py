@@ -27,9 +27,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapter import site_seed
-from .adapting import param_groups, record_of, root_of, stored_buffers
+from lora_book.core.adapting import (
+    param_groups,
+    record_of,
+    root_of,
+    stored_buffers,
+)
 from .data import Data, Split, batches
-from .errors import BadType, BadValue, check_choice, check_count, check_number
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_choice,
+    check_count,
+    check_number,
+)
 from .hosts import adapters, sites
 from .models import logits
 from .saving import fill, folder_of, put, trained_tensors
@@ -38,25 +49,42 @@ from .steps import advance, train_step
 
 # %% ../../nbs/core/training.ipynb #c04
 SCHEDULERS = {
-    "linear": lambda left: left, "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
-    "constant": lambda left: 1.0}
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "constant": lambda left: 1.0,
+}
 
 
 def rate_at(
-    step: int, steps: int, warmup: float, scheduler: str = "linear", foot: float = 0.0) -> float:
-    """The factor of the learning rate at `step` (0-based) of `steps`: a linear rise from `foot`
-    over the first `warmup` share, then the scheduler's fall to 0; "constant" doesn't fall."""
+    step: int,
+    steps: int,
+    warmup: float,
+    scheduler: str = "linear",
+    foot: float = 0.0,
+) -> float:
+    """The factor of the learning rate at `step` (0-based) of `steps`: a linear
+    rise from `foot` over the first `warmup` share, then the scheduler's fall
+    to 0; "constant" doesn't fall.
+    """
     rise = max(1, round(warmup * steps))
     left = min(1.0, (steps - step) / max(1, steps - rise))
-    return min(foot + (1 - foot) * (step + 1) / rise, SCHEDULERS[scheduler](left))
+    return min(
+        foot + (1 - foot) * (step + 1) / rise, SCHEDULERS[scheduler](left)
+    )
 
 
-def make_optimizer(name: str, groups: list[dict], weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9, on parameter groups; each group remembers its full rate
-    as `base_lr`."""
+def make_optimizer(
+    name: str, groups: list[dict], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9, on parameter groups; each group
+    remembers its full rate as `base_lr`.
+    """
     check_choice("optimizer", name, ("adamw", "sgd"))
-    made = (torch.optim.AdamW(groups, weight_decay=weight_decay) if name == "adamw"
-            else torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay))
+    made = (
+        torch.optim.AdamW(groups, weight_decay=weight_decay)
+        if name == "adamw"
+        else torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
+    )
     for group in made.param_groups:
         group["base_lr"] = group["lr"]
     return made
@@ -68,7 +96,9 @@ def loss_of(model: nn.Module, batch: dict) -> Tensor:
 
 
 def score_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    "Cross-entropy for integer labels, mean squared error for real ones; a scalar."
+    """Cross-entropy for integer labels, mean squared error for real ones; a
+    scalar.
+    """
     if labels.is_floating_point():
         return F.mse_loss(scores.squeeze(-1).float(), labels.float())
     return F.cross_entropy(scores.float(), labels)
@@ -76,10 +106,14 @@ def score_loss(scores: Tensor, labels: Tensor) -> Tensor:
 # %% ../../nbs/core/training.ipynb #c07x
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, batch_size: int = 64, loss: Callable = loss_of
+    model: nn.Module,
+    split: Split,
+    batch_size: int = 64,
+    loss: Callable = loss_of,
 ) -> dict[str, float]:
-    """Mean loss and, for classes, accuracy over a split (in no particular order); the model's
-    mode is put back."""
+    """Mean loss and, for classes, accuracy over a split (in no particular
+    order); the model's mode is put back.
+    """
     training, total, hits = model.training, 0.0, 0
     device = next(model.parameters()).device
     model.eval()
@@ -88,30 +122,50 @@ def evaluate(
         labels = batch["labels"]
         scores = logits(model, batch) if loss is loss_of else None
         total += (
-            loss(model, batch) if scores is None else score_loss(scores, labels)
+            loss(model, batch)
+            if scores is None
+            else score_loss(scores, labels)
         ).item() * len(labels)
-        if scores is not None and not labels.is_floating_point() and labels.dim() == 1:
+        if (
+            scores is not None
+            and not labels.is_floating_point()
+            and labels.dim() == 1
+        ):
             hits += int((scores.argmax(-1) == labels).sum())
     model.train(training)
     return {"loss": total / len(split), "accuracy": hits / len(split)}
 
 # %% ../../nbs/core/training.ipynb #c07y
-def to_device(batch: dict, device: torch.device, transform: Callable | None = None) -> dict:
-    """The batch's tensors on a device, then transformed there: bytes travel faster than the
-    floats made of them, and from pinned memory while the processor goes on."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def to_device(
+    batch: dict, device: torch.device, transform: Callable | None = None
+) -> dict:
+    """The batch's tensors on a device, then transformed there: bytes travel
+    faster than the floats made of them, and from pinned memory while the
+    processor goes on.
+    """
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in batch.items()
+    }
     return transform(moved) if transform else moved
 
 # %% ../../nbs/core/training.ipynb #c09
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    "The optimizer's memory, one tensor a name `optimizer/parameter number/name`."
+    """The optimizer's memory, one tensor a name `optimizer/parameter
+    number/name`.
+    """
     state = optimizer.state_dict()["state"]
     return {
-        f"optimizer/{i}/{name}": torch.as_tensor(value) for i, own in state.items()
-        for name, value in own.items() if value is not None}
+        f"optimizer/{i}/{name}": torch.as_tensor(value)
+        for i, own in state.items()
+        for name, value in own.items()
+        if value is not None
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     "Put back what `optimizer_tensors` gave."
     state: dict = {}
     for key, value in tensors.items():
@@ -119,14 +173,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             _, i, name = key.split("/")
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        {
+            "state": state,
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
 
 # %% ../../nbs/core/training.ipynb #c10
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `trained_tensors` gave, finished links included; raises BadValue for numbers
-    that don't fit this model."""
+    """Put back what `trained_tensors` gave, finished links included; raises
+    BadValue for numbers that don't fit this model.
+    """
     root, named = root_of(model), dict(root_of(model).named_parameters())
-    in_place, buffers = {name: named[name] for name in record_of(model).base}, stored_buffers(root)
+    in_place, buffers = (
+        {name: named[name] for name in record_of(model).base},
+        stored_buffers(root),
+    )
     fill(adapters(root), in_place, tensors, buffers)
     for _, site in sites(model):
         site.forgets()
@@ -134,86 +196,151 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def write_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict) -> None:
-    """One file with all tensors and, in its header, the run's position; written under another
-    name and renamed."""
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict
+) -> None:
+    """One file with all tensors and, in its header, the run's position;
+    written under another name and renamed.
+    """
     record = record_of(model)
     tensors = {
         f"model/{k}": t for k, t in trained_tensors(root_of(model)).items()
     } | optimizer_tensors(optimizer)
     tensors |= {f"step/{k}": t for k, t in record.step.state(model).items()}
-    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    body = write_tensors(own, {"run": json.dumps(run | {"steps_done": record.steps})})
-    write_atomic(folder / "checkpoint.safetensors", body + hashlib.sha256(body).digest())
+    own = {
+        name: t.detach().cpu().contiguous().clone()
+        for name, t in tensors.items()
+    }
+    body = write_tensors(
+        own, {"run": json.dumps(run | {"steps_done": record.steps})}
+    )
+    write_atomic(
+        folder / "checkpoint.safetensors", body + hashlib.sha256(body).digest()
+    )
 
 # %% ../../nbs/core/training.ipynb #c11
 def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The run's position and all tensors of a checkpoint, both verified; raises BadValue for a
-    damaged file."""
+    """The run's position and all tensors of a checkpoint, both verified;
+    raises BadValue for a damaged file.
+    """
     data = path.read_bytes()
     try:
         body, checksum = data[:-32], data[-32:]
         if hashlib.sha256(body).digest() != checksum:
             raise BadValue("its checksum doesn't fit")
         size = int.from_bytes(body[:8], "little")
-        header = json.loads(body[8:8 + size])["__metadata__"]["run"]
+        header = json.loads(body[8 : 8 + size])["__metadata__"]["run"]
         return json.loads(header), read_tensors(body)
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadValue(f"{path} is damaged ({error}); delete it to start again") from error
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise BadValue(
+            f"{path} is damaged ({error}); delete it to start again"
+        ) from error
 
 # %% ../../nbs/core/training.ipynb #c12
 def read_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
 ) -> dict | None:
-    """Restore everything from a checkpoint and return the run's position; None if there is none.
-    Raises BadValue if it is damaged or of other settings."""
+    """Restore everything from a checkpoint and return the run's position; None
+    if there is none. Raises BadValue if it is damaged or of other settings.
+    """
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return None
     run, tensors = parse_checkpoint(path)
     if run["settings"] != settings:
         raise BadValue(
-            f"{path} belongs to a run with other settings: {difference(run['settings'], settings)}")
+            f"{path} belongs to a run with other settings:"
+            f" {difference(run['settings'], settings)}"
+        )
     restore_model(
-        model, {k.removeprefix("model/"): t for k, t in tensors.items() if k.startswith("model/")})
+        model,
+        {
+            k.removeprefix("model/"): t
+            for k, t in tensors.items()
+            if k.startswith("model/")
+        },
+    )
     restore_optimizer(optimizer, tensors)
     record = record_of(model)
     record.steps = run["steps_done"]
     record.step.restore(
-        model, {k.removeprefix("step/"): t for k, t in tensors.items() if k.startswith("step/")})
+        model,
+        {
+            k.removeprefix("step/"): t
+            for k, t in tensors.items()
+            if k.startswith("step/")
+        },
+    )
     return run
 
 
 def difference(old: dict, new: dict) -> str:
     "The settings in which two runs differ, as text."
     return ", ".join(
-        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new})
-        if old.get(k) != new.get(k))
+        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    )
 
 # %% ../../nbs/core/training.ipynb #c14
 def fit(
-    model: nn.Module, data: Data, *, epochs: int, lr: float, batch_size: int = 32,
-    optimizer: str = "adamw", weight_decay: float = 0.0, warmup: float = 0.06, foot: float = 0.0,
-    scheduler: str = "linear", seed: int = 0, max_grad_norm: float | None = 1.0,
-    accumulate: int = 1, advance_every: int | None = None, **hooks) -> list[dict]:
-    """Train an adapted model on data.train and return one record an epoch: losses, accuracies and
-    seconds.
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int = 32,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.0,
+    warmup: float = 0.06,
+    foot: float = 0.0,
+    scheduler: str = "linear",
+    seed: int = 0,
+    max_grad_norm: float | None = 1.0,
+    accumulate: int = 1,
+    advance_every: int | None = None,
+    **hooks,
+) -> list[dict]:
+    """Train an adapted model on data.train and return one record an epoch:
+    losses, accuracies and seconds.
 
-    epochs, batch_size: counts; a batch is the step's, over all processes. lr: the largest rate.
-    warmup: share of steps in which it rises, from `foot` times itself. seed: of the batches' order
-    and of dropout; the global random state is put back. accumulate: parts in which a process
-    computes its share of a step. advance_every: epochs after which a chain advances. hooks: see
-    `Hooks`. Raises BadValue for a plain or merged model or a checkpoint of other settings.
+    epochs, batch_size: counts; a batch is the step's, over all processes. lr:
+    the largest rate.
+    warmup: share of steps in which it rises, from `foot` times itself. seed:
+    of the batches' order and of dropout; the global random state is put back.
+    accumulate: parts in which a process computes its share of a step.
+    advance_every: epochs after which a chain advances. hooks: see
+    `Hooks`. Raises BadValue for a plain or merged model or a checkpoint of
+    other settings.
     """
     settings = {
-        "epochs": epochs, "lr": lr, "batch_size": batch_size, "optimizer": optimizer,
-        "weight_decay": weight_decay, "warmup": warmup, "foot": foot, "scheduler": scheduler,
-        "seed": seed, "max_grad_norm": max_grad_norm, "accumulate": accumulate,
-        "advance_every": advance_every}
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "foot": foot,
+        "scheduler": scheduler,
+        "seed": seed,
+        "max_grad_norm": max_grad_norm,
+        "accumulate": accumulate,
+        "advance_every": advance_every,
+    }
     own = Hooks(**hooks)
     check_settings(settings, own.save_every)
     made = make_optimizer(optimizer, param_groups(model, lr), weight_decay)
-    settings |= identity(model, data) | {"precision": str(own.crew.mixed_precision)}
+    settings |= identity(model, data) | {
+        "precision": str(own.crew.mixed_precision)
+    }
     with own_randomness(model, seed):
         run = start(own.folder, model, made, settings)
         go_on(model, made, data, run, own)
@@ -222,14 +349,22 @@ def fit(
 
 # %% ../../nbs/core/training.ipynb #c15
 def go_on(model, optimizer, data: Data, run: dict, hooks: "Hooks") -> None:
-    "Train from the run's position to its end, or to the step after which it is asked to stop."
+    """Train from the run's position to its end, or to the step after which it
+    is asked to stop.
+    """
     own = run["settings"]
     per_epoch = math.ceil(len(data.train) / own["batch_size"])
     total = own["epochs"] * per_epoch
     train = replace(data.train, transform=None)
-    left = remaining(train, run["at"], own["epochs"], own["batch_size"], own["seed"])
-    for batch in shown(left, run, total, hooks.crew.is_main_process and hooks.progress):
-        halt = one_step(model, optimizer, batch, run, total, hooks, data.train.transform)
+    left = remaining(
+        train, run["at"], own["epochs"], own["batch_size"], own["seed"]
+    )
+    for batch in shown(
+        left, run, total, hooks.crew.is_main_process and hooks.progress
+    ):
+        halt = one_step(
+            model, optimizer, batch, run, total, hooks, data.train.transform
+        )
         if run["at"] % per_epoch == 0:
             end_epoch(model, optimizer, data, run, per_epoch, hooks)
         if halt or run["at"] % (hooks.save_every or per_epoch) == 0:
@@ -245,7 +380,10 @@ def check_settings(settings: dict, save_every: int | None) -> None:
     for name in ("epochs", "batch_size", "accumulate"):
         check_count(name, settings[name])
     check_choice("scheduler", settings["scheduler"], SCHEDULERS)
-    for name, value in (("save_every", save_every), ("advance_every", settings["advance_every"])):
+    for name, value in (
+        ("save_every", save_every),
+        ("advance_every", settings["advance_every"]),
+    ):
         if value is not None:
             check_count(name, value)
     for name in ("warmup", "foot"):
@@ -254,92 +392,161 @@ def check_settings(settings: dict, save_every: int | None) -> None:
 
 
 def identity(model: nn.Module, data: Data) -> dict:
-    """What makes a run another run beside its settings: the method, its options and places, and
-    the data."""
+    """What makes a run another run beside its settings: the method, its
+    options and places, and the data.
+    """
     record = record_of(model)
     config = {
-        key: value if isinstance(value, (int, float, str, dict, list)) else str(value)
-        for key, value in record.config.items()}
+        key: (
+            value
+            if isinstance(value, (int, float, str, dict, list))
+            else str(value)
+        )
+        for key, value in record.config.items()
+    }
     return {
-        "method": record.method_id, "config": json.loads(json.dumps(config, default=str)),
-        "data": data.hash}
+        "method": record.method_id,
+        "config": json.loads(json.dumps(config, default=str)),
+        "data": data.hash,
+    }
 
 # %% ../../nbs/core/training.ipynb #c18
 @contextmanager
 def own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
-    "A random state of the run's own for dropout; afterwards the global state is what it was."
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
+    """A random state of the run's own for dropout; afterwards the global state
+    is what it was.
+    """
+    devices = (
+        [torch.cuda.current_device()]
+        if next(model.parameters()).is_cuda
+        else []
+    )
     with torch.random.fork_rng(devices):
         torch.manual_seed(site_seed(seed, "dropout"))
         yield
 
 
 def start(
-    folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+    folder: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
 ) -> dict:
-    "The run's position: the checkpoint's, or the beginning. The model is in training mode then."
-    run = None if folder is None else read_checkpoint(folder, model, optimizer, settings)
+    """The run's position: the checkpoint's, or the beginning. The model is in
+    training mode then.
+    """
+    run = (
+        None
+        if folder is None
+        else read_checkpoint(folder, model, optimizer, settings)
+    )
     model.train()
-    return run or {"settings": settings, "at": 0, "sum": 0.0, "spent": 0.0, "history": []}
+    return run or {
+        "settings": settings,
+        "at": 0,
+        "sum": 0.0,
+        "spent": 0.0,
+        "history": [],
+    }
 
 
-def shown(steps: Iterator, run: dict, total: int, progress: bool | str) -> Iterator:
-    """The same batches, with a progress bar that names the last validation loss, on a terminal
-    or in a notebook."""
-    title = progress if isinstance(progress, str) else run["settings"]["method"]
+def shown(
+    steps: Iterator, run: dict, total: int, progress: bool | str
+) -> Iterator:
+    """The same batches, with a progress bar that names the last validation
+    loss, on a terminal or in a notebook.
+    """
+    title = (
+        progress if isinstance(progress, str) else run["settings"]["method"]
+    )
     with tqdm(
-        total=total, initial=run["at"], disable=None if progress else True, desc=title) as bar:
+        total=total,
+        initial=run["at"],
+        disable=None if progress else True,
+        desc=title,
+    ) as bar:
         for batch in steps:
             yield batch
             bar.update()
-            bar.set_postfix(run["history"][-1]["validation"] if run["history"] else {})
+            bar.set_postfix(
+                run["history"][-1]["validation"] if run["history"] else {}
+            )
 
 # %% ../../nbs/core/training.ipynb #c19
 def remaining(split: Split, at: int, epochs: int, batch_size: int, seed: int):
-    "The batches from step `at` on; each epoch's order depends on the seed and the epoch alone."
+    """The batches from step `at` on; each epoch's order depends on the seed
+    and the epoch alone.
+    """
     per_epoch = math.ceil(len(split) / batch_size)
     for epoch in range(at // per_epoch, epochs):
-        for i, batch in enumerate(batches(split, batch_size, seed=site_seed(seed, "epoch", epoch))):
+        for i, batch in enumerate(
+            batches(split, batch_size, seed=site_seed(seed, "epoch", epoch))
+        ):
             if epoch * per_epoch + i >= at:
                 yield batch
 
 
-def one_step(model, optimizer, batch: dict, run: dict, steps: int, hooks, transform) -> bool:
-    """Set the rate, seed dropout, take one step, note its loss and time; whether any process was
-    asked to stop."""
+def one_step(
+    model, optimizer, batch: dict, run: dict, steps: int, hooks, transform
+) -> bool:
+    """Set the rate, seed dropout, take one step, note its loss and time;
+    whether any process was asked to stop.
+    """
     start, own, crew = time.perf_counter(), run["settings"], hooks.crew
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * rate_at(
-            run["at"], steps, own["warmup"], own["scheduler"], own["foot"])
-    torch.manual_seed(site_seed(own["seed"], "dropout", run["at"], crew.process_index))
-    parts = share(batch, crew.process_index, crew.num_processes, own["accumulate"])
+            run["at"], steps, own["warmup"], own["scheduler"], own["foot"]
+        )
+    torch.manual_seed(
+        site_seed(own["seed"], "dropout", run["at"], crew.process_index)
+    )
+    parts = share(
+        batch, crew.process_index, crew.num_processes, own["accumulate"]
+    )
     value = train_step(
-        model, optimizer, partial(shared_loss, model, parts, hooks, transform),
+        model,
+        optimizer,
+        partial(shared_loss, model, parts, hooks, transform),
         max_grad_norm=own["max_grad_norm"],
-        backward=partial(joint_backward, optimizer, crew, hooks.backward or crew.backward))
+        backward=partial(
+            joint_backward, optimizer, crew, hooks.backward or crew.backward
+        ),
+    )
     value, halt = together(value, bool(hooks.stop and hooks.stop()), crew)
     if not math.isfinite(value):
-        raise BadValue(f"the loss is {value} at step {run['at']}; try a smaller lr")
+        raise BadValue(
+            f"the loss is {value} at step {run['at']}; try a smaller lr"
+        )
     run["sum"] += value
     run["at"] += 1
     run["spent"] += time.perf_counter() - start
     return halt
 
 # %% ../../nbs/core/training.ipynb #c20
-def end_epoch(model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "Hooks") -> None:
+def end_epoch(
+    model, optimizer, data: Data, run: dict, per_epoch: int, hooks: "Hooks"
+) -> None:
     "Measure the epoch, and advance a chain whose turn it is."
-    epoch, advance_every = run["at"] // per_epoch, run["settings"]["advance_every"]
+    epoch, advance_every = (
+        run["at"] // per_epoch,
+        run["settings"]["advance_every"],
+    )
     with hooks.crew.autocast():
         measure = hooks.measure or partial(evaluate, loss=hooks.loss)
         validation = measure(model, data.validation)
     measured = {
-        "epoch": epoch, "train_loss": run["sum"] / per_epoch, "validation": validation,
-        "seconds": run["spent"]}
+        "epoch": epoch,
+        "train_loss": run["sum"] / per_epoch,
+        "validation": validation,
+        "seconds": run["spent"],
+    }
     run["history"].append(measured)
     run["sum"], run["spent"] = 0.0, 0.0
     if (
-        advance_every and epoch % advance_every == 0
-        and all(a.has_next() for a in adapters(model).values())):
+        advance_every
+        and epoch % advance_every == 0
+        and all(a.has_next() for a in adapters(model).values())
+    ):
         advance(model, optimizer)
 
 # %% ../../nbs/core/training.ipynb #c22
@@ -349,7 +556,13 @@ class Stopped(KeyboardInterrupt):
 
 class Alone:
     "One process: the part of Accelerate's `Accelerator` that the loop uses."
-    process_index, num_processes, is_main_process, mixed_precision = 0, 1, True, "no"
+
+    process_index, num_processes, is_main_process, mixed_precision = (
+        0,
+        1,
+        True,
+        "no",
+    )
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -368,12 +581,15 @@ class Alone:
 class Hooks:
     """What the loop calls, and where it keeps its checkpoint.
 
-    loss(model, batch): a mean over labels. measure(model, split): what a record says of the
-    validation split (default: `evaluate`). watch(run): called after each step. stop(): asked after
-    each step; once it is true a checkpoint is written and Stopped raised. backward(loss): instead
-    of the accelerator's. accelerator: Accelerate's, for several devices or mixed precision.
-    checkpoint: a folder; if it holds a checkpoint the run goes on from there. save_every: steps
-    between checkpoints (default: an epoch). progress: a bar, with this title.
+    loss(model, batch): a mean over labels. measure(model, split): what a
+    record says of the validation split (default: `evaluate`). watch(run):
+    called after each step. stop(): asked after each step; once it is true a
+    checkpoint is written and Stopped raised. backward(loss): instead of the
+    accelerator's. accelerator: Accelerate's, for several devices or mixed
+    precision.
+    checkpoint: a folder; if it holds a checkpoint the run goes on from there.
+    save_every: steps between checkpoints (default: an epoch). progress: a bar,
+    with this title.
     """
 
     loss: Callable = loss_of
@@ -395,27 +611,44 @@ class Hooks:
         return None if self.checkpoint is None else folder_of(self.checkpoint)
 
 # %% ../../nbs/core/training.ipynb #c23
-def share(batch: dict, process: int, processes: int, accumulate: int) -> list[tuple[dict, float]]:
-    """The parts of a batch that a process computes, with their weights; all weights of all
-    processes sum to the number of processes. A process without a row gets one that weighs 0."""
+def share(
+    batch: dict, process: int, processes: int, accumulate: int
+) -> list[tuple[dict, float]]:
+    """The parts of a batch that a process computes, with their weights; all
+    weights of all processes sum to the number of processes. A process without
+    a row gets one that weighs 0.
+    """
     labels, count = batch["labels"], processes * accumulate
     if count == 1:
         return [(batch, 1.0)]
-    own = torch.arange(len(labels)).tensor_split(count)[process * accumulate:][:accumulate]
+    own = torch.arange(len(labels)).tensor_split(count)[
+        process * accumulate :
+    ][:accumulate]
     whole = max(1, int((labels != -100).sum()))
     parts = [
-        ({k: v[rows] for k, v in batch.items()},
-         processes * int((labels[rows] != -100).sum()) / whole) for rows in own if len(rows)]
+        (
+            {k: v[rows] for k, v in batch.items()},
+            processes * int((labels[rows] != -100).sum()) / whole,
+        )
+        for rows in own
+        if len(rows)
+    ]
     return parts or [({k: v[:1] for k, v in batch.items()}, 0.0)]
 
 
-def shared_loss(model: nn.Module, parts: list, hooks: Hooks, transform) -> Tensor:
-    """The weighted losses of a process's parts; all but the last have run backward when this
-    returns, so that one part's activations are held at a time."""
+def shared_loss(
+    model: nn.Module, parts: list, hooks: Hooks, transform
+) -> Tensor:
+    """The weighted losses of a process's parts; all but the last have run
+    backward when this returns, so that one part's activations are held at a
+    time.
+    """
     device, done = next(model.parameters()).device, 0.0
     for i, (part, weight) in enumerate(parts):
         with hooks.crew.autocast():
-            value = hooks.loss(model, to_device(part, device, transform)) * weight
+            value = (
+                hooks.loss(model, to_device(part, device, transform)) * weight
+            )
         if i + 1 < len(parts):
             (hooks.backward or hooks.crew.backward)(value)
             done = done + value.detach()
@@ -423,15 +656,26 @@ def shared_loss(model: nn.Module, parts: list, hooks: Hooks, transform) -> Tenso
 
 # %% ../../nbs/core/training.ipynb #c23x
 def together(value: Tensor, halt: bool, crew) -> tuple[float, bool]:
-    "The mean loss over the processes, and whether any of them was asked to stop."
-    both = torch.stack([value.float(), torch.full_like(value, halt, dtype=torch.float32)])
-    mean = crew.reduce(both, "mean").tolist() if crew.num_processes > 1 else [value.item(), halt]
+    """The mean loss over the processes, and whether any of them was asked to
+    stop.
+    """
+    both = torch.stack(
+        [value.float(), torch.full_like(value, halt, dtype=torch.float32)]
+    )
+    mean = (
+        crew.reduce(both, "mean").tolist()
+        if crew.num_processes > 1
+        else [value.item(), halt]
+    )
     return mean[0], mean[1] > 0
 
 
-def keep(model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, hooks: Hooks) -> None:
-    """Write a checkpoint: the first process does, the others hold the same numbers. Raises
-    OSError in all of them if it couldn't."""
+def keep(
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, hooks: Hooks
+) -> None:
+    """Write a checkpoint: the first process does, the others hold the same
+    numbers. Raises OSError in all of them if it couldn't.
+    """
     error = None
     if hooks.folder and hooks.crew.is_main_process:
         try:
@@ -439,29 +683,51 @@ def keep(model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, hooks: H
         except OSError as caught:
             error = caught
     device = next(model.parameters()).device
-    if together(torch.zeros((), device=device), error is not None, hooks.crew)[1]:
-        raise error or OSError("the first process couldn't write its checkpoint")
+    if together(torch.zeros((), device=device), error is not None, hooks.crew)[
+        1
+    ]:
+        raise error or OSError(
+            "the first process couldn't write its checkpoint"
+        )
 
 # %% ../../nbs/core/training.ipynb #c26
 BUCKET = 25_000_000
 
 
-def joint_backward(optimizer: torch.optim.Optimizer, crew, backward: Callable, loss: Tensor):
-    "Backward, then the mean of every trained number's gradient over the processes."
+def joint_backward(
+    optimizer: torch.optim.Optimizer, crew, backward: Callable, loss: Tensor
+):
+    """Backward, then the mean of every trained number's gradient over the
+    processes.
+    """
     backward(loss)
     if crew.num_processes > 1:
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        grads = [
+            p.grad
+            for g in optimizer.param_groups
+            for p in g["params"]
+            if p.grad is not None
+        ]
         for bucket in buckets(grads, BUCKET):
-            flat = crew.reduce(torch.cat([g.flatten() for g in bucket]), "mean")
-            for own, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            flat = crew.reduce(
+                torch.cat([g.flatten() for g in bucket]), "mean"
+            )
+            for own, mean in zip(
+                bucket, flat.split([g.numel() for g in bucket]), strict=True
+            ):
                 own.copy_(mean.view_as(own))
 
 
 def buckets(grads: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    "The gradients in runs of one type and about `most` numbers: few messages, little memory."
+    """The gradients in runs of one type and about `most` numbers: few
+    messages, little memory.
+    """
     run: list = []
     for grad in grads:
-        if run and (grad.dtype is not run[0].dtype or sum(g.numel() for g in run) + grad.numel() > most):
+        if run and (
+            grad.dtype is not run[0].dtype
+            or sum(g.numel() for g in run) + grad.numel() > most
+        ):
             yield run
             run = []
         run.append(grad)
@@ -470,14 +736,19 @@ def buckets(grads: list[Tensor], most: int) -> Iterator[list[Tensor]]:
 
 # %% ../../nbs/core/training.ipynb #c27
 def recompute_activations(model: nn.Module) -> nn.Module:
-    """Gradient checkpointing in timm's or transformers' own way: activations are computed again in
-    backward instead of kept. Raises BadType for a model of neither."""
+    """Gradient checkpointing in timm's or transformers' own way: activations
+    are computed again in backward instead of kept. Raises BadType for a model
+    of neither.
+    """
     import timm
     import transformers
+
     if isinstance(model, transformers.PreTrainedModel):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif isinstance(model, timm.models.VisionTransformer):
         model.set_grad_checkpointing(True)
     else:
-        raise BadType(f"{type(model).__name__} has no gradient checkpointing of its own")
+        raise BadType(
+            f"{type(model).__name__} has no gradient checkpointing of its own"
+        )
     return model

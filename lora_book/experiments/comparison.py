@@ -25,49 +25,117 @@ from ..core.training import evaluate, fit, loss_of
 from ..registry import adapt
 
 # %% ../../nbs/experiments/comparison.ipynb #c06
-TEN = ("full", "lora", "lora_plus", "asymmetric", "cola", "rac", "cla", "random_cla", "c3la", "random_c3la")
+TEN = (
+    "full",
+    "lora",
+    "lora_plus",
+    "asymmetric",
+    "cola",
+    "rac",
+    "cla",
+    "random_cla",
+    "c3la",
+    "random_c3la",
+)
 CHAINS = ("cola", "rac", "c3la", "random_c3la")
 BOTH_FACTORS = ("lora", "lora_plus", "cola")
-TASKS = {"digits": ("digits", "digits_vit", "head", ["attn.qkv[q,v]"]),
-         "source": ("docstrings/source", "minilm", "classifier", ["query", "value"])}
+TASKS = {
+    "digits": ("digits", "digits_vit", "head", ["attn.qkv[q,v]"]),
+    "source": (
+        "docstrings/source",
+        "minilm",
+        "classifier",
+        ["query", "value"],
+    ),
+}
 
 # %% ../../nbs/experiments/comparison.ipynb #c08
-def build(task: str, method: str, r: int, seed: int, alpha: float | None = None) -> nn.Module:
-    "The task's pre-trained model with a fresh classifier, adapted by one method on query and value."
+def build(
+    task: str, method: str, r: int, seed: int, alpha: float | None = None
+) -> nn.Module:
+    """The task's pre-trained model with a fresh classifier, adapted by one
+    method on query and value.
+    """
     data, model_name, head, targets = TASKS[task]
-    model = load_model(model_name, n_classes=len(load_data(data).classes), seed=seed)
+    model = load_model(
+        model_name, n_classes=len(load_data(data).classes), seed=seed
+    )
     alpha = 2.0 * r if alpha is None else alpha
-    return adapt(model, method, targets, r=r, alpha=alpha, head=head, seed=seed)
+    return adapt(
+        model, method, targets, r=r, alpha=alpha, head=head, seed=seed
+    )
 
 
 def sized(task: str, examples: int, judged: int):
-    "The task's data with `examples` to train on and `judged` to validate and to test on."
+    """The task's data with `examples` to train on and `judged` to validate and
+    to test on.
+    """
     data = load_data(TASKS[task][0], limit=examples)
-    return replace(data, validation=data.validation.first(judged), test=data.test.first(judged))
+    return replace(
+        data,
+        validation=data.validation.first(judged),
+        test=data.test.first(judged),
+    )
 
 # %% ../../nbs/experiments/comparison.ipynb #c09
-def run(task: str, method: str, r: int, seed: int, lr: float, alpha: float | None = None, reset: int = 1,
-        examples: int = 300, epochs: int = 3, judged: int = 250) -> dict:
-    "Train one method with one seed and return the whole result; `reset` is the passes after which a chain advances."
+def run(
+    task: str,
+    method: str,
+    r: int,
+    seed: int,
+    lr: float,
+    alpha: float | None = None,
+    reset: int = 1,
+    examples: int = 300,
+    epochs: int = 3,
+    judged: int = 250,
+) -> dict:
+    """Train one method with one seed and return the whole result; `reset` is
+    the passes after which a chain advances.
+    """
     start, data = time.perf_counter(), sized(task, examples, judged)
     model = build(task, method, r, seed, alpha)
     trained = n_trainable(model)
     every = reset if method in CHAINS else None
-    history = fit(model, data, epochs=epochs, lr=lr, seed=seed, advance_every=every)
+    history = fit(
+        model, data, epochs=epochs, lr=lr, seed=seed, advance_every=every
+    )
     return {
-        "task": task, "method": method, "r": r, "seed": seed, "lr": lr, "alpha": alpha, "reset": reset,
-        "examples": examples, "epochs": epochs, "trained": trained, "history": history,
-        "train": evaluate(model, data.train), "test": evaluate(model, data.test),
-        "data_hash": data.hash, "torch": torch.__version__, "seconds": time.perf_counter() - start}
+        "task": task,
+        "method": method,
+        "r": r,
+        "seed": seed,
+        "lr": lr,
+        "alpha": alpha,
+        "reset": reset,
+        "examples": examples,
+        "epochs": epochs,
+        "trained": trained,
+        "history": history,
+        "train": evaluate(model, data.train),
+        "test": evaluate(model, data.test),
+        "data_hash": data.hash,
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - start,
+    }
 
 # %% ../../nbs/experiments/comparison.ipynb #c11
 SELECTION_SEED = 100
-RATES = {"full": (1e-3, 3e-3)} | dict.fromkeys(TEN[1:], (3e-3, 1e-2)) | {"lora_plus": (1e-3, 3e-3)}
+RATES = (
+    {"full": (1e-3, 3e-3)}
+    | dict.fromkeys(TEN[1:], (3e-3, 1e-2))
+    | {"lora_plus": (1e-3, 3e-3)}
+)
 
 
 def ranks(method: str) -> dict[str, int]:
     "The method's rank in either comparison."
-    return {"equal rank": 8, "equal numbers": 8 if method in BOTH_FACTORS or method == "full" else 16}
+    return {
+        "equal rank": 8,
+        "equal numbers": (
+            8 if method in BOTH_FACTORS or method == "full" else 16
+        ),
+    }
 
 
 def file_name(task: str, method: str, r: int, seed: int) -> str:
@@ -77,8 +145,12 @@ def file_name(task: str, method: str, r: int, seed: int) -> str:
 
 def chosen_rate(task: str, method: str, r: int, **sizes) -> float:
     "The rate with the lowest validation loss at the seed of the selection."
-    losses = {lr: run(task, method, r, SELECTION_SEED, lr, **sizes)["history"][-1]["validation"]["loss"]
-              for lr in RATES[method]}
+    losses = {
+        lr: run(task, method, r, SELECTION_SEED, lr, **sizes)["history"][-1][
+            "validation"
+        ]["loss"]
+        for lr in RATES[method]
+    }
     return min(losses, key=losses.get)
 
 # %% ../../nbs/experiments/comparison.ipynb #c12
@@ -87,13 +159,20 @@ def save(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def run_all(folder: Path, tasks=tuple(TASKS), methods=TEN, seeds=range(3), **sizes) -> int:
+def run_all(
+    folder: Path, tasks=tuple(TASKS), methods=TEN, seeds=range(3), **sizes
+) -> int:
     "Run what isn't stored yet; returns how many runs that were."
     done = 0
     for task, method in product(tasks, methods):
         for r in sorted(set(ranks(method).values())):
-            names = {seed: folder / file_name(task, method, r, seed) for seed in seeds}
-            missing = [seed for seed, path in names.items() if not path.exists()]
+            names = {
+                seed: folder / file_name(task, method, r, seed)
+                for seed in seeds
+            }
+            missing = [
+                seed for seed, path in names.items() if not path.exists()
+            ]
             lr = chosen_rate(task, method, r, **sizes) if missing else None
             for seed in missing:
                 save(names[seed], run(task, method, r, seed, lr, **sizes))
@@ -107,47 +186,76 @@ DATA = Path(__file__).parents[1] / "data" if "__file__" in globals() else None
 def data_folder() -> Path:
     "Where the stored results lie."
     from lora_book.experiments import comparison
+
     return comparison.DATA
 
 
 def stored() -> list[dict]:
     "All results that come with the book."
-    return [json.loads(path.read_text()) for path in sorted((data_folder() / "comparison").glob("*.json"))]
+    return [
+        json.loads(path.read_text())
+        for path in sorted((data_folder() / "comparison").glob("*.json"))
+    ]
 
 # %% ../../nbs/experiments/comparison.ipynb #c35
 def batch_of(task: str, size: int) -> dict:
     "The first training examples of a task."
-    return {name: value[:size] for name, value in load_data(TASKS[task][0]).train.tensors.items()}
+    return {
+        name: value[:size]
+        for name, value in load_data(TASKS[task][0]).train.tensors.items()
+    }
 
 
-def step_times(task: str, rounds: int, size: int, r: int = 8) -> dict[str, list[float]]:
-    "Processor seconds of each method's training step, one value a round; the methods take turns."
+def step_times(
+    task: str, rounds: int, size: int, r: int = 8
+) -> dict[str, list[float]]:
+    """Processor seconds of each method's training step, one value a round; the
+    methods take turns.
+    """
     batch = batch_of(task, size)
     models = {m: build(task, m, r, 0) for m in TEN}
-    optimizers = {m: torch.optim.AdamW(param_groups(models[m], 1e-4)) for m in TEN}
+    optimizers = {
+        m: torch.optim.AdamW(param_groups(models[m], 1e-4)) for m in TEN
+    }
     times: dict[str, list[float]] = {m: [] for m in TEN}
     for number, m in product(range(rounds + 2), TEN):
         start = time.process_time()
-        train_step(models[m], optimizers[m], lambda m=m: loss_of(models[m], batch))
+        train_step(
+            models[m], optimizers[m], lambda m=m: loss_of(models[m], batch)
+        )
         if number >= 2:
             times[m].append(time.process_time() - start)
     return times
 
 
 def relative(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    "The quartiles, over the rounds, of each method's time over LoRA's of the same round."
+    """The quartiles, over the rounds, of each method's time over LoRA's of the
+    same round.
+    """
     base = times["lora"]
-    return {m: statistics.quantiles([t / b for t, b in zip(own, base, strict=True)], n=4) for m, own in times.items()}
+    return {
+        m: statistics.quantiles(
+            [t / b for t, b in zip(own, base, strict=True)], n=4
+        )
+        for m, own in times.items()
+    }
 
 # %% ../../nbs/experiments/comparison.ipynb #c40
-ABLATIONS = {"lr": ("lora", (1e-3, 3e-3, 1e-2)), "alpha": ("lora", (4.0, 16.0, 64.0)), "reset": ("c3la", (1, 2, 4))}
+ABLATIONS = {
+    "lr": ("lora", (1e-3, 3e-3, 1e-2)),
+    "alpha": ("lora", (4.0, 16.0, 64.0)),
+    "reset": ("c3la", (1, 2, 4)),
+}
 SMALL_RANKS = (2, 8, 32)
 
 
 def ablation_plan() -> list[dict]:
     "The settings of every run of the three grids."
-    return [{"axis": axis, "value": value, "r": r, "seed": seed}
-            for axis, (_, values) in ABLATIONS.items() for value, r, seed in product(values, SMALL_RANKS, range(3))]
+    return [
+        {"axis": axis, "value": value, "r": r, "seed": seed}
+        for axis, (_, values) in ABLATIONS.items()
+        for value, r, seed in product(values, SMALL_RANKS, range(3))
+    ]
 
 
 def ablation_run(axis: str, value: float, r: int, seed: int, **sizes) -> dict:
@@ -155,14 +263,23 @@ def ablation_run(axis: str, value: float, r: int, seed: int, **sizes) -> dict:
     options = {"lr": 3e-3, axis: value}
     sizes = {"examples": 120, "epochs": 4, "judged": 250} | sizes
     result = run("digits", ABLATIONS[axis][0], r, seed, **options, **sizes)
-    return {"axis": axis, "value": value, "r": r, "seed": seed, "accuracy": result["test"]["accuracy"],
-            "train_loss": result["train"]["loss"], "test_loss": result["test"]["loss"]}
+    return {
+        "axis": axis,
+        "value": value,
+        "r": r,
+        "seed": seed,
+        "accuracy": result["test"]["accuracy"],
+        "train_loss": result["train"]["loss"],
+        "test_loss": result["test"]["loss"],
+    }
 
 
 def run_ablations(path: Path) -> int:
     "Add the runs of the grids that the file lacks; returns how many."
     made = json.loads(path.read_text()) if path.exists() else []
-    have = [{k: one[k] for k in ("axis", "value", "r", "seed")} for one in made]
+    have = [
+        {k: one[k] for k in ("axis", "value", "r", "seed")} for one in made
+    ]
     missing = [one for one in ablation_plan() if one not in have]
     for one in missing:
         made.append(ablation_run(**one))

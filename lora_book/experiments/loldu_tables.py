@@ -23,68 +23,182 @@ from ..past.first_results import TASKS
 from ..present.loldu import INITS
 
 # %% ../../nbs/experiments/loldu_tables.ipynb #c20
-SIZES = {"digits": {"examples": 600, "epochs": 5, "batch_size": 50, "validated": 100, "judged": 260},
-         "source": {"examples": 240, "epochs": 1, "batch_size": 8, "validated": 45, "judged": 90}}
+SIZES = {
+    "digits": {
+        "examples": 600,
+        "epochs": 5,
+        "batch_size": 50,
+        "validated": 100,
+        "judged": 260,
+    },
+    "source": {
+        "examples": 240,
+        "epochs": 1,
+        "batch_size": 8,
+        "validated": 45,
+        "judged": 90,
+    },
+}
 FULL_RANK = {"digits": 64, "source": 384}
 LR = 3e-3
 
 
-def trial(task: str, method: str, seed: int, lr: float = LR, **options) -> dict:
-    """Train the task's model with a method, the classifier in full beside it; returns the settings, the numbers trained
-    and the test accuracy."""
+def trial(
+    task: str, method: str, seed: int, lr: float = LR, **options
+) -> dict:
+    """Train the task's model with a method, the classifier in full beside it;
+    returns the settings, the numbers trained and the test accuracy.
+    """
     check_choice("task", task, SIZES)
     data_name, model_name, head, targets = TASKS[task]
     size, start = SIZES[task], time.process_time()
     data = load_data(data_name, limit=size["examples"])
-    data = replace(data, validation=data.validation.first(size["validated"]), test=data.test.first(size["judged"]))
+    data = replace(
+        data,
+        validation=data.validation.first(size["validated"]),
+        test=data.test.first(size["judged"]),
+    )
     model = load_model(model_name, n_classes=len(data.classes), seed=seed)
-    lb.adapt(model, method, None if method in ("full", "linear_probe") else targets, head=head, seed=seed, **options)
-    history = fit(model, data, epochs=size["epochs"], lr=lr, batch_size=size["batch_size"], seed=seed)
-    return {"task": task, "method": method, "seed": seed, "lr": lr, "options": options,
-            "trained": lb.n_trainable(model), "train_loss": history[-1]["train_loss"],
-            "validation_loss": history[-1]["validation"]["loss"], "accuracy": evaluate(model, data.test)["accuracy"],
-            "cpu_seconds": round(time.process_time() - start, 1), "data": data.hash[:16]}
+    lb.adapt(
+        model,
+        method,
+        None if method in ("full", "linear_probe") else targets,
+        head=head,
+        seed=seed,
+        **options,
+    )
+    history = fit(
+        model,
+        data,
+        epochs=size["epochs"],
+        lr=lr,
+        batch_size=size["batch_size"],
+        seed=seed,
+    )
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "lr": lr,
+        "options": options,
+        "trained": lb.n_trainable(model),
+        "train_loss": history[-1]["train_loss"],
+        "validation_loss": history[-1]["validation"]["loss"],
+        "accuracy": evaluate(model, data.test)["accuracy"],
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "data": data.hash[:16],
+    }
 
 # %% ../../nbs/experiments/loldu_tables.ipynb #c22
-RATES = {"digits": {"linear_probe": (1e-2, 3e-2), "full": (1e-4, 1e-3), "lora": (3e-3, 1e-2), "loldu": (3e-3, 3e-2)},
-         "source": {"linear_probe": (3e-2,), "full": (1e-3,), "lora": (1e-2,), "loldu": (3e-3, 3e-2)}}
+RATES = {
+    "digits": {
+        "linear_probe": (1e-2, 3e-2),
+        "full": (1e-4, 1e-3),
+        "lora": (3e-3, 1e-2),
+        "loldu": (3e-3, 3e-2),
+    },
+    "source": {
+        "linear_probe": (3e-2,),
+        "full": (1e-3,),
+        "lora": (1e-2,),
+        "loldu": (3e-3, 3e-2),
+    },
+}
 ABLATED_RATES = (1e-1, 5e-2, 8e-3, 5e-3, 3e-3, 6e-4, 3e-4, 1e-5)
-RANKS = {"digits": (1, 2, 4, 8, 16, 32, 64), "source": (1, 2, 4, 8, 16, 32, 64, 128, 256, 384)}
+RANKS = {
+    "digits": (1, 2, 4, 8, 16, 32, 64),
+    "source": (1, 2, 4, 8, 16, 32, 64, 128, 256, 384),
+}
 SELECTION_SEED = 100
 
 
 def settings_of(task: str) -> list[dict]:
-    "The arguments of every trial on a task, in the order of the paper's tables V, XII, XI and IV, without repetition."
+    """The arguments of every trial on a task, in the order of the paper's
+    tables V, XII, XI and IV, without repetition.
+    """
     k, seeds = FULL_RANK[task], range(3)
     loldu = {"task": task, "method": "loldu", "r": k}
     regular = {"init": "regular", "train_scale": True}
-    tables = [loldu | {"init": init, "train_scale": scale, "seed": s}
-              for init in INITS for scale in (True, False) for s in seeds]
-    tables += [loldu | regular | {"r": r, "seed": s} for r in RANKS[task] for s in seeds]
-    tables += [loldu | regular | {"train_scale": False, "lr": lr, "seed": s} for lr in ABLATED_RATES for s in seeds]
-    others = {"linear_probe": {}, "full": {}, "lora": {"r": 16}, "loldu": {"r": k} | regular}
-    tables += [{"task": task, "method": m, "lr": lr, "seed": s} | own
-               for m, own in others.items() for lr in RATES[task][m] for s in (SELECTION_SEED, *seeds)]
+    tables = [
+        loldu | {"init": init, "train_scale": scale, "seed": s}
+        for init in INITS
+        for scale in (True, False)
+        for s in seeds
+    ]
+    tables += [
+        loldu | regular | {"r": r, "seed": s}
+        for r in RANKS[task]
+        for s in seeds
+    ]
+    tables += [
+        loldu | regular | {"train_scale": False, "lr": lr, "seed": s}
+        for lr in ABLATED_RATES
+        for s in seeds
+    ]
+    others = {
+        "linear_probe": {},
+        "full": {},
+        "lora": {"r": 16},
+        "loldu": {"r": k} | regular,
+    }
+    tables += [
+        {"task": task, "method": m, "lr": lr, "seed": s} | own
+        for m, own in others.items()
+        for lr in RATES[task][m]
+        for s in (SELECTION_SEED, *seeds)
+    ]
     tables = [{"lr": LR} | one for one in tables]
     return [one for i, one in enumerate(tables) if one not in tables[:i]]
 
 # %% ../../nbs/experiments/loldu_tables.ipynb #c24
-RESULTS = Path(__file__).parents[1] / "data" / "loldu_ablations.json" if "__file__" in globals() else None
+RESULTS = (
+    Path(__file__).parents[1] / "data" / "loldu_ablations.json"
+    if "__file__" in globals()
+    else None
+)
 
 
 def stored() -> dict:
-    "What the file that comes with the book holds: `versions`, and `runs`, a list of what `trial` returns."
+    """What the file that comes with the book holds: `versions`, and `runs`, a
+    list of what `trial` returns.
+    """
     from lora_book.experiments import loldu_tables
+
     return json.loads(loldu_tables.RESULTS.read_text(encoding="utf-8"))
 
 
-def run_all(path: Path, tasks: tuple = ("digits", "source"), seconds: float = 200) -> int:
-    "Run the trials that `path` doesn't hold yet, for about that many seconds; returns how many are left."
-    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"versions": {}, "runs": []}
-    versions = (platform.python_version(), torch.__version__.split("+")[0], lb.__version__)
-    made["versions"] = dict(zip(("python", "torch", "lora_book"), versions, strict=True))
-    done = [{k: run[k] for k in ("task", "method", "seed", "lr")} | run["options"] for run in made["runs"]]
-    todo, start = [one for task in tasks for one in settings_of(task) if one not in done], time.monotonic()
+def run_all(
+    path: Path, tasks: tuple = ("digits", "source"), seconds: float = 200
+) -> int:
+    """Run the trials that `path` doesn't hold yet, for about that many
+    seconds; returns how many are left.
+    """
+    made = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.exists()
+        else {"versions": {}, "runs": []}
+    )
+    versions = (
+        platform.python_version(),
+        torch.__version__.split("+")[0],
+        lb.__version__,
+    )
+    made["versions"] = dict(
+        zip(("python", "torch", "lora_book"), versions, strict=True)
+    )
+    done = [
+        {k: run[k] for k in ("task", "method", "seed", "lr")} | run["options"]
+        for run in made["runs"]
+    ]
+    todo, start = (
+        [
+            one
+            for task in tasks
+            for one in settings_of(task)
+            if one not in done
+        ],
+        time.monotonic(),
+    )
     while todo and time.monotonic() - start < seconds:
         made["runs"].append(trial(**todo.pop(0)))
         write_atomic(path, (json.dumps(made, indent=0) + "\n").encode())

@@ -21,15 +21,25 @@ from .tasks import WRITTEN
 from ..theory.tables import Cell, Table, table
 
 # %% ../../nbs/experiments/report.ipynb #c05
-PERCENT = ("accuracy", "matthews", "pearson", "spearman", "exact_match", "token_accuracy")
+PERCENT = (
+    "accuracy",
+    "matthews",
+    "pearson",
+    "spearman",
+    "exact_match",
+    "token_accuracy",
+)
 LOWER = ("perplexity", "loss")
 PROFILES = ("gpu", "workstation", "laptop", "smoke")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The runs of one method on one row in one profile: `values` of the test metric, one a seed (in percent where the metric is a share),
-    `judged` test rows each, and what stood in for the paper's model and data."""
+    """The runs of one method on one row in one profile: `values` of the test
+    metric, one a seed (in percent where the metric is a share),
+    `judged` test rows each, and what stood in for the paper's model and data.
+    """
+
     row: str
     method: str
     profile: str
@@ -50,143 +60,317 @@ class Measured:
 
     def __str__(self) -> str:
         spread = "no spread" if self.spread is None else f"± {self.spread:.2f}"
-        return f"{self.mean:.2f} {spread} ({len(self.values)} seed{'s' * (len(self.values) > 1)})"
+        return (
+            f"{self.mean:.2f} {spread} ({len(self.values)}"
+            f" seed{'s' * (len(self.values) > 1)})"
+        )
 
 # %% ../../nbs/experiments/report.ipynb #c06
 def test_value(result: dict) -> float:
-    "A run's value of its own metric on the test set, in percent where the metric is a share."
-    return result["test"][result["metric"]] * (100 if result["metric"] in PERCENT else 1)
+    """A run's value of its own metric on the test set, in percent where the
+    metric is a share.
+    """
+    return result["test"][result["metric"]] * (
+        100 if result["metric"] in PERCENT else 1
+    )
 
 
 def judged_rows(result: dict) -> int:
-    "The test rows a run's metric is a mean over: its setting, or all of the stand-in's; 0 where the book doesn't know how many those are."
+    """The test rows a run's metric is a mean over: its setting, or all of the
+    stand-in's; 0 where the book doesn't know how many those are.
+    """
     own = result["settings"]
     rows_judged = own["judged"] or whole(own["data"]).get("test", 0)
-    return min(rows_judged, WRITTEN) if result["metric"] == "exact_match" else rows_judged
+    return (
+        min(rows_judged, WRITTEN)
+        if result["metric"] == "exact_match"
+        else rows_judged
+    )
 
 
 def summed(runs: list[dict]) -> Measured:
-    "The runs of one row, method and profile, in the order of their seeds. Raises BadValue if they differ in anything but the seed."
+    """The runs of one row, method and profile, in the order of their seeds.
+    Raises BadValue if they differ in anything but the seed.
+    """
     first, *others = sorted(runs, key=lambda run: run["seed"])
     same = ("row", "method", "profile", "metric", "settings", "data_hash")
-    apart = [key for key in same if any(run[key] != first[key] for run in others)]
+    apart = [
+        key for key in same if any(run[key] != first[key] for run in others)
+    ]
     if apart:
-        raise BadValue(f"runs of {first['row']} with {first['method']} can't be averaged: they differ in {', '.join(apart)}")
-    return Measured(first["row"], first["method"], first["profile"], first["metric"], tuple(map(test_value, (first, *others))),
-                    judged_rows(first), first["stand_ins"])
+        raise BadValue(
+            f"runs of {first['row']} with {first['method']} can't be averaged:"
+            f" they differ in {', '.join(apart)}"
+        )
+    return Measured(
+        first["row"],
+        first["method"],
+        first["profile"],
+        first["metric"],
+        tuple(map(test_value, (first, *others))),
+        judged_rows(first),
+        first["stand_ins"],
+    )
 
 
-def measured(found: list[dict] | None = None) -> dict[tuple[str, str, str], Measured]:
-    "(row, method, profile) -> Measured, of these results or of all that are stored."
+def measured(
+    found: list[dict] | None = None,
+) -> dict[tuple[str, str, str], Measured]:
+    """(row, method, profile) -> Measured, of these results or of all that are
+    stored.
+    """
     groups = {}
     for result in results() if found is None else found:
-        groups.setdefault((result["row"], result["method"], result["profile"]), []).append(result)
+        groups.setdefault(
+            (result["row"], result["method"], result["profile"]), []
+        ).append(result)
     return {key: summed(runs) for key, runs in groups.items()}
 
 # %% ../../nbs/experiments/report.ipynb #c08
 def pooled(one: Measured, other: Measured) -> float:
-    "The pooled standard deviation over seeds (@eq-report-pooled) of two groups of runs."
+    """The pooled standard deviation over seeds (@eq-report-pooled) of two
+    groups of runs.
+    """
     counts = [len(group.values) - 1 for group in (one, other)]
-    weights = (count * group.spread ** 2 for count, group in zip(counts, (one, other)))
+    weights = (
+        count * group.spread**2 for count, group in zip(counts, (one, other))
+    )
     return (sum(weights) / sum(counts)) ** 0.5
 
 
 def margin(one: Measured, other: Measured, risk: float = 0.05) -> float:
-    "How far two means must lie apart to count as different (@eq-report-rule). Raises BadValue for a group of fewer than two runs."
+    """How far two means must lie apart to count as different
+    (@eq-report-rule). Raises BadValue for a group of fewer than two runs.
+    """
     sizes = [len(group.values) for group in (one, other)]
     if min(sizes) < 2:
         raise BadValue("a difference can't be told from runs of a single seed")
     t = stats.t.ppf(1 - risk / 2, sum(sizes) - 2)
     row_weight = (100 if one.metric in PERCENT else 0) / (one.judged or 1000)
-    return max(t * pooled(one, other) * sum(1 / n for n in sizes) ** 0.5, row_weight)
+    return max(
+        t * pooled(one, other) * sum(1 / n for n in sizes) ** 0.5, row_weight
+    )
 
 
 def verdict(one: Measured, other: Measured) -> str:
-    "'better', 'worse' or 'none': whether `one` differs from `other` by more than the seeds explain, in the direction of the metric."
+    """'better', 'worse' or 'none': whether `one` differs from `other` by more
+    than the seeds explain, in the direction of the metric.
+    """
     difference = one.mean - other.mean
     if abs(difference) <= margin(one, other):
         return "none"
-    return "better" if (difference > 0) == (one.metric not in LOWER) else "worse"
+    return (
+        "better" if (difference > 0) == (one.metric not in LOWER) else "worse"
+    )
 
 # %% ../../nbs/experiments/report.ipynb #c10
 def tau(one: dict, other: dict) -> tuple[float, float, int] | None:
-    "(Kendall's tau, its p-value, number of methods) of two {method: value} over the methods that both have; None below three of them."
+    """(Kendall's tau, its p-value, number of methods) of two {method: value}
+    over the methods that both have; None below three of them.
+    """
     shared = [method for method in one if method in other]
     if len(shared) < 3:
         return None
-    found = stats.kendalltau([one[method] for method in shared], [other[method] for method in shared])
+    found = stats.kendalltau(
+        [one[method] for method in shared],
+        [other[method] for method in shared],
+    )
     return float(found.statistic), float(found.pvalue), len(shared)
 
 
 def oriented(values: dict, higher_is_better: bool) -> dict:
     "The values with a sign such that more is better."
-    return {method: value if higher_is_better else -value for method, value in values.items()}
+    return {
+        method: value if higher_is_better else -value
+        for method, value in values.items()
+    }
 
 # %% ../../nbs/experiments/report.ipynb #c12
 def address(number: str) -> Table:
-    "The printed table that a number such as 2, IV or P4:IV names; Arabic numbers are P2's, Roman ones P4's. Raises UnknownName."
+    """The printed table that a number such as 2, IV or P4:IV names; Arabic
+    numbers are P2's, Roman ones P4's. Raises UnknownName.
+    """
     paper, _, own = str(number).rpartition(":")
-    return table(paper.upper() or ("P2" if re.fullmatch(r"\d+", own) else "P4"), own.upper())
+    return table(
+        paper.upper() or ("P2" if re.fullmatch(r"\d+", own) else "P4"),
+        own.upper(),
+    )
 
 
 def rows_of(chosen: Table) -> list[Row]:
-    "The rows that reproduce a table, points of ablations included. Raises BadValue for a table that isn't one of results."
+    """The rows that reproduce a table, points of ablations included. Raises
+    BadValue for a table that isn't one of results.
+    """
     found = [row(row_id) for part in (False, True) for row_id in rows(part)]
-    own = [one for one in found if (one.paper, one.table) == (chosen.paper, chosen.number)]
+    own = [
+        one
+        for one in found
+        if (one.paper, one.table) == (chosen.paper, chosen.number)
+    ]
     if not own:
-        known = sorted({f"{one.paper}:{one.table}" for one in found if one.table})
-        raise BadValue(f"no row runs table {chosen.number} of {chosen.paper}; tables with rows: {', '.join(known)}")
+        known = sorted(
+            {f"{one.paper}:{one.table}" for one in found if one.table}
+        )
+        raise BadValue(
+            f"no row runs table {chosen.number} of {chosen.paper}; tables with"
+            f" rows: {', '.join(known)}"
+        )
     return own
 
 
 def shown(cell: Cell) -> str:
-    "A printed number as it stands, 'missing' where it is lost, with the ledger's mark where it is wrong."
-    text = "missing" if cell.value is None else cell.printed or f"{cell.value:g}" if not isinstance(cell.value, str) else cell.value
+    """A printed number as it stands, 'missing' where it is lost, with the
+    ledger's mark where it is wrong.
+    """
+    text = (
+        "missing"
+        if cell.value is None
+        else (
+            cell.printed or f"{cell.value:g}"
+            if not isinstance(cell.value, str)
+            else cell.value
+        )
+    )
     return f"{text} [{cell.ledger}]" if cell.ledger else text
 
 # %% ../../nbs/experiments/report.ipynb #c13
 def paper_only(chosen: Table, one: Row) -> list[Cell]:
-    "The cells that a table prints for a row beside the book's methods: other methods, drops, averages."
-    along, across = ("row", "column") if one.paper_row in chosen.names("row") else ("column", "row")
-    return [cell for cell in chosen.cells if getattr(cell, along) == one.paper_row and getattr(cell, across) not in one.columns.values()]
+    """The cells that a table prints for a row beside the book's methods: other
+    methods, drops, averages.
+    """
+    along, across = (
+        ("row", "column")
+        if one.paper_row in chosen.names("row")
+        else ("column", "row")
+    )
+    return [
+        cell
+        for cell in chosen.cells
+        if getattr(cell, along) == one.paper_row
+        and getattr(cell, across) not in one.columns.values()
+    ]
 
 # %% ../../nbs/experiments/report.ipynb #c13b
 def aligned(lines: list[list[str]], least: list[int]) -> list[str]:
-    "Lines of cells as text, each column as wide as its widest cell and two spaces, or as `least` says; cells may be missing at a line's end."
-    widths = [max(low, *(len(cells[at]) + 2 for cells in lines if at < len(cells))) for at, low in enumerate(least)]
-    return ["  " + "".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip() for cells in lines]
+    """Lines of cells as text, each column as wide as its widest cell and two
+    spaces, or as `least` says; cells may be missing at a line's end.
+    """
+    widths = [
+        max(low, *(len(cells[at]) + 2 for cells in lines if at < len(cells)))
+        for at, low in enumerate(least)
+    ]
+    return [
+        "  "
+        + "".join(
+            f"{cell:<{width}}" for cell, width in zip(cells, widths)
+        ).rstrip()
+        for cells in lines
+    ]
 
 
-def row_lines(chosen: Table, one: Row, found: dict, profiles: list[str]) -> list[str]:
-    "A row of a table: a line for each method, the paper's number first, then a measured column for each profile."
-    stand_ins = {p: next((m.stand_ins for key, m in found.items() if (key[0], key[2]) == (one.id, p)), None) for p in profiles}
-    heads = [p if not stand_ins[p] else f"{p}, {' on '.join(stand_ins[p].values())}" for p in profiles]
+def row_lines(
+    chosen: Table, one: Row, found: dict, profiles: list[str]
+) -> list[str]:
+    """A row of a table: a line for each method, the paper's number first, then
+    a measured column for each profile.
+    """
+    stand_ins = {
+        p: next(
+            (
+                m.stand_ins
+                for key, m in found.items()
+                if (key[0], key[2]) == (one.id, p)
+            ),
+            None,
+        )
+        for p in profiles
+    }
+    heads = [
+        p if not stand_ins[p] else f"{p}, {' on '.join(stand_ins[p].values())}"
+        for p in profiles
+    ]
     lines = [["method", "in the paper", "paper", *heads]]
-    lines += [[method, one.columns[method], shown(printed(one, method)), *(str(found.get((one.id, method, p), "missing")) for p in profiles)]
-              for method in one.methods]
+    lines += [
+        [
+            method,
+            one.columns[method],
+            shown(printed(one, method)),
+            *(
+                str(found.get((one.id, method, p), "missing"))
+                for p in profiles
+            ),
+        ]
+        for method in one.methods
+    ]
     across = "column" if one.paper_row in chosen.names("row") else "row"
     rest = [] if one.id.startswith("ablation/") else paper_only(chosen, one)
-    lines += [["", getattr(cell, across), shown(cell), "only in the paper"] for cell in rest]
-    return [f"{one.paper_row} ({one.metric}) {one.id}", *aligned(lines, [14, 14, 16, *[25] * len(profiles)])]
+    lines += [
+        ["", getattr(cell, across), shown(cell), "only in the paper"]
+        for cell in rest
+    ]
+    return [
+        f"{one.paper_row} ({one.metric}) {one.id}",
+        *aligned(lines, [14, 14, 16, *[25] * len(profiles)]),
+    ]
 
 # %% ../../nbs/experiments/report.ipynb #c14
-def table_lines(number: str, profile: str | None = None, found: list[dict] | None = None) -> list[str]:
-    """A paper's table beside what was measured: 2, IV or P4:IV; in one profile, or in every profile with results.
+def table_lines(
+    number: str, profile: str | None = None, found: list[dict] | None = None
+) -> list[str]:
+    """A paper's table beside what was measured: 2, IV or P4:IV; in one
+    profile, or in every profile with results.
 
-    `found`: results to show instead of the stored ones. An ablation shows its measured points alone and counts the others.
-    Raises UnknownName for a table that isn't kept or a profile that there isn't, BadValue for a table that no row reproduces."""
+    `found`: results to show instead of the stored ones. An ablation shows its
+    measured points alone and counts the others. Raises UnknownName for a table
+    that isn't kept or a profile that there isn't, BadValue for a table that no
+    row reproduces.
+    """
     chosen = address(number)
     own, known = rows_of(chosen), measured(found)
     if profile and all(key[2] != profile for key in known):
-        load_settings(environ=dict(os.environ) | {"LORA_BOOK_PROFILE": profile})
+        load_settings(
+            environ=dict(os.environ) | {"LORA_BOOK_PROFILE": profile}
+        )
     ids = {one.id for one in own}
-    have = {key: value for key, value in known.items() if key[0] in ids and profile in (None, key[2])}
-    profiles = sorted({key[2] for key in have}, key=lambda p: (PROFILES.index(p) if p in PROFILES else len(PROFILES), p)) or [profile or "measured"]
-    lines = [f"Table {chosen.number} of {chosen.paper}: {chosen.title} ({chosen.unit})",
-             "paper: the printed number, [ID] where the ledger of claims finds it wrong; measured: mean ± standard deviation over seeds, shares in percent"]
+    have = {
+        key: value
+        for key, value in known.items()
+        if key[0] in ids and profile in (None, key[2])
+    }
+    profiles = sorted(
+        {key[2] for key in have},
+        key=lambda p: (
+            PROFILES.index(p) if p in PROFILES else len(PROFILES),
+            p,
+        ),
+    ) or [profile or "measured"]
+    lines = [
+        (
+            f"Table {chosen.number} of {chosen.paper}: {chosen.title}"
+            f" ({chosen.unit})"
+        ),
+        (
+            "paper: the printed number, [ID] where the ledger of claims finds"
+            " it wrong; measured: mean ± standard deviation over seeds, shares"
+            " in percent"
+        ),
+    ]
     if any(m.stand_ins for m in have.values()):
-        lines.append("a column with stand-ins was measured on another model and other data: compare methods within it, not numbers across")
+        lines.append(
+            "a column with stand-ins was measured on another model and other"
+            " data: compare methods within it, not numbers across"
+        )
     ablation = own[0].id.startswith("ablation/")
-    visible = [one for one in own if not ablation or any(key[0] == one.id for key in have)]
-    lines += [f"{len(visible)} of {len(own)} points measured"] if ablation else []
-    return lines + [line for one in visible for line in ("", *row_lines(chosen, one, have, profiles))]
+    visible = [
+        one
+        for one in own
+        if not ablation or any(key[0] == one.id for key in have)
+    ]
+    lines += (
+        [f"{len(visible)} of {len(own)} points measured"] if ablation else []
+    )
+    return lines + [
+        line
+        for one in visible
+        for line in ("", *row_lines(chosen, one, have, profiles))
+    ]

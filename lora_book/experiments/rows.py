@@ -22,9 +22,14 @@ from ..theory.tables import Cell, table
 class Row:
     """A row of a paper's table of results.
 
-    `paper`, `table`, `paper_row`: where it is printed; `columns`: method id -> the paper's name of it. `kind`: text, pair, regression, image,
-    causal, choice or diffusion. `model`, `data`, `head`, `targets`: at the paper's scale; `stand_in`: the same at ours, empty if there is none.
-    `extras`: packages it needs beyond the book's; `needs`: what else it needs, in words; `recipe`: where its settings come from."""
+    `paper`, `table`, `paper_row`: where it is printed; `columns`: method id ->
+    the paper's name of it. `kind`: text, pair, regression, image, causal,
+    choice or diffusion. `model`, `data`, `head`, `targets`: at the paper's
+    scale; `stand_in`: the same at ours, empty if there is none.
+    `extras`: packages it needs beyond the book's; `needs`: what else it needs,
+    in words; `recipe`: where its settings come from.
+    """
+
     id: str
     paper: str
     table: str
@@ -54,7 +59,11 @@ PAPERS = ("p2", "p4", "mgpo")
 @cache
 def _file(name: str) -> dict:
     "One of the data files, parsed."
-    return json.loads((files("lora_book") / "data" / "experiments" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (
+            files("lora_book") / "data" / "experiments" / f"{name}.json"
+        ).read_text(encoding="utf-8")
+    )
 
 
 def _stand_in(name: str | None) -> dict:
@@ -64,25 +73,60 @@ def _stand_in(name: str | None) -> dict:
 
 def _made(row_id: str, words: dict) -> Row:
     "The row that a file describes."
-    model, data = (_file("names")[part][name] for part, name in zip(("models", "data"), row_id.split("/")[-2:], strict=True))
-    paper_row = words["paper_row"].format(model=model["title"], data=data["title"])
-    own = {key: words.get(key, data.get(key, model.get(key))) for key in ("kind", "metric", "head", "targets")}
-    return Row(row_id, words["paper"], words["table"], paper_row, words["columns"], tuple(words["columns"]), model=model["name"],
-               data=data["name"], stand_in=_stand_in(words.get("stand_in", data["stand_in"])), extras=tuple(words.get("extras", ())), needs=words.get("needs", ""),
-               recipe={"like": paper_row, "both": {}} | {key: words.get(key, {}) for key in ("printed", "own", "own_of")}, **own)
+    model, data = (
+        _file("names")[part][name]
+        for part, name in zip(
+            ("models", "data"), row_id.split("/")[-2:], strict=True
+        )
+    )
+    paper_row = words["paper_row"].format(
+        model=model["title"], data=data["title"]
+    )
+    own = {
+        key: words.get(key, data.get(key, model.get(key)))
+        for key in ("kind", "metric", "head", "targets")
+    }
+    return Row(
+        row_id,
+        words["paper"],
+        words["table"],
+        paper_row,
+        words["columns"],
+        tuple(words["columns"]),
+        model=model["name"],
+        data=data["name"],
+        stand_in=_stand_in(words.get("stand_in", data["stand_in"])),
+        extras=tuple(words.get("extras", ())),
+        needs=words.get("needs", ""),
+        recipe={"like": paper_row, "both": {}}
+        | {key: words.get(key, {}) for key in ("printed", "own", "own_of")},
+        **own,
+    )
 
 # %% ../../nbs/experiments/rows.ipynb #c08
 @cache
 def _rows() -> dict[str, Row]:
     "The rows of the tables of results by id, in the order of the files."
     parts = [part for name in PAPERS for part in _file(name)["parts"].values()]
-    return {row_id: _made(row_id, part["common"] | own) for part in parts for row_id, own in part["rows"].items()}
+    return {
+        row_id: _made(row_id, part["common"] | own)
+        for part in parts
+        for row_id, own in part["rows"].items()
+    }
 
 # %% ../../nbs/experiments/rows.ipynb #c10
 def _value(setting: str, label: str, r: int) -> dict:
-    "The settings that a heading of an ablation table stands for: '1e-3.5' is 10 to the -3.5, 'r/4' and '2r' are multiples of the rank."
+    """The settings that a heading of an ablation table stands for: '1e-3.5' is
+    10 to the -3.5, 'r/4' and '2r' are multiples of the rank.
+    """
     if setting == "alpha":
-        return {"alpha": r / float(label[2:]) if label.startswith("r/") else float(label.rstrip("r") or 1) * r}
+        return {
+            "alpha": (
+                r / float(label[2:])
+                if label.startswith("r/")
+                else float(label.rstrip("r") or 1) * r
+            )
+        }
     if setting == "lr":
         mantissa, power = label.split("e")
         return {"lr": float(f"{float(mantissa) * 10 ** float(power):.6g}")}
@@ -90,40 +134,107 @@ def _value(setting: str, label: str, r: int) -> dict:
 
 
 def _base(model: str, data: str) -> Row:
-    "The row of P2 that an ablation of a model and a data set, by their titles, varies; for a pair without one, that of the model and MRPC."
+    """The row of P2 that an ablation of a model and a data set, by their
+    titles, varies; for a pair without one, that of the model and MRPC.
+    """
     every = [chosen for chosen in _rows().values() if chosen.paper == "P2"]
-    names = {entry["title"]: entry for entry in _file("names")["data"].values()}
-    found = next((chosen for chosen in every if chosen.paper_row == f"{model} / {data}"), None)
-    like = found or next(chosen for chosen in every if chosen.paper_row == f"{model} / MRPC")
-    own = {"data": names[data]["name"], "kind": names[data]["kind"], "metric": names[data]["metric"], "stand_in": _stand_in(names[data]["stand_in"])}
-    return found or replace(like, id=f"{like.id.split('/')[0]}/{data.lower()}", **own)
+    names = {
+        entry["title"]: entry for entry in _file("names")["data"].values()
+    }
+    found = next(
+        (
+            chosen
+            for chosen in every
+            if chosen.paper_row == f"{model} / {data}"
+        ),
+        None,
+    )
+    like = found or next(
+        chosen for chosen in every if chosen.paper_row == f"{model} / MRPC"
+    )
+    own = {
+        "data": names[data]["name"],
+        "kind": names[data]["kind"],
+        "metric": names[data]["metric"],
+        "stand_in": _stand_in(names[data]["stand_in"]),
+    }
+    return found or replace(
+        like, id=f"{like.id.split('/')[0]}/{data.lower()}", **own
+    )
 
 # %% ../../nbs/experiments/rows.ipynb #c11
 def _points(name: str, spec: dict, number: str) -> dict[str, Row]:
-    "The rows of one of P2's ablation tables: a row for each model, data set, rank and heading, with the methods that the table has there."
-    found, ids = {}, {column: method for method, column in row("vit_tiny/cifar10").columns.items()}
+    """The rows of one of P2's ablation tables: a row for each model, data set,
+    rank and heading, with the methods that the table has there.
+    """
+    found, ids = (
+        {},
+        {
+            column: method
+            for method, column in row("vit_tiny/cifar10").columns.items()
+        },
+    )
     for line in table("P2", number).names("row"):
         model, data, column, r = line.split(" / ")
         base, r = _base(model, data), int(r)
         for label in table("P2", number).names("column"):
-            row_id = f"ablation/{name}/{base.id}/r{r}/{label.replace('/', '_')}"
-            columns = (found[row_id].columns if row_id in found else {}) | {ids[column]: line}
+            row_id = (
+                f"ablation/{name}/{base.id}/r{r}/{label.replace('/', '_')}"
+            )
+            columns = (found[row_id].columns if row_id in found else {}) | {
+                ids[column]: line
+            }
             both = {"r": r, "alpha": 2 * r} | _value(spec["setting"], label, r)
-            found[row_id] = replace(base, id=row_id, table=number, paper_row=label, columns=columns, methods=tuple(columns),
-                                    recipe=base.recipe | {"own": base.recipe["own"] | spec["own"], "both": both})
+            found[row_id] = replace(
+                base,
+                id=row_id,
+                table=number,
+                paper_row=label,
+                columns=columns,
+                methods=tuple(columns),
+                recipe=base.recipe
+                | {
+                    "own": base.recipe["own"] | spec["own"],
+                    "both": both,
+                },
+            )
     return found
 
 
 def _loldu_points(name: str, spec: dict, number: str) -> dict[str, Row]:
-    "The rows of one of P4's ablation tables of LoLDU: a row for each data set and line."
-    found, lines = {}, [line for line in table("P4", number).names("row") if line not in ("FT", "LoRA")]
-    for base in (chosen for chosen in _rows().values() if (chosen.paper, chosen.table) == ("P4", "IV")):
+    """The rows of one of P4's ablation tables of LoLDU: a row for each data
+    set and line.
+    """
+    found, lines = (
+        {},
+        [
+            line
+            for line in table("P4", number).names("row")
+            if line not in ("FT", "LoRA")
+        ],
+    )
+    for base in (
+        chosen
+        for chosen in _rows().values()
+        if (chosen.paper, chosen.table) == ("P4", "IV")
+    ):
         for line in lines:
             init, _, scale = line.partition(" / ")
-            both = {"options": {"init": init, "train_scale": scale == "with"}} if spec["setting"] == "init" else _value(spec["setting"], line, 768)
+            both = (
+                {"options": {"init": init, "train_scale": scale == "with"}}
+                if spec["setting"] == "init"
+                else _value(spec["setting"], line, 768)
+            )
             both |= {"alpha": both["r"]} if "r" in both else {}
             row_id = f"ablation/{name}/{base.id}/{line.replace(' / ', '_')}"
-            found[row_id] = replace(base, id=row_id, table=number, columns={"loldu": line}, methods=("loldu",), recipe=base.recipe | {"both": both})
+            found[row_id] = replace(
+                base,
+                id=row_id,
+                table=number,
+                columns={"loldu": line},
+                methods=("loldu",),
+                recipe=base.recipe | {"both": both},
+            )
     return found
 
 # %% ../../nbs/experiments/rows.ipynb #c12
@@ -131,8 +242,16 @@ def _loldu_points(name: str, spec: dict, number: str) -> dict[str, Row]:
 def _ablations() -> dict[str, Row]:
     "Every point of every ablation table by id."
     points = {"P2": _points, "P4": _loldu_points}
-    specs = [(name, spec, number) for name, spec in _file("ablations").items() for number in spec["tables"]]
-    return {row_id: chosen for name, spec, number in specs for row_id, chosen in points[spec["paper"]](name, spec, number).items()}
+    specs = [
+        (name, spec, number)
+        for name, spec in _file("ablations").items()
+        for number in spec["tables"]
+    ]
+    return {
+        row_id: chosen
+        for name, spec, number in specs
+        for row_id, chosen in points[spec["paper"]](name, spec, number).items()
+    }
 
 
 def rows(ablations: bool = False) -> tuple[str, ...]:
@@ -141,7 +260,9 @@ def rows(ablations: bool = False) -> tuple[str, ...]:
 
 
 def row(row_id: str) -> Row:
-    "The row or the ablation's point with this id. Raises UnknownName with the nearest ids."
+    """The row or the ablation's point with this id. Raises UnknownName with
+    the nearest ids.
+    """
     found = _rows().get(row_id) or _ablations().get(row_id)
     if found is None:
         raise unknown("row", row_id, [*_rows(), *_ablations()])
@@ -149,7 +270,9 @@ def row(row_id: str) -> Row:
 
 # %% ../../nbs/experiments/rows.ipynb #c15
 def group(method: str) -> str:
-    "Whose learning rate a method takes: 'FFT', 'LoRA', 'Asym', or a group outside P2."
+    """Whose learning rate a method takes: 'FFT', 'LoRA', 'Asym', or a group
+    outside P2.
+    """
     return _file("groups").get(method, "LoRA")
 
 
@@ -160,95 +283,235 @@ def is_chain(method: str) -> bool:
 
 # %% ../../nbs/experiments/rows.ipynb #c17
 def printed(chosen: Row, method: str) -> Cell:
-    "The paper's own cell for a method of a row; its value is None, with the reason, where there is none."
+    """The paper's own cell for a method of a row; its value is None, with the
+    reason, where there is none.
+    """
     if not chosen.table or method not in chosen.columns:
-        reason = "the paper's table has no such method" if chosen.table else "no table of this paper is kept"
-        return Cell(chosen.paper_row, chosen.columns.get(method, method), None, "", "", reason)
+        reason = (
+            "the paper's table has no such method"
+            if chosen.table
+            else "no table of this paper is kept"
+        )
+        return Cell(
+            chosen.paper_row,
+            chosen.columns.get(method, method),
+            None,
+            "",
+            "",
+            reason,
+        )
     found, name = table(chosen.paper, chosen.table), chosen.columns[method]
-    return found.cell(chosen.paper_row, name) if chosen.paper_row in found.names("row") else found.cell(name, chosen.paper_row)
+    return (
+        found.cell(chosen.paper_row, name)
+        if chosen.paper_row in found.names("row")
+        else found.cell(name, chosen.paper_row)
+    )
 
 
-def addresses(chosen: Row, method: str) -> dict[str, tuple[str, str, str, str]]:
+def addresses(
+    chosen: Row, method: str
+) -> dict[str, tuple[str, str, str, str]]:
     "Setting -> (paper, table, row, column) of the cell that prints it."
     rate = group(method) if group(method) in ("FFT", "Asym") else "LoRA"
-    words = {"row": chosen.recipe["like"], "group": rate, "decay": "FFT" if method == "full" else "LoRA"}
-    return {key: tuple(part.format(**words) for part in address) for key, address in chosen.recipe["printed"].items()}
+    words = {
+        "row": chosen.recipe["like"],
+        "group": rate,
+        "decay": "FFT" if method == "full" else "LoRA",
+    }
+    return {
+        key: tuple(part.format(**words) for part in address)
+        for key, address in chosen.recipe["printed"].items()
+    }
 
 # %% ../../nbs/experiments/rows.ipynb #c18
-WHOLE = ("epochs", "batch_size", "max_length", "reset_every_epochs", "r", "alpha", "warmup_steps")
+WHOLE = (
+    "epochs",
+    "batch_size",
+    "max_length",
+    "reset_every_epochs",
+    "r",
+    "alpha",
+    "warmup_steps",
+)
 
 
 def _typed(key: str, value: float | str):
-    "A printed setting as the runner wants it: whole numbers, a tuple of seeds, a scheduler in lower case."
+    """A printed setting as the runner wants it: whole numbers, a tuple of
+    seeds, a scheduler in lower case.
+    """
     if key == "seeds":
         return tuple(int(float(part)) for part in str(value).split())
-    return int(value) if key in WHOLE else value.lower() if key == "scheduler" else float(value)
+    return (
+        int(value)
+        if key in WHOLE
+        else value.lower()
+        if key == "scheduler"
+        else float(value)
+    )
 
 
 def printed_settings(chosen: Row, method: str) -> dict:
-    "The settings that the paper prints for a method of a row, without the cells that are lost or not there."
-    cells = {key: table(*address[:2]).cell(*address[2:]) for key, address in addresses(chosen, method).items()}
-    return {key: _typed(key, cell.value) for key, cell in cells.items() if cell.value is not None}
+    """The settings that the paper prints for a method of a row, without the
+    cells that are lost or not there.
+    """
+    cells = {
+        key: table(*address[:2]).cell(*address[2:])
+        for key, address in addresses(chosen, method).items()
+    }
+    return {
+        key: _typed(key, cell.value)
+        for key, cell in cells.items()
+        if cell.value is not None
+    }
 
 # %% ../../nbs/experiments/rows.ipynb #c20
 def place(chosen: Row, profile: str) -> dict:
-    "What a profile adapts: model, data, kind, metric, head and targets, the stand-in's own outside 'gpu'. Empty without a stand-in."
-    own = {key: getattr(chosen, key) for key in ("model", "data", "kind", "metric", "head", "targets")}
+    """What a profile adapts: model, data, kind, metric, head and targets, the
+    stand-in's own outside 'gpu'. Empty without a stand-in.
+    """
+    own = {
+        key: getattr(chosen, key)
+        for key in ("model", "data", "kind", "metric", "head", "targets")
+    }
     if profile == "gpu":
         return own
-    return own | {key: value for key, value in chosen.stand_in.items() if key != "name"} if chosen.stand_in else {}
+    return (
+        own
+        | {
+            key: value
+            for key, value in chosen.stand_in.items()
+            if key != "name"
+        }
+        if chosen.stand_in
+        else {}
+    )
 
 
 def at_paper_scale(chosen: Row, method: str) -> dict:
-    "The paper's settings: what it prints, then what its text says, then what is particular to the method."
-    return _file("sizes")["gpu"] | printed_settings(chosen, method) | chosen.recipe["own"] | chosen.recipe["own_of"].get(method, {})
+    """The paper's settings: what it prints, then what its text says, then what
+    is particular to the method.
+    """
+    return (
+        _file("sizes")["gpu"]
+        | printed_settings(chosen, method)
+        | chosen.recipe["own"]
+        | chosen.recipe["own_of"].get(method, {})
+    )
 
 # %% ../../nbs/experiments/rows.ipynb #c20b
 def whole(data: str) -> dict[str, int]:
-    "{split: its rows} of a stand-in's data, taken whole; empty for data that isn't the book's own."
+    """{split: its rows} of a stand-in's data, taken whole; empty for data that
+    isn't the book's own.
+    """
     return _file("sizes")["whole"].get(data, {})
 
 
 def our_radius(name: str, method: str) -> dict:
-    "The radius of a perturbed step on a stand-in, chosen as its rates are; empty where the paper's is kept."
+    """The radius of a perturbed step on a stand-in, chosen as its rates are;
+    empty where the paper's is kept.
+    """
     found = _file("radii").get(name, {}).get(method)
     return {"rho": found["rho"]} if found else {}
 
 
 def our_rates(name: str, profile: str) -> dict:
-    "{group: its rate} on a stand-in; the profile's own where it has some, in the file that the sizes name."
+    """{group: its rate} on a stand-in; the profile's own where it has some, in
+    the file that the sizes name.
+    """
     own = _file("sizes")["rates"].get(profile)
     return _file("rates")[name] | (_file(own).get(name, {}) if own else {})
 
 
 def at_our_scale(chosen: Row, method: str, run: Settings) -> dict:
-    "The stand-in's settings; no more examples than the profile allows, 0 of which means all."
+    """The stand-in's settings; no more examples than the profile allows, 0 of
+    which means all.
+    """
     name, sizes = chosen.stand_in["name"], _file("sizes")
-    own = sizes["stand_in"] | (sizes["profiles"]["laptop"] | sizes["profiles"].get(run.profile, {}))[name]
+    own = (
+        sizes["stand_in"]
+        | (
+            sizes["profiles"]["laptop"]
+            | sizes["profiles"].get(run.profile, {})
+        )[name]
+    )
     own |= sizes["methods"].get(name, {}).get(method, {})
     rates = our_rates(name, run.profile)
     limits = [count for count in (own["examples"], run.examples) if count]
-    options = chosen.recipe["own_of"].get(method, {}).get("options", {}) | our_radius(name, method)
-    return own | {"lr": rates.get(group(method), rates["LoRA"])["lr"], "examples": min(limits, default=0), "options": options}
+    options = chosen.recipe["own_of"].get(method, {}).get(
+        "options", {}
+    ) | our_radius(name, method)
+    return own | {
+        "lr": rates.get(group(method), rates["LoRA"])["lr"],
+        "examples": min(limits, default=0),
+        "options": options,
+    }
 
 # %% ../../nbs/experiments/rows.ipynb #c21
-ORDER = ("model", "data", "kind", "metric", "head", "targets", "r", "alpha", "lr", "epochs", "batch_size", "examples", "judged", "max_length",
-         "scheduler", "warmup", "warmup_lr", "warmup_steps", "weight_decay", "reset_every_epochs", "dtype", "seeds", "options")
+ORDER = (
+    "model",
+    "data",
+    "kind",
+    "metric",
+    "head",
+    "targets",
+    "r",
+    "alpha",
+    "lr",
+    "epochs",
+    "batch_size",
+    "examples",
+    "judged",
+    "max_length",
+    "scheduler",
+    "warmup",
+    "warmup_lr",
+    "warmup_steps",
+    "weight_decay",
+    "reset_every_epochs",
+    "dtype",
+    "seeds",
+    "options",
+)
 
 
-def settings(row_id: str | Row, method: str, profile: str | None = None) -> dict:
-    """Everything that a run of `method` on a row needs, in a profile (default: the one in force).
+def settings(
+    row_id: str | Row, method: str, profile: str | None = None
+) -> dict:
+    """Everything that a run of `method` on a row needs, in a profile (default:
+    the one in force).
 
-    `warmup`: share of the steps; `examples`, `judged`: rows of training and of validation and test, 0 for all;
-    `reset_every_epochs`: None unless the method is a chain; `seeds`: a tuple; `options`: the method's own.
-    Raises UnknownName for a row, method or profile nobody knows, BadValue for a row without a stand-in outside 'gpu'."""
+    `warmup`: share of the steps; `examples`, `judged`: rows of training and of
+    validation and test, 0 for all;
+    `reset_every_epochs`: None unless the method is a chain; `seeds`: a tuple;
+    `options`: the method's own. Raises UnknownName for a row, method or
+    profile nobody knows, BadValue for a row without a stand-in outside 'gpu'.
+    """
     chosen = row_id if isinstance(row_id, Row) else row(row_id)
-    run = load_settings(environ=dict(os.environ) | ({"LORA_BOOK_PROFILE": profile} if profile else {}))
+    run = load_settings(
+        environ=dict(os.environ)
+        | ({"LORA_BOOK_PROFILE": profile} if profile else {})
+    )
     registered(method)
     if run.profile != "gpu" and not chosen.stand_in:
-        raise BadValue(f"the row {chosen.id!r} has no stand-in: it needs {chosen.needs}")
-    common = {"epochs": run.epochs, "batch_size": run.batch_size, "dtype": run.dtype, "seeds": tuple(range(run.seeds))}
-    own = at_paper_scale(chosen, method) if run.profile == "gpu" else at_our_scale(chosen, method, run)
+        raise BadValue(
+            f"the row {chosen.id!r} has no stand-in: it needs {chosen.needs}"
+        )
+    common = {
+        "epochs": run.epochs,
+        "batch_size": run.batch_size,
+        "dtype": run.dtype,
+        "seeds": tuple(range(run.seeds)),
+    }
+    own = (
+        at_paper_scale(chosen, method)
+        if run.profile == "gpu"
+        else at_our_scale(chosen, method, run)
+    )
     found = place(chosen, run.profile) | common | own | chosen.recipe["both"]
-    found |= {"seeds": found["seeds"][:run.seeds], "reset_every_epochs": found["reset_every_epochs"] if is_chain(method) else None}
+    found |= {
+        "seeds": found["seeds"][: run.seeds],
+        "reset_every_epochs": (
+            found["reset_every_epochs"] if is_chain(method) else None
+        ),
+    }
     return {key: found[key] for key in ORDER}

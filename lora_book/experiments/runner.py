@@ -31,7 +31,13 @@ import torch
 from torch import nn
 
 import lora_book as lb
-from ..core.errors import BadValue, MissingFile, check_choice, check_count, unknown
+from lora_book.core.errors import (
+    BadValue,
+    MissingFile,
+    check_choice,
+    check_count,
+    unknown,
+)
 from ..core.hub import reachable, switched_off
 from ..core.models import HUB_MODELS, is_timm
 from ..core.settings import load_settings, write_atomic
@@ -40,12 +46,20 @@ from .rows import Row, row, settings
 from .tasks import prepare, task
 
 # %% ../../nbs/experiments/runner.ipynb #c06
-ALSO = {"optimizer": "adamw", "max_grad_norm": 1.0, "accumulate": 1, "recompute": False}
+ALSO = {
+    "optimizer": "adamw",
+    "max_grad_norm": 1.0,
+    "accumulate": 1,
+    "recompute": False,
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    "One run to be made: `settings` is all that its numbers depend on beside the seed."
+    """One run to be made: `settings` is all that its numbers depend on beside
+    the seed.
+    """
+
     row: Row
     method: str
     profile: str
@@ -55,17 +69,39 @@ class Job:
     @property
     def name(self) -> str:
         "The name of the run's files."
-        return "--".join([*self.row.id.split("/"), self.method, self.profile, str(self.seed)])
+        return "--".join(
+            [
+                *self.row.id.split("/"),
+                self.method,
+                self.profile,
+                str(self.seed),
+            ]
+        )
 
     @property
     def stand_ins(self) -> dict:
-        "{what the paper used: what is used here}; empty at the paper's own scale."
-        pairs = {self.row.model: self.settings["model"], self.row.data: self.settings["data"]}
-        return {theirs: ours for theirs, ours in pairs.items() if theirs != ours}
+        """{what the paper used: what is used here}; empty at the paper's own
+        scale.
+        """
+        pairs = {
+            self.row.model: self.settings["model"],
+            self.row.data: self.settings["data"],
+        }
+        return {
+            theirs: ours for theirs, ours in pairs.items() if theirs != ours
+        }
 
 # %% ../../nbs/experiments/runner.ipynb #c06b
-def job(row_id: str, method: str, profile: str | None = None, seed: int = 0, **overrides) -> Job:
-    "The job of these names. Raises UnknownName or BadValue for a name or an override that isn't one."
+def job(
+    row_id: str,
+    method: str,
+    profile: str | None = None,
+    seed: int = 0,
+    **overrides,
+) -> Job:
+    """The job of these names. Raises UnknownName or BadValue for a name or an
+    override that isn't one.
+    """
     profile = profile or load_settings().profile
     check_count("seed", seed, least=0)
     own = ALSO | settings(row_id, method, profile)
@@ -87,35 +123,65 @@ def at_hand(name: str) -> bool:
     "Whether a model of the hub is in the cache of this machine."
     import timm
     from huggingface_hub import try_to_load_from_cache
-    place = timm.get_pretrained_cfg(name).hf_hub_id if is_timm(name) else HUB_MODELS.get(name, name)
+
+    place = (
+        timm.get_pretrained_cfg(name).hf_hub_id
+        if is_timm(name)
+        else HUB_MODELS.get(name, name)
+    )
     return isinstance(try_to_load_from_cache(place, "config.json"), str)
 
 
 def missing(chosen: Job) -> list[str]:
     "What this machine lacks for a job at the paper's own scale."
     from huggingface_hub import constants
+
     lacks = [] if torch.cuda.is_available() else ["a CUDA device"]
     if switched_off() and not at_hand(chosen.settings["model"]):
-        lacks.append(f"the hub (HF_HUB_OFFLINE is set) for {chosen.settings['model']} and {chosen.settings['data']}")
-    elif not switched_off() and not reachable(constants.ENDPOINT) and not at_hand(chosen.settings["model"]):
-        lacks.append(f"the hub (it can't be reached) for {chosen.settings['model']} and {chosen.settings['data']}")
-    return lacks + [f"the package {name} (pip install {name})" for name in chosen.row.extras if not installed(name)]
+        lacks.append(
+            f"the hub (HF_HUB_OFFLINE is set) for {chosen.settings['model']}"
+            f" and {chosen.settings['data']}"
+        )
+    elif (
+        not switched_off()
+        and not reachable(constants.ENDPOINT)
+        and not at_hand(chosen.settings["model"])
+    ):
+        lacks.append(
+            f"the hub (it can't be reached) for {chosen.settings['model']} and"
+            f" {chosen.settings['data']}"
+        )
+    return lacks + [
+        f"the package {name} (pip install {name})"
+        for name in chosen.row.extras
+        if not installed(name)
+    ]
 
 # %% ../../nbs/experiments/runner.ipynb #c12x
 def check_ready(chosen: Job) -> None:
-    "Raise MissingFile, naming all that is missing, for a job that can't begin here."
+    """Raise MissingFile, naming all that is missing, for a job that can't
+    begin here.
+    """
     lacks = missing(chosen) if chosen.profile == "gpu" else []
     if lacks:
-        raise MissingFile(f"{chosen.row.id} in the profile gpu needs {'; '.join(lacks)}. "
-                          "Without them: --profile smoke, laptop or workstation, with stand-ins")
-    check_choice("dtype", chosen.settings["dtype"], ("float32", "float64", "bfloat16"))
+        raise MissingFile(
+            f"{chosen.row.id} in the profile gpu needs {'; '.join(lacks)}."
+            " Without them: --profile smoke, laptop or workstation, with"
+            " stand-ins"
+        )
+    check_choice(
+        "dtype", chosen.settings["dtype"], ("float32", "float64", "bfloat16")
+    )
 
 # %% ../../nbs/experiments/runner.ipynb #c15
 class Crew:
-    "Accelerate's `Accelerator` with a precision of the run's own: its state is one for the whole process, a grid's runs may differ."
+    """Accelerate's `Accelerator` with a precision of the run's own: its state
+    is one for the whole process, a grid's runs may differ.
+    """
 
     def __init__(self, dtype: str = "float32"):
         from accelerate import Accelerator
+
         self.accelerator = Accelerator()
         self.mixed_precision = "bf16" if dtype == "bfloat16" else "no"
 
@@ -125,11 +191,24 @@ class Crew:
     def autocast(self):
         "Products in bfloat16, if the run says so."
         on = self.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if on else nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if on
+            else nullcontext()
+        )
 
     def any(self, flag: bool) -> bool:
         "Whether the flag is up in any process."
-        return self.num_processes == 1 and flag or bool(self.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
+        return (
+            self.num_processes == 1
+            and flag
+            or bool(
+                self.reduce(
+                    torch.tensor(float(flag), device=self.device), "sum"
+                )
+                > 0
+            )
+        )
 
 # %% ../../nbs/experiments/runner.ipynb #c16
 WHOLE_MODEL = ("full", "linear_probe", "bitfit")
@@ -139,44 +218,118 @@ def adapted(model: nn.Module, chosen: Job) -> nn.Module:
     "The model, adapted as the job says."
     own = chosen.settings
     targets = None if chosen.method in WHOLE_MODEL else own["targets"]
-    return lb.adapt(model, chosen.method, targets, r=own["r"], alpha=own["alpha"], head=own["head"], seed=chosen.seed, **own["options"])
+    return lb.adapt(
+        model,
+        chosen.method,
+        targets,
+        r=own["r"],
+        alpha=own["alpha"],
+        head=own["head"],
+        seed=chosen.seed,
+        **own["options"],
+    )
 
 
 def schedule(own: dict, rows: int) -> dict:
-    "The arguments of `fit` that say how the rate rises and falls; the papers give the rise in steps or as a share."
+    """The arguments of `fit` that say how the rate rises and falls; the papers
+    give the rise in steps or as a share.
+    """
     steps = own["epochs"] * -(-rows // own["batch_size"])
-    share = own["warmup"] if own["warmup_steps"] is None else min(1.0, own["warmup_steps"] / steps)
-    return {"warmup": share, "foot": min(1.0, own["warmup_lr"] / own["lr"]), "scheduler": own["scheduler"]}
+    share = (
+        own["warmup"]
+        if own["warmup_steps"] is None
+        else min(1.0, own["warmup_steps"] / steps)
+    )
+    return {
+        "warmup": share,
+        "foot": min(1.0, own["warmup_lr"] / own["lr"]),
+        "scheduler": own["scheduler"],
+    }
 
 
-def train(chosen: Job, model: nn.Module, data, crew: Crew, **hooks) -> list[dict]:
+def train(
+    chosen: Job, model: nn.Module, data, crew: Crew, **hooks
+) -> list[dict]:
     "Train an adapted model as the job says; returns the history."
     own, kind = chosen.settings, task(chosen.settings["kind"])
-    keys = ("epochs", "lr", "batch_size", "optimizer", "weight_decay", "max_grad_norm", "accumulate")
+    keys = (
+        "epochs",
+        "lr",
+        "batch_size",
+        "optimizer",
+        "weight_decay",
+        "max_grad_norm",
+        "accumulate",
+    )
     if own["recompute"]:
         recompute_activations(model)
-    return fit(model, data, seed=chosen.seed, advance_every=own["reset_every_epochs"], loss=kind.loss, measure=partial(kind.measure, crew=crew),
-               accelerator=crew, **{key: own[key] for key in keys},
-               **schedule(own, len(data.train)), **hooks)
+    return fit(
+        model,
+        data,
+        seed=chosen.seed,
+        advance_every=own["reset_every_epochs"],
+        loss=kind.loss,
+        measure=partial(kind.measure, crew=crew),
+        accelerator=crew,
+        **{key: own[key] for key in keys},
+        **schedule(own, len(data.train)),
+        **hooks,
+    )
 
 # %% ../../nbs/experiments/runner.ipynb #c17
 def trial(chosen: Job, crew: Crew | None = None, **hooks) -> dict:
-    "Prepare, adapt, train and measure; returns the whole result. `hooks` go to `fit`. Nothing is stored."
+    """Prepare, adapt, train and measure; returns the whole result. `hooks` go
+    to `fit`. Nothing is stored.
+    """
     check_ready(chosen)
-    crew, own, start = crew or Crew(chosen.settings["dtype"]), chosen.settings, time.perf_counter()
+    crew, own, start = (
+        crew or Crew(chosen.settings["dtype"]),
+        chosen.settings,
+        time.perf_counter(),
+    )
     forget_peak()
     store = "float32" if own["dtype"] == "bfloat16" else own["dtype"]
-    model, data = prepare(own["model"], own["data"], own["kind"], seed=chosen.seed, limit=own["examples"], judged=own["judged"], dtype=store,
-                          max_length=own["max_length"])
+    model, data = prepare(
+        own["model"],
+        own["data"],
+        own["kind"],
+        seed=chosen.seed,
+        limit=own["examples"],
+        judged=own["judged"],
+        dtype=store,
+        max_length=own["max_length"],
+    )
     model = adapted(model, chosen).to(crew.device)
     history = train(chosen, model, data, crew, **hooks)
     with crew.autocast():
-        test, seen = (task(own["kind"]).measure(model, part, crew=crew) for part in (data.test, data.train.first(own["judged"] or len(data.train))))
-    return {"row": chosen.row.id, "method": chosen.method, "profile": chosen.profile, "seed": chosen.seed, "settings": own,
-            "stand_ins": chosen.stand_ins, "metric": own["metric"], "trained": lb.n_trainable(model), "history": history, "train": seen,
-            "validation": history[-1]["validation"], "test": test, "seconds": sum(record["seconds"] for record in history),
-            "wall_seconds": time.perf_counter() - start, "peak_memory": peak(), "versions": versions(), "machine": machine(crew),
-            "data_hash": data.hash, "commit": book_commit()}
+        test, seen = (
+            task(own["kind"]).measure(model, part, crew=crew)
+            for part in (
+                data.test,
+                data.train.first(own["judged"] or len(data.train)),
+            )
+        )
+    return {
+        "row": chosen.row.id,
+        "method": chosen.method,
+        "profile": chosen.profile,
+        "seed": chosen.seed,
+        "settings": own,
+        "stand_ins": chosen.stand_ins,
+        "metric": own["metric"],
+        "trained": lb.n_trainable(model),
+        "history": history,
+        "train": seen,
+        "validation": history[-1]["validation"],
+        "test": test,
+        "seconds": sum(record["seconds"] for record in history),
+        "wall_seconds": time.perf_counter() - start,
+        "peak_memory": peak(),
+        "versions": versions(),
+        "machine": machine(crew),
+        "data_hash": data.hash,
+        "commit": book_commit(),
+    }
 
 # %% ../../nbs/experiments/runner.ipynb #c19
 PARTS = ("torch", "transformers", "timm", "datasets", "accelerate", "numpy")
@@ -184,14 +337,26 @@ PARTS = ("torch", "transformers", "timm", "datasets", "accelerate", "numpy")
 
 def versions() -> dict:
     "Versions of what computes the numbers."
-    return {"python": platform.python_version(), "lora_book": lb.__version__} | {name: importlib.metadata.version(name) for name in PARTS}
+    return {
+        "python": platform.python_version(),
+        "lora_book": lb.__version__,
+    } | {name: importlib.metadata.version(name) for name in PARTS}
 
 
 def machine(crew: Crew) -> dict:
     "The kind of machine: no name, no folder."
     cuda = crew.device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(crew.device) if cuda else crew.device.type, "processor": platform.machine(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "processes": crew.num_processes}
+    return {
+        "device": (
+            torch.cuda.get_device_name(crew.device)
+            if cuda
+            else crew.device.type
+        ),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": crew.num_processes,
+    }
 
 # %% ../../nbs/experiments/runner.ipynb #c19b
 def forget_peak() -> None:
@@ -203,28 +368,59 @@ def forget_peak() -> None:
 
 
 def peak() -> dict:
-    "The most bytes held at a time since `forget_peak`: resident in the process, and on the GPU if there is one."
+    """The most bytes held at a time since `forget_peak`: resident in the
+    process, and on the GPU if there is one.
+    """
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-        return {"process": kib * 1024} | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)}
+        kib = next(
+            int(line.split()[1]) for line in lines if line.startswith("VmHWM")
+        )
+        return {"process": kib * 1024} | (
+            {"cuda": torch.cuda.max_memory_allocated()}
+            if torch.cuda.is_available()
+            else {}
+        )
+    return {
+        "process": (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if platform.system() == "Darwin" else 1024)
+        )
+    }
 
 
 def book_commit() -> str | None:
-    "The commit of the checkout that the package lies in, with + if its code was changed since; None outside one."
+    """The commit of the checkout that the package lies in, with + if its code
+    was changed since; None outside one.
+    """
     root = Path(lb.__file__).parents[1]
     if not (root / "_quarto.yml").exists() or not shutil.which("git"):
         return None
     git = partial(subprocess.run, cwd=root, capture_output=True, text=True)
     head = git(["git", "rev-parse", "HEAD"])
-    changed = git(["git", "diff", "--quiet", "HEAD", "--", "lora_book/*.py", "lora_book/data/experiments"]).returncode
-    return head.stdout.strip() + "+" * bool(changed) if head.returncode == 0 else None
+    changed = git(
+        [
+            "git",
+            "diff",
+            "--quiet",
+            "HEAD",
+            "--",
+            "lora_book/*.py",
+            "lora_book/data/experiments",
+        ]
+    ).returncode
+    return (
+        head.stdout.strip() + "+" * bool(changed)
+        if head.returncode == 0
+        else None
+    )
 
 # %% ../../nbs/experiments/runner.ipynb #c24
 def digest(result: dict) -> str:
     "The sha256 of a result's content."
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(result, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def read_result(path: Path) -> dict:
@@ -233,28 +429,52 @@ def read_result(path: Path) -> dict:
         result = json.loads(path.read_text(encoding="utf-8"))
         said = result.pop("sha256")
     except (ValueError, KeyError, AttributeError) as error:
-        raise BadValue(f"the result {path.name} is cut off or not a result ({error}); move it away and run again") from error
+        raise BadValue(
+            f"the result {path.name} is cut off or not a result ({error});"
+            " move it away and run again"
+        ) from error
     if digest(result) != said:
-        raise BadValue(f"the result {path.name} was edited: its checksum doesn't fit; move it away and run again")
+        raise BadValue(
+            f"the result {path.name} was edited: its checksum doesn't fit;"
+            " move it away and run again"
+        )
     return result
 
 # %% ../../nbs/experiments/runner.ipynb #c24b
 def write_result(path: Path, result: dict) -> dict:
-    "Store a result under a name that isn't taken, and return it as it will be read."
+    """Store a result under a name that isn't taken, and return it as it will
+    be read.
+    """
     if path.exists():
-        raise BadValue(f"the result {path.name} exists already; results are never written over")
+        raise BadValue(
+            f"the result {path.name} exists already; results are never written"
+            " over"
+        )
     plain = json.loads(json.dumps(result))
-    write_atomic(path, (json.dumps(plain | {"sha256": digest(plain)}, indent=1) + "\n").encode())
+    write_atomic(
+        path,
+        (
+            json.dumps(plain | {"sha256": digest(plain)}, indent=1) + "\n"
+        ).encode(),
+    )
     return plain
 
 
 def finished(path: Path, chosen: Job) -> dict:
-    "The stored result of a job. Raises BadValue if it was made with other settings."
+    """The stored result of a job. Raises BadValue if it was made with other
+    settings.
+    """
     result, wanted = read_result(path), json.loads(json.dumps(chosen.settings))
-    apart = [f"{k}: {result['settings'].get(k)!r} there, {wanted.get(k)!r} here" for k in sorted({*wanted, *result["settings"]})
-             if result["settings"].get(k) != wanted.get(k)]
+    apart = [
+        f"{k}: {result['settings'].get(k)!r} there, {wanted.get(k)!r} here"
+        for k in sorted({*wanted, *result["settings"]})
+        if result["settings"].get(k) != wanted.get(k)
+    ]
     if apart:
-        raise BadValue(f"the result {path.name} was made with other settings ({', '.join(apart)}); give this run another folder")
+        raise BadValue(
+            f"the result {path.name} was made with other settings"
+            f" ({', '.join(apart)}); give this run another folder"
+        )
     return result
 
 # %% ../../nbs/experiments/runner.ipynb #c25
@@ -267,8 +487,14 @@ def results_folder(folder: Path | str | None = None) -> Path:
 
 
 def results(folder: Path | str | None = None) -> list[dict]:
-    "The book's own results and those in a folder (default: the settings'), which win where both have a run; sorted by file name."
-    found = {path.name: path for place in (BOOK, results_folder(folder)) for path in sorted(place.glob("*.json"))}
+    """The book's own results and those in a folder (default: the settings'),
+    which win where both have a run; sorted by file name.
+    """
+    found = {
+        path.name: path
+        for place in (BOOK, results_folder(folder))
+        for path in sorted(place.glob("*.json"))
+    }
     return [read_result(found[name]) for name in sorted(found)]
 
 # %% ../../nbs/experiments/runner.ipynb #c32
@@ -277,7 +503,9 @@ class Busy(BadValue):
 
 
 def take(path: Path) -> int:
-    "Open and lock a file for this process; raises Busy, with the owner's number, if another holds it."
+    """Open and lock a file for this process; raises Busy, with the owner's
+    number, if another holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -286,7 +514,10 @@ def take(path: Path) -> int:
         except BlockingIOError:
             owner = os.read(handle, 20).decode() or "unknown"
             os.close(handle)
-            raise Busy(f"{path.stem} is being run by process {owner}; this one leaves it alone") from None
+            raise Busy(
+                f"{path.stem} is being run by process {owner}; this one leaves"
+                " it alone"
+            ) from None
         if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
             with suppress(OSError):
                 os.ftruncate(handle, 0)
@@ -308,7 +539,9 @@ def owned(path: Path) -> Iterator[None]:
 
 @contextmanager
 def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
-    "As `owned`, in the first of several processes; if it can't, all of them raise."
+    """As `owned`, in the first of several processes; if it can't, all of them
+    raise.
+    """
     with ExitStack() as held:
         error = None
         if crew.is_main_process:
@@ -317,13 +550,17 @@ def owned_by_first(path: Path, crew: Crew) -> Iterator[None]:
             except (Busy, OSError) as caught:
                 error = caught
         if crew.any(error is not None):
-            raise error or Busy(f"the first process couldn't begin {path.stem}")
+            raise error or Busy(
+                f"the first process couldn't begin {path.stem}"
+            )
         yield
 
 # %% ../../nbs/experiments/runner.ipynb #c35
 @contextmanager
 def asked_to_stop() -> Iterator[Callable]:
-    "The first Ctrl-C (or SIGTERM) raises a flag, read by the yielded function; the second stops at once. At the end a raised flag is Stopped."
+    """The first Ctrl-C (or SIGTERM) raises a flag, read by the yielded
+    function; the second stops at once. At the end a raised flag is Stopped.
+    """
     asked = threading.Event()
 
     def ask(number, frame):
@@ -331,7 +568,11 @@ def asked_to_stop() -> Iterator[Callable]:
             raise KeyboardInterrupt
         asked.set()
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
@@ -342,23 +583,52 @@ def asked_to_stop() -> Iterator[Callable]:
         raise Stopped("stopped after a whole run")
 
 # %% ../../nbs/experiments/runner.ipynb #c41
-def run(row_id: str, method: str, *, profile: str | None = None, seed: int = 0, resume: bool = True, folder: Path | str | None = None,
-        save_every: int | None = None, progress: bool = False, tensorboard: Path | str | None = None, **overrides) -> dict:
-    """Make one run and store its result; a finished one is read, a begun one goes on from its checkpoint unless `resume` is false.
+def run(
+    row_id: str,
+    method: str,
+    *,
+    profile: str | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    folder: Path | str | None = None,
+    save_every: int | None = None,
+    progress: bool = False,
+    tensorboard: Path | str | None = None,
+    **overrides,
+) -> dict:
+    """Make one run and store its result; a finished one is read, a begun one
+    goes on from its checkpoint unless `resume` is false.
 
-    folder: of the results (default: the settings'). save_every: steps between checkpoints (default: an epoch). tensorboard: a folder
-    for its logs. overrides: settings other than the row's. Raises UnknownName, BadValue, MissingFile, Busy; KeyboardInterrupt after Ctrl-C."""
-    return make(job(row_id, method, profile, seed, **overrides), results_folder(folder), resume=resume, save_every=save_every, progress=progress,
-                tensorboard=tensorboard)
+    folder: of the results (default: the settings'). save_every: steps between
+    checkpoints (default: an epoch). tensorboard: a folder for its logs.
+    overrides: settings other than the row's. Raises UnknownName, BadValue,
+    MissingFile, Busy; KeyboardInterrupt after Ctrl-C.
+    """
+    return make(
+        job(row_id, method, profile, seed, **overrides),
+        results_folder(folder),
+        resume=resume,
+        save_every=save_every,
+        progress=progress,
+        tensorboard=tensorboard,
+    )
 
 # %% ../../nbs/experiments/runner.ipynb #c41b
 def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
-    "The result of a job: read, or made by the processes together, of which the first owns the files."
-    path, kept = place / f"{chosen.name}.json", place / "checkpoints" / chosen.name
+    """The result of a job: read, or made by the processes together, of which
+    the first owns the files.
+    """
+    path, kept = (
+        place / f"{chosen.name}.json",
+        place / "checkpoints" / chosen.name,
+    )
     if not path.exists():
         check_ready(chosen)
     crew = Crew(chosen.settings["dtype"])
-    with owned_by_first(place / f"{chosen.name}.lock", crew), asked_to_stop() as stop:
+    with (
+        owned_by_first(place / f"{chosen.name}.lock", crew),
+        asked_to_stop() as stop,
+    ):
         if crew.any(crew.is_main_process and path.exists()):
             return finished(path, chosen)
         if not resume and crew.is_main_process:
@@ -372,26 +642,56 @@ def make(chosen: Job, place: Path, resume: bool = True, **how) -> dict:
 
 # %% ../../nbs/experiments/runner.ipynb #c41bx
 def forget(kept: Path) -> None:
-    "Remove a run's checkpoint, and the folder of checkpoints with the last one."
+    """Remove a run's checkpoint, and the folder of checkpoints with the last
+    one.
+    """
     shutil.rmtree(kept, ignore_errors=True)
     with suppress(OSError):
         kept.parent.rmdir()
 
 
-def watched(chosen: Job, crew: Crew, kept: Path, stop: Callable, save_every: int | None, progress: bool, tensorboard: Path | str | None) -> dict:
+def watched(
+    chosen: Job,
+    crew: Crew,
+    kept: Path,
+    stop: Callable,
+    save_every: int | None,
+    progress: bool,
+    tensorboard: Path | str | None,
+) -> dict:
     "Train with a checkpoint, a bar and logs."
-    title = f"{chosen.row.id} {chosen.method} {chosen.seed}" if progress else False
-    logs = logged(tensorboard, chosen.name) if tensorboard and crew.is_main_process else nullcontext()
+    title = (
+        f"{chosen.row.id} {chosen.method} {chosen.seed}" if progress else False
+    )
+    logs = (
+        logged(tensorboard, chosen.name)
+        if tensorboard and crew.is_main_process
+        else nullcontext()
+    )
     with logs as watch:
-        return trial(chosen, crew, checkpoint=kept, save_every=save_every, progress=title, stop=stop, watch=watch)
+        return trial(
+            chosen,
+            crew,
+            checkpoint=kept,
+            save_every=save_every,
+            progress=title,
+            stop=stop,
+            watch=watch,
+        )
 
 # %% ../../nbs/experiments/runner.ipynb #c44
 @contextmanager
 def logged(folder: Path | str, name: str) -> Iterator[Callable]:
-    "A function for `fit` to call after each step, which writes each epoch's numbers for TensorBoard."
+    """A function for `fit` to call after each step, which writes each epoch's
+    numbers for TensorBoard.
+    """
     if not installed("tensorboard"):
-        raise MissingFile("logs for TensorBoard need the package tensorboard: pip install tensorboard")
+        raise MissingFile(
+            "logs for TensorBoard need the package tensorboard: pip install"
+            " tensorboard"
+        )
     from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(Path(folder) / name)) as writer:
         done = set()
 
@@ -399,17 +699,37 @@ def logged(folder: Path | str, name: str) -> Iterator[Callable]:
             for record in position["history"]:
                 if record["epoch"] not in done:
                     done.add(record["epoch"])
-                    writer.add_scalar("train/loss", record["train_loss"], record["epoch"])
+                    writer.add_scalar(
+                        "train/loss", record["train_loss"], record["epoch"]
+                    )
                     for key, value in record["validation"].items():
-                        writer.add_scalar(f"validation/{key}", value, record["epoch"])
+                        writer.add_scalar(
+                            f"validation/{key}", value, record["epoch"]
+                        )
+
         yield watch
 
 # %% ../../nbs/experiments/runner.ipynb #c46
-def jobs(row_id: str, methods=None, seeds=None, profile: str | None = None, **overrides) -> list[Job]:
-    "Every method with every seed; by default the row's own methods and the profile's seeds. All names are checked before anything runs."
+def jobs(
+    row_id: str,
+    methods=None,
+    seeds=None,
+    profile: str | None = None,
+    **overrides,
+) -> list[Job]:
+    """Every method with every seed; by default the row's own methods and the
+    profile's seeds. All names are checked before anything runs.
+    """
     chosen, profile = row(row_id), profile or load_settings().profile
-    return [job(row_id, method, profile, seed, **overrides) for method in methods or chosen.methods
-            for seed in (settings(row_id, method, profile)["seeds"] if seeds is None else seeds)]
+    return [
+        job(row_id, method, profile, seed, **overrides)
+        for method in methods or chosen.methods
+        for seed in (
+            settings(row_id, method, profile)["seeds"]
+            if seeds is None
+            else seeds
+        )
+    ]
 
 
 def attempt(chosen: Job, place: Path, **how) -> tuple[dict | None, str | None]:
@@ -420,9 +740,21 @@ def attempt(chosen: Job, place: Path, **how) -> tuple[dict | None, str | None]:
         return None, f"{chosen.name}: {error}"
     except OSError as error:
         where = f" ({Path(error.filename).name})" if error.filename else ""
-        return None, f"{chosen.name}: {error.strerror or error}{where}; what is finished is kept, and the last checkpoint"
+        return (
+            None,
+            (
+                f"{chosen.name}: {error.strerror or error}{where}; what is"
+                " finished is kept, and the last checkpoint"
+            ),
+        )
     except torch.OutOfMemoryError:
-        return None, f"{chosen.name}: the GPU's memory doesn't hold this run; try accumulate=2 or recompute=True"
+        return (
+            None,
+            (
+                f"{chosen.name}: the GPU's memory doesn't hold this run; try"
+                " accumulate=2 or recompute=True"
+            ),
+        )
 
 # %% ../../nbs/experiments/runner.ipynb #c46b
 def in_turn(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
@@ -432,15 +764,35 @@ def in_turn(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
 
 
 def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
-    "As they finish, each in a process of Ray's: on this machine, or on the cluster that RAY_ADDRESS names (with a shared folder)."
+    """As they finish, each in a process of Ray's: on this machine, or on the
+    cluster that RAY_ADDRESS names (with a shared folder).
+    """
     if not installed("ray"):
-        raise MissingFile("the engine ray needs the package ray: pip install ray")
+        raise MissingFile(
+            "the engine ray needs the package ray: pip install ray"
+        )
     import ray
+
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, num_cpus=None if os.environ.get("RAY_ADDRESS") else load_settings().workers)
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            num_cpus=(
+                None
+                if os.environ.get("RAY_ADDRESS")
+                else load_settings().workers
+            ),
+        )
     threads = load_settings().threads
-    remote = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()), max_retries=0)(elsewhere)
-    waiting = {remote.remote(one, place.resolve(), threads, how | {"progress": False}): one for one in todo}
+    remote = ray.remote(
+        num_cpus=1, num_gpus=int(torch.cuda.is_available()), max_retries=0
+    )(elsewhere)
+    waiting = {
+        remote.remote(
+            one, place.resolve(), threads, how | {"progress": False}
+        ): one
+        for one in todo
+    }
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
         yield waiting.pop(ready), *ray.get(ready)
@@ -455,40 +807,87 @@ def elsewhere(chosen: Job, place: Path, threads: int, how: dict) -> tuple:
 ENGINES = {"local": in_turn, "ray": through_ray}
 
 # %% ../../nbs/experiments/runner.ipynb #c47
-def grid(row_id: str, methods=None, seeds=None, *, profile: str | None = None, engine: str = "local", folder: Path | str | None = None,
-         resume: bool = True, save_every: int | None = None, progress: bool = False, tensorboard: Path | str | None = None,
-         told: Callable | None = None, **overrides) -> list[dict]:
-    """The results of every method with every seed, in that order; see `run`. told(job, result, error) is called after each.
+def grid(
+    row_id: str,
+    methods=None,
+    seeds=None,
+    *,
+    profile: str | None = None,
+    engine: str = "local",
+    folder: Path | str | None = None,
+    resume: bool = True,
+    save_every: int | None = None,
+    progress: bool = False,
+    tensorboard: Path | str | None = None,
+    told: Callable | None = None,
+    **overrides,
+) -> list[dict]:
+    """The results of every method with every seed, in that order; see `run`.
+    told(job, result, error) is called after each.
 
-    Raises BadValue when all has been tried, naming what failed."""
+    Raises BadValue when all has been tried, naming what failed.
+    """
     check_choice("engine", engine, ENGINES)
-    todo, done, errors = jobs(row_id, methods, seeds, profile, **overrides), {}, []
+    todo, done, errors = (
+        jobs(row_id, methods, seeds, profile, **overrides),
+        {},
+        [],
+    )
     check_ready(todo[0])
-    for one, result, error in ENGINES[engine](todo, results_folder(folder), resume=resume, save_every=save_every, progress=progress,
-                                              tensorboard=tensorboard):
+    for one, result, error in ENGINES[engine](
+        todo,
+        results_folder(folder),
+        resume=resume,
+        save_every=save_every,
+        progress=progress,
+        tensorboard=tensorboard,
+    ):
         if told:
             told(one, result, error)
         done[one.name] = result
         errors += [error] if error else []
     if errors:
-        raise BadValue(f"{len(errors)} of {len(todo)} runs failed:\n  " + "\n  ".join(errors))
+        raise BadValue(
+            f"{len(errors)} of {len(todo)} runs failed:\n  "
+            + "\n  ".join(errors)
+        )
     return [done[one.name] for one in todo]
 
 # %% ../../nbs/experiments/runner.ipynb #c48
 def stand_in_line(chosen: Job) -> str:
     "Which stand-ins a job uses, in a sentence."
-    pairs = " and ".join(f"{ours} for {theirs}" for theirs, ours in chosen.stand_ins.items())
-    return (f"{chosen.row.id}, profile {chosen.profile}: stand-ins {pairs}; the numbers are not the paper's" if pairs
-            else f"{chosen.row.id}, profile {chosen.profile}: the paper's own model and data")
+    pairs = " and ".join(
+        f"{ours} for {theirs}" for theirs, ours in chosen.stand_ins.items()
+    )
+    return (
+        f"{chosen.row.id}, profile {chosen.profile}: stand-ins {pairs}; the"
+        " numbers are not the paper's"
+        if pairs
+        else (
+            f"{chosen.row.id}, profile {chosen.profile}: the paper's own model"
+            " and data"
+        )
+    )
 
 
 def result_line(result: dict) -> str:
     "A result in a line."
     metric = result["metric"]
-    return (f"{result['row']} {result['method']} seed {result['seed']}: test {metric} {result['test'][metric]:.4f}, "
-            f"{result['trained']:,} trained, {result['seconds']:.0f} s of training")
+    return (
+        f"{result['row']} {result['method']} seed {result['seed']}: test"
+        f" {metric} {result['test'][metric]:.4f}, {result['trained']:,}"
+        f" trained, {result['seconds']:.0f} s of training"
+    )
 
 
 def time_left(seconds: float) -> str:
     "Seconds as a rough text."
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else (
+            f"{seconds / 60:.0f} min"
+            if seconds < 5400
+            else f"{seconds / 3600:.1f} h"
+        )
+    )

@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.data import Data, Split, batches, joined, load_data, load_tokenizer
+from lora_book.core.data import (
+    Data,
+    Split,
+    batches,
+    joined,
+    load_data,
+    load_tokenizer,
+)
 from ..core.errors import BadValue, unknown
 from ..core.models import load_model, logits, tokens_of
 from ..core.training import Alone, to_device
@@ -29,27 +36,52 @@ def share_right(guesses: Tensor, labels: Tensor) -> float:
 
 
 def matthews(guesses: Tensor, labels: Tensor) -> float:
-    "Matthews' correlation between two columns of classes, @eq-tasks-matthews; 0 where it isn't defined."
+    """Matthews' correlation between two columns of classes,
+    @eq-tasks-matthews; 0 where it isn't defined.
+    """
     classes = int(max(guesses.max(), labels.max())) + 1
-    guessed, true = (torch.bincount(column, minlength=classes).double() for column in (guesses, labels))
+    guessed, true = (
+        torch.bincount(column, minlength=classes).double()
+        for column in (guesses, labels)
+    )
     rows, right = float(len(labels)), (guesses == labels).double().sum().item()
-    below = (rows ** 2 - guessed.square().sum().item()) * (rows ** 2 - true.square().sum().item())
-    return (right * rows - (guessed @ true).item()) / math.sqrt(below) if below > 0 else 0.0
+    below = (rows**2 - guessed.square().sum().item()) * (
+        rows**2 - true.square().sum().item()
+    )
+    return (
+        (right * rows - (guessed @ true).item()) / math.sqrt(below)
+        if below > 0
+        else 0.0
+    )
 
 # %% ../../nbs/experiments/tasks.ipynb #c06
 def correlation(name: str) -> Callable:
-    "The measure `pearsonr` or `spearmanr` of scipy.stats; 0 where one of the columns is constant."
+    """The measure `pearsonr` or `spearmanr` of scipy.stats; 0 where one of the
+    columns is constant.
+    """
+
     def measure(guesses: Tensor, labels: Tensor) -> float:
         from scipy import stats
 
         columns = [column.double().numpy() for column in (guesses, labels)]
-        return float(getattr(stats, name)(*columns).statistic) if all(c.min() < c.max() for c in columns) else 0.0
+        return (
+            float(getattr(stats, name)(*columns).statistic)
+            if all(c.min() < c.max() for c in columns)
+            else 0.0
+        )
+
     return measure
 
 # %% ../../nbs/experiments/tasks.ipynb #c10
 def single(scores: Tensor) -> Tensor:
-    "Scores in float32 at least: a mean of half-precision losses would be rounded to three digits."
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    """Scores in float32 at least: a mean of half-precision losses would be
+    rounded to three digits.
+    """
+    return (
+        scores.float()
+        if scores.dtype in (torch.float16, torch.bfloat16)
+        else scores
+    )
 
 
 def classified(model: nn.Module, batch: dict) -> tuple:
@@ -74,7 +106,9 @@ def squared_errors(values: Tensor, labels: Tensor) -> Tensor:
 # %% ../../nbs/experiments/tasks.ipynb #c11
 @contextmanager
 def judging(model: nn.Module) -> Iterator[torch.device]:
-    "Evaluation mode without gradients; gives the model's device, and puts the mode back."
+    """Evaluation mode without gradients; gives the model's device, and puts
+    the mode back.
+    """
     training = model.training
     model.eval()
     try:
@@ -84,13 +118,17 @@ def judging(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
-def nothing(model: nn.Module, split: Split, batch_size: int, found: dict, crew) -> dict:
+def nothing(
+    model: nn.Module, split: Split, batch_size: int, found: dict, crew
+) -> dict:
     "No further measures."
     return {}
 
 
 def as_it_is(given):
-    "A data set that needs no other arrangement, or a batch that is learnt whole."
+    """A data set that needs no other arrangement, or a batch that is learnt
+    whole.
+    """
     return given
 
 # %% ../../nbs/experiments/tasks.ipynb #c11b
@@ -98,38 +136,70 @@ ALONE = Alone()
 
 
 def own_rows(split: Split, batch_size: int, crew) -> tuple[int, int]:
-    "Where a process's rows of a split begin and end: whole batches, as many for each process as can be."
+    """Where a process's rows of a split begin and end: whole batches, as many
+    for each process as can be.
+    """
     count = -(-len(split) // batch_size)
-    first, last = ((crew.process_index + i) * count // crew.num_processes for i in (0, 1))
+    first, last = (
+        (crew.process_index + i) * count // crew.num_processes for i in (0, 1)
+    )
     return first * batch_size, min(last * batch_size, len(split))
 
 
 def gathered(units: Tensor, crew) -> Tensor:
-    "The units of every process, one process after the other; (units, ...) on the CPU."
+    """The units of every process, one process after the other; (units, ...) on
+    the CPU.
+    """
     if crew.num_processes == 1:
         return units
-    sizes = crew.gather(torch.tensor([len(units)], device=crew.device)).tolist()
-    whole = crew.gather(crew.pad_across_processes(units.to(crew.device), dim=0))
-    return torch.cat([part[:size] for part, size in zip(whole.chunk(len(sizes)), sizes)]).cpu()
+    sizes = crew.gather(
+        torch.tensor([len(units)], device=crew.device)
+    ).tolist()
+    whole = crew.gather(
+        crew.pad_across_processes(units.to(crew.device), dim=0)
+    )
+    return torch.cat(
+        [part[:size] for part, size in zip(whole.chunk(len(sizes)), sizes)]
+    ).cpu()
 
 
-def judged_together(model: nn.Module, split: Split, batch_size: int, crew, each: Callable) -> list[Tensor]:
-    "What `each(model, batch)`, a tuple of tensors of units, says of a whole split; every process takes its batches and gets all units."
+def judged_together(
+    model: nn.Module, split: Split, batch_size: int, crew, each: Callable
+) -> list[Tensor]:
+    """What `each(model, batch)`, a tuple of tensors of units, says of a whole
+    split; every process takes its batches and gets all units.
+    """
     begin, end = own_rows(split, batch_size, crew)
-    own = split.between(begin, end) if begin < end else split.between(0, batch_size)
+    own = (
+        split.between(begin, end)
+        if begin < end
+        else split.between(0, batch_size)
+    )
     with judging(model) as device:
-        parts = [each(model, to_device(batch, device, split.transform))
-                 for batch in batches(replace(own, transform=None), batch_size, shuffle=False)]
-    return [gathered(torch.cat(part)[:None if begin < end else 0], crew) for part in zip(*parts)]
+        parts = [
+            each(model, to_device(batch, device, split.transform))
+            for batch in batches(
+                replace(own, transform=None), batch_size, shuffle=False
+            )
+        ]
+    return [
+        gathered(torch.cat(part)[: None if begin < end else 0], crew)
+        for part in zip(*parts)
+    ]
 
 # %% ../../nbs/experiments/tasks.ipynb #c12
 @dataclass(frozen=True)
 class Task:
     """What one kind of data asks of a model.
 
-    accepts: the kinds of data sets it can be trained on. measures: {name: function of guesses and labels, one a unit}.
-    head: the number of outputs that a model needs for a data set, None for a generator. further: more measures of a split,
-    which get those found so far. arrange: what a data set goes through first. lesson: the part of a batch that training needs."""
+    accepts: the kinds of data sets it can be trained on. measures: {name:
+    function of guesses and labels, one a unit}.
+    head: the number of outputs that a model needs for a data set, None for a
+    generator. further: more measures of a split, which get those found so far.
+    arrange: what a data set goes through first. lesson: the part of a batch
+    that training needs.
+    """
+
     kind: str
     accepts: tuple
     measures: dict
@@ -148,22 +218,44 @@ class Task:
     def judged(self, model: nn.Module, batch: dict) -> tuple:
         "(losses, guesses, labels) of a batch's units, on the CPU."
         scores, labels = self.answers(model, batch)
-        return self.losses(scores, labels).double().cpu(), self.decide(scores).cpu(), labels.cpu()
+        return (
+            self.losses(scores, labels).double().cpu(),
+            self.decide(scores).cpu(),
+            labels.cpu(),
+        )
 
-    def measure(self, model: nn.Module, split: Split, batch_size: int = 64, crew=ALONE) -> dict:
-        "The loss and every measure of a whole split, whatever the batch size and the number of processes; the model's mode is put back."
-        losses, guesses, labels = judged_together(model, split, batch_size, crew, self.judged)
-        found = {"loss": losses.mean().item()} | {name: own(guesses, labels) for name, own in self.measures.items()}
+    def measure(
+        self, model: nn.Module, split: Split, batch_size: int = 64, crew=ALONE
+    ) -> dict:
+        """The loss and every measure of a whole split, whatever the batch size
+        and the number of processes; the model's mode is put back.
+        """
+        losses, guesses, labels = judged_together(
+            model, split, batch_size, crew, self.judged
+        )
+        found = {"loss": losses.mean().item()} | {
+            name: own(guesses, labels) for name, own in self.measures.items()
+        }
         return found | self.further(model, split, batch_size, found, crew)
 
 # %% ../../nbs/experiments/tasks.ipynb #c14
 def weighed(model: nn.Module, batch: dict) -> tuple:
-    "(scores (rows, answers, 2), labels (rows,)) of a generator: each answer's log-likelihood after its question (@eq-tasks-choice), and that a token."
+    """(scores (rows, answers, 2), labels (rows,)) of a generator: each
+    answer's log-likelihood after its question (@eq-tasks-choice), and that a
+    token.
+    """
     targets = batch["targets"][..., 1:]
     asked = targets != -100
-    flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
-    scores = single(logits(model, flat)[:, :-1].unflatten(0, targets.shape[:2])[asked])
-    each = scores.new_zeros(targets.shape).masked_scatter(asked, -F.cross_entropy(scores, targets[asked], reduction="none"))
+    flat = {
+        name: batch[name].flatten(0, 1)
+        for name in ("input_ids", "attention_mask")
+    }
+    scores = single(
+        logits(model, flat)[:, :-1].unflatten(0, targets.shape[:2])[asked]
+    )
+    each = scores.new_zeros(targets.shape).masked_scatter(
+        asked, -F.cross_entropy(scores, targets[asked], reduction="none")
+    )
     whole = each.sum(-1)
     return torch.stack([whole, whole / asked.sum(-1)], -1), batch["labels"]
 
@@ -174,15 +266,21 @@ def answer_losses(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def shares(scores: Tensor) -> Tensor:
-    "A point a question for each of the two scores (rows, answers, 2): the best answer's, or shared equally by those that tie for it."
+    """A point a question for each of the two scores (rows, answers, 2): the
+    best answer's, or shared equally by those that tie for it.
+    """
     best = (scores == scores.amax(1, keepdim=True)).double()
     return best / best.sum(1, keepdim=True)
 
 
 def earned(score: int) -> Callable:
-    "The measure that adds up the right answers' `shares`, by the sum (score 0) or by the mean a token (1)."
+    """The measure that adds up the right answers' `shares`, by the sum (score
+    0) or by the mean a token (1).
+    """
+
     def measure(points: Tensor, labels: Tensor) -> float:
         return points[torch.arange(len(labels)), labels, score].mean().item()
+
     return measure
 
 # %% ../../nbs/experiments/tasks.ipynb #c14c
@@ -190,56 +288,95 @@ def right_alone(batch: dict) -> dict:
     "The batch with the right answer of each question as its only one."
     labels = batch["labels"]
     rows = torch.arange(len(labels), device=labels.device)
-    return {name: value[rows, labels][:, None] for name, value in batch.items() if name != "labels"} | {"labels": torch.zeros_like(labels)}
+    return {
+        name: value[rows, labels][:, None]
+        for name, value in batch.items()
+        if name != "labels"
+    } | {"labels": torch.zeros_like(labels)}
 
 # %% ../../nbs/experiments/tasks.ipynb #c16
 def continued(model: nn.Module, batch: dict) -> tuple:
-    "(scores (tokens, vocabulary), labels (tokens,)) of the target's tokens, each predicted from what stands before it."
+    """(scores (tokens, vocabulary), labels (tokens,)) of the target's tokens,
+    each predicted from what stands before it.
+    """
     scores, labels = logits(model, batch)[:, :-1], batch["labels"][:, 1:]
     return single(scores[labels != -100]), labels[labels != -100]
 
 # %% ../../nbs/experiments/tasks.ipynb #c18
 def turned(batch: dict, pad: int) -> tuple:
-    "(prompts, mask, targets) of a joined batch: sources that end in the last column, targets that begin in the first."
+    """(prompts, mask, targets) of a joined batch: sources that end in the last
+    column, targets that begin in the first.
+    """
     ids, labels = batch["input_ids"], batch["labels"]
-    begin = ((labels == -100) & (batch["attention_mask"] == 1)).sum(1, keepdim=True)
+    begin = ((labels == -100) & (batch["attention_mask"] == 1)).sum(
+        1, keepdim=True
+    )
     width, length = int(begin.max()), int((labels != -100).sum(1).max())
     at = torch.arange(width, device=ids.device) - (width - begin)
     prompts = ids.gather(1, at.clamp(min=0)).masked_fill(at < 0, pad)
     to = begin + torch.arange(length, device=ids.device)
-    targets = labels.gather(1, to.clamp(max=ids.shape[1] - 1)).masked_fill(to >= ids.shape[1], -100)
+    targets = labels.gather(1, to.clamp(max=ids.shape[1] - 1)).masked_fill(
+        to >= ids.shape[1], -100
+    )
     return prompts, (at >= 0).long(), targets
 
 
 def write(model: nn.Module, batch: dict) -> tuple:
-    "(written, targets), both (rows, tokens): what the model writes after each source of a joined batch, greedily."
+    """(written, targets), both (rows, tokens): what the model writes after
+    each source of a joined batch, greedily.
+    """
     end = model.config.eos_token_id
-    pad = end if model.config.pad_token_id is None else model.config.pad_token_id
+    pad = (
+        end if model.config.pad_token_id is None else model.config.pad_token_id
+    )
     prompts, mask, targets = turned(batch, pad)
-    ids = model.generate(input_ids=prompts, attention_mask=mask, max_new_tokens=targets.shape[1], do_sample=False, num_beams=1,
-                         pad_token_id=pad, eos_token_id=end)
-    written = ids[:, prompts.shape[1]:]
-    return F.pad(written, (0, targets.shape[1] - written.shape[1]), value=pad), targets
+    ids = model.generate(
+        input_ids=prompts,
+        attention_mask=mask,
+        max_new_tokens=targets.shape[1],
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=end,
+    )
+    written = ids[:, prompts.shape[1] :]
+    return (
+        F.pad(written, (0, targets.shape[1] - written.shape[1]), value=pad),
+        targets,
+    )
 
 # %% ../../nbs/experiments/tasks.ipynb #c19
 WRITTEN = 128
 
 
 def whole_lines(model: nn.Module, batch: dict) -> tuple:
-    "(1 for each row whose whole target, its end included, the model writes by itself, else 0,)."
+    """(1 for each row whose whole target, its end included, the model writes
+    by itself, else 0,).
+    """
     written, targets = write(model, batch)
     return (((written == targets) | (targets == -100)).all(1).long().cpu(),)
 
 
-def exact_match(model: nn.Module, split: Split, batch_size: int, crew=ALONE) -> float:
-    "The share of the first `WRITTEN` rows of a split whose whole target the model writes by itself."
-    (right,) = judged_together(model, split.first(WRITTEN), batch_size, crew, whole_lines)
+def exact_match(
+    model: nn.Module, split: Split, batch_size: int, crew=ALONE
+) -> float:
+    """The share of the first `WRITTEN` rows of a split whose whole target the
+    model writes by itself.
+    """
+    (right,) = judged_together(
+        model, split.first(WRITTEN), batch_size, crew, whole_lines
+    )
     return right.sum().item() / len(right)
 
 
-def texts_measured(model: nn.Module, split: Split, batch_size: int, found: dict, crew) -> dict:
+def texts_measured(
+    model: nn.Module, split: Split, batch_size: int, found: dict, crew
+) -> dict:
     "Exact match, and the perplexity from the loss."
-    return {"exact_match": exact_match(model, split, batch_size, crew), "perplexity": math.exp(found["loss"])}
+    return {
+        "exact_match": exact_match(model, split, batch_size, crew),
+        "perplexity": math.exp(found["loss"]),
+    }
 
 # %% ../../nbs/experiments/tasks.ipynb #c21
 def classes_of(data: Data) -> int:
@@ -258,7 +395,9 @@ def no_head(data: Data) -> None:
 
 def in_one_row(data: Data) -> Data:
     "A generation data set with each source and its target in one row."
-    return replace(data, **{name: joined(split) for name, split in data.splits.items()})
+    return replace(
+        data, **{name: joined(split) for name, split in data.splits.items()}
+    )
 
 # %% ../../nbs/experiments/tasks.ipynb #c21b
 LABELLED = {"accuracy": share_right, "matthews": matthews}
@@ -266,11 +405,38 @@ TASKS = {
     "text": Task("text", ("text", "pair"), LABELLED, classes_of),
     "pair": Task("pair", ("pair", "text"), LABELLED, classes_of),
     "image": Task("image", ("image",), {"accuracy": share_right}, classes_of),
-    "regression": Task("regression", ("regression",), {"pearson": correlation("pearsonr"), "spearman": correlation("spearmanr")},
-                       one_output, valued, squared_errors, lambda values: values),
-    "choice": Task("choice", ("choice",), {"accuracy": earned(0), "accuracy_norm": earned(1)}, no_head, weighed, answer_losses, shares,
-                   lesson=right_alone),
-    "causal": Task("causal", ("generation",), {"token_accuracy": share_right}, no_head, continued, further=texts_measured, arrange=in_one_row)}
+    "regression": Task(
+        "regression",
+        ("regression",),
+        {
+            "pearson": correlation("pearsonr"),
+            "spearman": correlation("spearmanr"),
+        },
+        one_output,
+        valued,
+        squared_errors,
+        lambda values: values,
+    ),
+    "choice": Task(
+        "choice",
+        ("choice",),
+        {"accuracy": earned(0), "accuracy_norm": earned(1)},
+        no_head,
+        weighed,
+        answer_losses,
+        shares,
+        lesson=right_alone,
+    ),
+    "causal": Task(
+        "causal",
+        ("generation",),
+        {"token_accuracy": share_right},
+        no_head,
+        continued,
+        further=texts_measured,
+        arrange=in_one_row,
+    ),
+}
 
 
 def task(kind: str) -> Task:
@@ -280,30 +446,73 @@ def task(kind: str) -> Task:
     return TASKS[kind]
 
 # %% ../../nbs/experiments/tasks.ipynb #c23
-def fitting(data_name: str, kind: str, tokens: str | None, limit: int | None, judged: int | None, length: int | None) -> Data:
-    "The data set cut to `limit` training and `judged` other rows (None or 0: all). Raises BadValue if a task of `kind` can't use it."
+def fitting(
+    data_name: str,
+    kind: str,
+    tokens: str | None,
+    limit: int | None,
+    judged: int | None,
+    length: int | None,
+) -> Data:
+    """The data set cut to `limit` training and `judged` other rows (None or 0:
+    all). Raises BadValue if a task of `kind` can't use it.
+    """
     most = max(limit, judged) if limit and judged else None
     data = load_data(data_name, limit=most, tokenizer=tokens, length=length)
     if data.kind not in task(kind).accepts:
-        raise BadValue(f"a task of kind {kind!r} needs data of kind {' or '.join(task(kind).accepts)}, and {data_name!r} is {data.kind}")
+        raise BadValue(
+            f"a task of kind {kind!r} needs data of kind"
+            f" {' or '.join(task(kind).accepts)}, and {data_name!r} is"
+            f" {data.kind}"
+        )
     parts = {"train": limit, "validation": judged, "test": judged}
-    return task(kind).arrange(replace(data, **{name: getattr(data, name).first(count) for name, count in parts.items() if count}))
+    return task(kind).arrange(
+        replace(
+            data,
+            **{
+                name: getattr(data, name).first(count)
+                for name, count in parts.items()
+                if count
+            },
+        )
+    )
 
 # %% ../../nbs/experiments/tasks.ipynb #c23b
 def check_writes(model: nn.Module, name: str, kind: str) -> None:
-    "Raise BadValue unless a model without a head continues text: a transformers decoder."
+    """Raise BadValue unless a model without a head continues text: a
+    transformers decoder.
+    """
     from transformers import PreTrainedModel
 
-    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
-        raise BadValue(f"a task of kind {kind!r} needs a causal language model such as 'byte_llama', and {name!r} is none")
+    if (
+        not (isinstance(model, PreTrainedModel) and model.can_generate())
+        or model.config.is_encoder_decoder
+    ):
+        raise BadValue(
+            f"a task of kind {kind!r} needs a causal language model such as"
+            f" 'byte_llama', and {name!r} is none"
+        )
 
 
-def prepare(model_name: str, data_name: str, kind: str, *, seed: int = 0, limit: int | None = None, judged: int | None = None,
-            dtype: str | torch.dtype = "float32", max_length: int | None = None) -> tuple[nn.Module, Data]:
-    """(model, data) for a task: the model with the head that the data needs, drawn from `seed`; the data in the model's tokens.
+def prepare(
+    model_name: str,
+    data_name: str,
+    kind: str,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    judged: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    max_length: int | None = None,
+) -> tuple[nn.Module, Data]:
+    """(model, data) for a task: the model with the head that the data needs,
+    drawn from `seed`; the data in the model's tokens.
 
-    limit, judged: the most training rows, and the most validation and test rows; None or 0 takes all. max_length: the most
-    tokens of a text from the hub. Raises UnknownName, BadValue, and MissingFile that names the offline choice."""
+    limit, judged: the most training rows, and the most validation and test
+    rows; None or 0 takes all. max_length: the most tokens of a text from the
+    hub. Raises UnknownName, BadValue, and MissingFile that names the offline
+    choice.
+    """
     tokens = tokens_of(model_name)
     data = fitting(data_name, kind, tokens, limit, judged, max_length)
     outputs = task(kind).head(data)

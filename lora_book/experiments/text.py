@@ -7,25 +7,69 @@ __all__ = ['SIZES', 'scales', 'runs_of', 'gap', 'spread', 'against', 'compared',
 # %% ../../nbs/experiments/text.ipynb #c03
 import statistics
 
-from .report import PERCENT, margin, summed, test_value, verdict
+from lora_book.experiments.report import (
+    PERCENT,
+    margin,
+    summed,
+    test_value,
+    verdict,
+)
 from .rows import printed, row, settings
 from .runner import results
 
 # %% ../../nbs/experiments/text.ipynb #c06
-SIZES = ("model", "data", "metric", "r", "alpha", "lr", "epochs", "batch_size", "examples", "judged", "seeds")
+SIZES = (
+    "model",
+    "data",
+    "metric",
+    "r",
+    "alpha",
+    "lr",
+    "epochs",
+    "batch_size",
+    "examples",
+    "judged",
+    "seeds",
+)
 
 
-def scales(row_id: str, method: str = "lora", profiles: tuple = ("gpu", "laptop")) -> dict:
-    "{setting: its value in each profile} of a method on a row, as texts; 'all' where every example is taken."
-    found = {profile: settings(row_id, method, profile) for profile in profiles}
+def scales(
+    row_id: str, method: str = "lora", profiles: tuple = ("gpu", "laptop")
+) -> dict:
+    """{setting: its value in each profile} of a method on a row, as texts;
+    'all' where every example is taken.
+    """
+    found = {
+        profile: settings(row_id, method, profile) for profile in profiles
+    }
     words = {"examples": {0: "all"}, "judged": {0: "all"}}
-    return {name: [str(words.get(name, {}).get(own[name], own[name])) for own in found.values()] for name in SIZES}
+    return {
+        name: [
+            str(words.get(name, {}).get(own[name], own[name]))
+            for own in found.values()
+        ]
+        for name in SIZES
+    }
 
 # %% ../../nbs/experiments/text.ipynb #c15
-def runs_of(row_id: str, profile: str = "laptop", found: list | None = None) -> dict[str, list[dict]]:
-    "{method: its runs by seed} of a row, in the row's order of methods; an empty list where there are none."
-    own = [run for run in (results() if found is None else found) if (run["row"], run["profile"]) == (row_id, profile)]
-    return {method: sorted((run for run in own if run["method"] == method), key=lambda run: run["seed"]) for method in row(row_id).methods}
+def runs_of(
+    row_id: str, profile: str = "laptop", found: list | None = None
+) -> dict[str, list[dict]]:
+    """{method: its runs by seed} of a row, in the row's order of methods; an
+    empty list where there are none.
+    """
+    own = [
+        run
+        for run in (results() if found is None else found)
+        if (run["row"], run["profile"]) == (row_id, profile)
+    ]
+    return {
+        method: sorted(
+            (run for run in own if run["method"] == method),
+            key=lambda run: run["seed"],
+        )
+        for method in row(row_id).methods
+    }
 
 
 def gap(run: dict) -> float:
@@ -38,79 +82,205 @@ def spread(values: list, digits: int = 3) -> str:
     if not values:
         return "missing"
     mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
+    return (
+        f"{mean} ± {statistics.stdev(values):.{digits}f}"
+        if len(values) > 1
+        else f"{mean} (one seed)"
+    )
 
 # %% ../../nbs/experiments/text.ipynb #c17
 def against(mine: list, theirs: list) -> str:
-    "'better', 'worse' or 'none' for the runs of one method against those of another; 'missing' or 'one seed' where it can't be said."
+    """'better', 'worse' or 'none' for the runs of one method against those of
+    another; 'missing' or 'one seed' where it can't be said.
+    """
     if not mine or not theirs:
         return "missing"
-    return "one seed" if min(len(mine), len(theirs)) < 2 else verdict(summed(mine), summed(theirs))
+    return (
+        "one seed"
+        if min(len(mine), len(theirs)) < 2
+        else verdict(summed(mine), summed(theirs))
+    )
 
 
-def compared(row_id: str, reference: str = "lora", profile: str = "laptop", found: list | None = None) -> dict[str, dict]:
-    "{method: test metric, verdict against `reference`, gap, numbers trained} of a row's stored runs, as texts."
+def compared(
+    row_id: str,
+    reference: str = "lora",
+    profile: str = "laptop",
+    found: list | None = None,
+) -> dict[str, dict]:
+    """{method: test metric, verdict against `reference`, gap, numbers trained}
+    of a row's stored runs, as texts.
+    """
     runs = runs_of(row_id, profile, found)
-    return {method: {
-        "test": spread([test_value(run) for run in own], 1 if row(row_id).metric in PERCENT else 3),
-        f"against {reference}": "" if method == reference else against(own, runs.get(reference, [])),
-        "gap": spread([gap(run) for run in own], 2), "trained": own[0]["trained"] if own else None} for method, own in runs.items()}
+    return {
+        method: {
+            "test": spread(
+                [test_value(run) for run in own],
+                1 if row(row_id).metric in PERCENT else 3,
+            ),
+            f"against {reference}": (
+                ""
+                if method == reference
+                else against(own, runs.get(reference, []))
+            ),
+            "gap": spread([gap(run) for run in own], 2),
+            "trained": own[0]["trained"] if own else None,
+        }
+        for method, own in runs.items()
+    }
 
 
-def summary(row_id: str, reference: str = "lora", profile: str = "laptop", found: list | None = None) -> str:
+def summary(
+    row_id: str,
+    reference: str = "lora",
+    profile: str = "laptop",
+    found: list | None = None,
+) -> str:
     "What the verdicts of a row say, in a sentence."
-    words = {m: line[f"against {reference}"] for m, line in compared(row_id, reference, profile, found).items() if m != reference}
-    named = {word: [m for m, said in words.items() if said == word] for word in ("better", "worse", "none", "one seed", "missing")}
-    parts = [f"{word}: {', '.join(f'`{m}`' for m in methods)}" for word, methods in named.items() if methods]
+    words = {
+        m: line[f"against {reference}"]
+        for m, line in compared(row_id, reference, profile, found).items()
+        if m != reference
+    }
+    named = {
+        word: [m for m, said in words.items() if said == word]
+        for word in ("better", "worse", "none", "one seed", "missing")
+    }
+    parts = [
+        f"{word}: {', '.join(f'`{m}`' for m in methods)}"
+        for word, methods in named.items()
+        if methods
+    ]
     return f"**{row_id}**, against `{reference}`: " + "; ".join(parts) + "."
 
 # %% ../../nbs/experiments/text.ipynb #c18
-def effort(row_id: str, profile: str = "laptop", found: list | None = None) -> str:
-    "How many runs of a row are stored, on which rows of data, and how long their training took, in a sentence."
-    runs = [run for own in runs_of(row_id, profile, found).values() for run in own]
+def effort(
+    row_id: str, profile: str = "laptop", found: list | None = None
+) -> str:
+    """How many runs of a row are stored, on which rows of data, and how long
+    their training took, in a sentence.
+    """
+    runs = [
+        run for own in runs_of(row_id, profile, found).values() for run in own
+    ]
     if not runs:
         return f"**{row_id}**: no run is stored yet."
-    seeds, hashes = sorted({run["seed"] for run in runs}), sorted({run["data_hash"][:10] for run in runs})
-    return (f"**{row_id}**: {len(runs)} runs with seeds {', '.join(map(str, seeds))}; rows with sha256 {', '.join(hashes)}; "
-            f"{sum(run['seconds'] for run in runs) / 60:.1f} minutes of training in all.")
+    seeds, hashes = (
+        sorted({run["seed"] for run in runs}),
+        sorted({run["data_hash"][:10] for run in runs}),
+    )
+    return (
+        f"**{row_id}**: {len(runs)} runs with seeds"
+        f" {', '.join(map(str, seeds))}; rows with sha256 {', '.join(hashes)};"
+        f" {sum(run['seconds'] for run in runs) / 60:.1f} minutes of training"
+        " in all."
+    )
 
 # %% ../../nbs/experiments/text.ipynb #c22
-def dots(ax, row_id: str, profile: str = "laptop", found: list | None = None) -> None:
-    "Draw the test metric of every stored run, a line of dots a method, and a bar at each mean."
+def dots(
+    ax, row_id: str, profile: str = "laptop", found: list | None = None
+) -> None:
+    """Draw the test metric of every stored run, a line of dots a method, and a
+    bar at each mean.
+    """
     from lora_book.core.figures import INK, colour
 
-    for at, (method, own) in enumerate(runs_of(row_id, profile, found).items()):
+    for at, (method, own) in enumerate(
+        runs_of(row_id, profile, found).items()
+    ):
         values = [test_value(run) for run in own]
-        ax.plot(values, [at] * len(values), "o", color=colour(method), alpha=0.8, ms=5)
+        ax.plot(
+            values,
+            [at] * len(values),
+            "o",
+            color=colour(method),
+            alpha=0.8,
+            ms=5,
+        )
         if values:
-            ax.plot([statistics.mean(values)] * 2, [at - 0.3, at + 0.3], color=INK, lw=1.5)
+            ax.plot(
+                [statistics.mean(values)] * 2,
+                [at - 0.3, at + 0.3],
+                color=INK,
+                lw=1.5,
+            )
         else:
-            ax.annotate("missing", (0.02, at), xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=8)
+            ax.annotate(
+                "missing",
+                (0.02, at),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                color=INK,
+                fontsize=8,
+            )
     if not any(len(line.get_xdata()) for line in ax.lines):
         ax.set_xticks([])
     names = row(row_id).methods
     unit = "%" if row(row_id).metric in PERCENT else "loss units"
-    ax.set(title=row_id, xlabel=f"test {row(row_id).metric.replace('_', ' ')}" + f" ({unit})" * (unit == "%"), ylim=(len(names) - 0.5, -0.5))
+    ax.set(
+        title=row_id,
+        xlabel=f"test {row(row_id).metric.replace('_', ' ')}"
+        + f" ({unit})" * (unit == "%"),
+        ylim=(len(names) - 0.5, -0.5),
+    )
     ax.set_yticks(range(len(names)), names)
 
 # %% ../../nbs/experiments/text.ipynb #c25
-def thresholds(row_id: str, reference: str = "lora", profile: str = "laptop", found: list | None = None) -> list[float]:
-    "How far each method's mean must lie from the reference's to count as different, where both have several seeds."
+def thresholds(
+    row_id: str,
+    reference: str = "lora",
+    profile: str = "laptop",
+    found: list | None = None,
+) -> list[float]:
+    """How far each method's mean must lie from the reference's to count as
+    different, where both have several seeds.
+    """
     runs = runs_of(row_id, profile, found)
     theirs = runs.get(reference, [])
-    pairs = [own for method, own in runs.items() if method != reference and min(len(own), len(theirs)) > 1]
+    pairs = [
+        own
+        for method, own in runs.items()
+        if method != reference and min(len(own), len(theirs)) > 1
+    ]
     return [margin(summed(own), summed(theirs)) for own in pairs]
 
 
 def printed_range(row_id: str) -> float | None:
-    "The largest difference between two methods that the paper prints on a row; None where it prints fewer than two."
-    values = [cell.value for cell in (printed(row(row_id), method) for method in row(row_id).methods) if cell.value is not None]
+    """The largest difference between two methods that the paper prints on a
+    row; None where it prints fewer than two.
+    """
+    values = [
+        cell.value
+        for cell in (
+            printed(row(row_id), method) for method in row(row_id).methods
+        )
+        if cell.value is not None
+    ]
     return max(values) - min(values) if len(values) > 1 else None
 
 
-def resolution(row_id: str, reference: str = "lora", profile: str = "laptop", found: list | None = None) -> str:
-    "What this row's runs could tell apart, beside what the paper's could show, in a sentence."
-    known, whole = thresholds(row_id, reference, profile, found), printed_range(row_id)
-    here = f"a difference of {statistics.median(known):.1f} (median over methods) counts" if known else "too few runs are stored to say"
-    theirs = f"the paper's methods span {whole:.1f}" if whole is not None else "the paper's own values aren't printed here"
+def resolution(
+    row_id: str,
+    reference: str = "lora",
+    profile: str = "laptop",
+    found: list | None = None,
+) -> str:
+    """What this row's runs could tell apart, beside what the paper's could
+    show, in a sentence.
+    """
+    known, whole = (
+        thresholds(row_id, reference, profile, found),
+        printed_range(row_id),
+    )
+    here = (
+        f"a difference of {statistics.median(known):.1f} (median over methods)"
+        " counts"
+        if known
+        else "too few runs are stored to say"
+    )
+    theirs = (
+        f"the paper's methods span {whole:.1f}"
+        if whole is not None
+        else "the paper's own values aren't printed here"
+    )
     return f"**{row_id}**: {here}; {theirs}."

@@ -18,13 +18,19 @@ from ..present.paca import Columns, spread
 
 # %% ../../nbs/future/c3la.ipynb #c12
 class ColumnChain(Columns, Chain):
-    "ΔW = Σ_j s·B^j S^j (@eq-c3la-delta): each link trains columns, and finished links rest. A subclass says which columns, in `pick`."
+    """ΔW = Σ_j s·B^j S^j (@eq-c3la-delta): each link trains columns, and
+    finished links rest. A subclass says which columns, in `pick`.
+    """
 
     kept = ("idx", "B")
 
     def rested(self) -> tuple[Tensor, Tensor]:
-        "The columns of all finished links, (k·r,), and their B side by side, (n, k·r)."
-        return self.links_idx.flatten(), self.links_B.transpose(0, 1).flatten(1)
+        """The columns of all finished links, (k·r,), and their B side by side,
+        (n, k·r).
+        """
+        return self.links_idx.flatten(), self.links_B.transpose(0, 1).flatten(
+            1
+        )
 
     def columns(self) -> tuple[Tensor, Tensor]:
         "The columns of all links and their B, the training one last."
@@ -33,12 +39,21 @@ class ColumnChain(Columns, Chain):
 
     def resting(self) -> list:
         "The finished links as (S^j, B^j, s); S^j is made when asked for."
-        return [(torch.eye(self.m).to(B)[idx], B, self.scaling) for idx, B in zip(self.links_idx, self.links_B, strict=True)]
+        return [
+            (torch.eye(self.m).to(B)[idx], B, self.scaling)
+            for idx, B in zip(self.links_idx, self.links_B, strict=True)
+        ]
 
     def rest(self, W0: Tensor) -> Tensor:
-        "W0 with the finished links in their columns, summed in 32 bits or more, in W0's type."
+        """W0 with the finished links in their columns, summed in 32 bits or
+        more, in W0's type.
+        """
         idx, M = self.rested()
-        return (W0 + self.scaling * spread(M, idx, self.m)).to(W0.dtype) if self.done else W0
+        return (
+            (W0 + self.scaling * spread(M, idx, self.m)).to(W0.dtype)
+            if self.done
+            else W0
+        )
 
     def renew(self, S: Tensor, B: Tensor) -> None:
         "Turn to a new link's columns, with B = 0 in the same parameter."
@@ -47,48 +62,95 @@ class ColumnChain(Columns, Chain):
 
 # %% ../../nbs/future/c3la.ipynb #c13
 def laps_once(adapters: list) -> None:
-    "Raise BadValue if chain_length asks for more links than the widest weight has blocks, max ⌈m/r⌉ (ledger A3)."
+    """Raise BadValue if chain_length asks for more links than the widest
+    weight has blocks, max ⌈m/r⌉ (ledger A3).
+    """
     blocks = max((math.ceil(a.m / a.r) for a in adapters), default=0)
     for adapter in adapters:
         if adapter.chain_length is not None and adapter.chain_length > blocks:
-            raise BadValue(f"chain_length = {adapter.chain_length} is longer than the columns: they make {blocks} blocks of r = {adapter.r}; "
-                           "leave chain_length out to go round again")
+            raise BadValue(
+                f"chain_length = {adapter.chain_length} is longer than the"
+                f" columns: they make {blocks} blocks of r = {adapter.r};"
+                " leave chain_length out to go round again"
+            )
 
 
 def circulant(j: int, m: int, r: int) -> Tensor:
-    "The columns of link j: (j·r + q) mod m for q < r, int64 (@eq-c3la-columns)."
+    """The columns of link j: (j·r + q) mod m for q < r, int64
+    (@eq-c3la-columns).
+    """
     return (j * r + torch.arange(r)) % m
 
 
 class C3LA(ColumnChain):
-    "ΔW = Σ_j s·B^j S^j, link j at the columns (j·r + q) mod m (@eq-c3la-delta). P2 §2.3(ii), ledger A2 to A4."
+    """ΔW = Σ_j s·B^j S^j, link j at the columns (j·r + q) mod m
+    (@eq-c3la-delta). P2 §2.3(ii), ledger A2 to A4.
+    """
 
     def pick(self, m, r, generator):
         "The next r columns, around the end."
         return circulant(self.done, m, r)
 
 
-c3la = Method(C3LA, "Circulant chain of cheap LoRA (c³LA)", "Cadenhead et al. 2026", fits=laps_once, count=lambda n, m, r: r * n)
+c3la = Method(
+    C3LA,
+    "Circulant chain of cheap LoRA (c³LA)",
+    "Cadenhead et al. 2026",
+    fits=laps_once,
+    count=lambda n, m, r: r * n,
+)
 
 # %% ../../nbs/future/c3la.ipynb #c32
 STARTS = SELECTORS | {"block": lambda m, r: range(0, m, r)}
 
 
 class RandomC3LA(ColumnChain):
-    "ΔW as for `C3LA`, with the blocks in random order, none twice in a lap; `selector` may name another law of starts. P2 Algorithm 4, ledger A7."
+    """ΔW as for `C3LA`, with the blocks in random order, none twice in a lap;
+    `selector` may name another law of starts. P2 Algorithm 4, ledger A7.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None, selector: str = "block"):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        chain_length: int | None = None,
+        reset_every: int | None = None,
+        selector: str = "block",
+    ):
         check_choice("selector", selector, STARTS)
         self.selector = selector
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, chain_length=chain_length, reset_every=reset_every)
+        super().__init__(
+            W0,
+            bias,
+            r=r,
+            alpha=alpha,
+            seed=seed,
+            dtype=dtype,
+            chain_length=chain_length,
+            reset_every=reset_every,
+        )
 
     def pick(self, m, r, generator):
-        "The next block in this lap's order, which the seed and the lap decide."
+        """The next block in this lap's order, which the seed and the lap
+        decide.
+        """
         starts = torch.tensor(STARTS[self.selector](m, r))
         lap, j = divmod(self.done, len(starts))
-        order = torch.randperm(len(starts), generator=seeded(self.seed, "lap", lap))
+        order = torch.randperm(
+            len(starts), generator=seeded(self.seed, "lap", lap)
+        )
         return (starts[order[j]] + torch.arange(r)) % m
 
 
-random_c3la = Method(RandomC3LA, "Random circulant chain", "Cadenhead et al. 2026", fits=laps_once, count=lambda n, m, r: r * n)
+random_c3la = Method(
+    RandomC3LA,
+    "Random circulant chain",
+    "Cadenhead et al. 2026",
+    fits=laps_once,
+    count=lambda n, m, r: r * n,
+)

@@ -13,30 +13,54 @@ from ..present.paca import Columns
 
 # %% ../../nbs/future/cla.ipynb #c12
 class CLA(Columns):
-    "ΔW = s·B [I_r 0] (@eq-cla-delta): the first r columns of the weight train. P2 §2.3(i), Algorithm 1, ledger A1."
+    """ΔW = s·B [I_r 0] (@eq-cla-delta): the first r columns of the weight
+    train. P2 §2.3(i), Algorithm 1, ledger A1.
+    """
 
     def pick(self, m, r, generator):
         "0 .. r − 1."
         return torch.arange(r)
 
 
-cla = Method(CLA, "Cheap LoRA (cLA)", "Cadenhead et al. 2026", count=lambda n, m, r: r * n)
+cla = Method(
+    CLA,
+    "Cheap LoRA (cLA)",
+    "Cadenhead et al. 2026",
+    count=lambda n, m, r: r * n,
+)
 
 # %% ../../nbs/future/cla.ipynb #c25
-SELECTORS = {"block": lambda m, r: range(0, m - r + 1, r), "literal": lambda m, r: range(m // r), "window": lambda m, r: range(m - r + 1)}
+SELECTORS = {
+    "block": lambda m, r: range(0, m - r + 1, r),
+    "literal": lambda m, r: range(m // r),
+    "window": lambda m, r: range(m - r + 1),
+}
 
 
 def first_columns(selector: str, m: int, r: int) -> Tensor:
-    "The first columns, counted from 0, that a selector law chooses among with equal chances (@eq-cla-laws); int64. Raises BadValue for another name."
+    """The first columns, counted from 0, that a selector law chooses among
+    with equal chances (@eq-cla-laws); int64. Raises BadValue for another name.
+    """
     check_choice("selector", selector, SELECTORS)
     return torch.tensor(SELECTORS[selector](m, r))
 
 # %% ../../nbs/future/cla.ipynb #c26
 class RandomCLA(Columns):
-    "ΔW = s·B S, S at r adjacent columns whose start is drawn by a selector law (@eq-cla-laws). P2 Algorithm 2, ledger C3 to C5."
+    """ΔW = s·B S, S at r adjacent columns whose start is drawn by a selector
+    law (@eq-cla-laws). P2 Algorithm 2, ledger C3 to C5.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, selector: str = "block"):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        selector: str = "block",
+    ):
         check_choice("selector", selector, SELECTORS)
         self.selector = selector
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
@@ -44,7 +68,14 @@ class RandomCLA(Columns):
     def pick(self, m, r, generator):
         "start .. start + r − 1, with the start uniform over `first_columns`."
         starts = first_columns(self.selector, m, r)
-        return starts[torch.randint(len(starts), (), generator=generator)] + torch.arange(r)
+        return starts[
+            torch.randint(len(starts), (), generator=generator)
+        ] + torch.arange(r)
 
 
-random_cla = Method(RandomCLA, "Random cheap LoRA", "Cadenhead et al. 2026", count=lambda n, m, r: r * n)
+random_cla = Method(
+    RandomCLA,
+    "Random cheap LoRA",
+    "Cadenhead et al. 2026",
+    count=lambda n, m, r: r * n,
+)

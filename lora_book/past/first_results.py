@@ -27,86 +27,200 @@ from .full import bitfit, full, linear_probe
 from .lora import lora
 
 # %% ../../nbs/past/first_results.ipynb #c06
-TASKS = {"source": ("docstrings/source", "minilm", "classifier", ["query", "value"]),
-         "match": ("docstrings/match", "minilm", "classifier", ["query", "value"]),
-         "digits": ("digits", "digits_vit", "head", ["attn.qkv[q,v]"])}
-SIZES = {"source": {"examples": 320, "epochs": 3, "judged": 200}, "match": {"examples": 192, "epochs": 2, "judged": 150},
-         "digits": {"examples": 1220, "epochs": 4, "judged": 260}}
-ROWS: dict[str, tuple[Method, int]] = {"full": (full, 1), "linear_probe": (linear_probe, 1), "bitfit": (bitfit, 1),
-                                       "lora r=1": (lora, 1), "lora r=4": (lora, 4), "lora r=16": (lora, 16)}
+TASKS = {
+    "source": (
+        "docstrings/source",
+        "minilm",
+        "classifier",
+        ["query", "value"],
+    ),
+    "match": ("docstrings/match", "minilm", "classifier", ["query", "value"]),
+    "digits": ("digits", "digits_vit", "head", ["attn.qkv[q,v]"]),
+}
+SIZES = {
+    "source": {"examples": 320, "epochs": 3, "judged": 200},
+    "match": {"examples": 192, "epochs": 2, "judged": 150},
+    "digits": {"examples": 1220, "epochs": 4, "judged": 260},
+}
+ROWS: dict[str, tuple[Method, int]] = {
+    "full": (full, 1),
+    "linear_probe": (linear_probe, 1),
+    "bitfit": (bitfit, 1),
+    "lora r=1": (lora, 1),
+    "lora r=4": (lora, 4),
+    "lora r=16": (lora, 16),
+}
 
 # %% ../../nbs/past/first_results.ipynb #c10
-RATES = {"full": (1e-4, 1e-3), "linear_probe": (1e-2, 3e-2), "bitfit": (3e-3, 1e-2), "lora": (3e-3, 1e-2)}
+RATES = {
+    "full": (1e-4, 1e-3),
+    "linear_probe": (1e-2, 3e-2),
+    "bitfit": (3e-3, 1e-2),
+    "lora": (3e-3, 1e-2),
+}
 SELECTION_SEED = 100
 
 
 def adapted(task: str, row: str, seed: int) -> nn.Module:
-    "The task's pre-trained model with a fresh classifier, adapted by the row's method."
+    """The task's pre-trained model with a fresh classifier, adapted by the
+    row's method.
+    """
     data_name, model_name, head, targets = TASKS[task]
     method, r = ROWS[row]
-    model = load_model(model_name, n_classes=len(load_data(data_name).classes), seed=seed)
+    model = load_model(
+        model_name, n_classes=len(load_data(data_name).classes), seed=seed
+    )
     wanted = targets if method is lora else None
-    return commit(model, plan(model, row.split()[0], method, wanted, r=r, alpha=2.0 * r, head=head, seed=seed, step=PlainStep(), step_options={}))
+    return commit(
+        model,
+        plan(
+            model,
+            row.split()[0],
+            method,
+            wanted,
+            r=r,
+            alpha=2.0 * r,
+            head=head,
+            seed=seed,
+            step=PlainStep(),
+            step_options={},
+        ),
+    )
 
 # %% ../../nbs/past/first_results.ipynb #c11
-def run(task: str, row: str, seed: int, lr: float, examples: int, epochs: int, judged: int) -> dict:
-    "Train one row on one task with one seed; returns everything that belongs to the result: configuration, history, test accuracy, time, versions."
+def run(
+    task: str,
+    row: str,
+    seed: int,
+    lr: float,
+    examples: int,
+    epochs: int,
+    judged: int,
+) -> dict:
+    """Train one row on one task with one seed; returns everything that belongs
+    to the result: configuration, history, test accuracy, time, versions.
+    """
     check_choice("task", task, TASKS)
     check_choice("row", row, ROWS)
-    start, data = time.perf_counter(), load_data(TASKS[task][0], limit=examples)
-    data = replace(data, validation=data.validation.first(judged), test=data.test.first(judged))
+    start, data = (
+        time.perf_counter(),
+        load_data(TASKS[task][0], limit=examples),
+    )
+    data = replace(
+        data,
+        validation=data.validation.first(judged),
+        test=data.test.first(judged),
+    )
     model = adapted(task, row, seed)
     history = fit(model, data, epochs=epochs, lr=lr, seed=seed)
-    return {"task": task, "row": row, "seed": seed, "lr": lr, "examples": examples, "epochs": epochs, "history": history,
-            "test": evaluate(model, data.test), "trained": n_trainable(model), "data_hash": data.hash, "seconds": time.perf_counter() - start,
-            "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    return {
+        "task": task,
+        "row": row,
+        "seed": seed,
+        "lr": lr,
+        "examples": examples,
+        "epochs": epochs,
+        "history": history,
+        "test": evaluate(model, data.test),
+        "trained": n_trainable(model),
+        "data_hash": data.hash,
+        "seconds": time.perf_counter() - start,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def select_rate(task: str, method: str, **sizes) -> float:
-    "The method's candidate rate with the smallest final validation loss on the task."
+    """The method's candidate rate with the smallest final validation loss on
+    the task.
+    """
     candidates, row = RATES[method], "lora r=4" if method == "lora" else method
-    final = {lr: run(task, row, SELECTION_SEED, lr, **sizes)["history"][-1]["validation"]["loss"] for lr in candidates}
+    final = {
+        lr: run(task, row, SELECTION_SEED, lr, **sizes)["history"][-1][
+            "validation"
+        ]["loss"]
+        for lr in candidates
+    }
     return min(final, key=final.get)
 
 # %% ../../nbs/past/first_results.ipynb #c13
-RESULTS = Path(__file__).parents[1] / "data" / "first_results" if "__file__" in globals() else None
+RESULTS = (
+    Path(__file__).parents[1] / "data" / "first_results"
+    if "__file__" in globals()
+    else None
+)
 
 
 def results_folder() -> Path:
     "The folder of the stored results, inside the package."
     from lora_book.past import first_results
+
     return first_results.RESULTS
 
 
 def store(result: dict, folder: Path) -> Path:
     "Write one result under a name made of task, row and seed."
     name = f"{result['task']}-{result['row'].replace(' r=', '')}-{result['seed']}.json"
-    return write_atomic(folder / name, (json.dumps(result, indent=1) + "\n").encode())
+    return write_atomic(
+        folder / name, (json.dumps(result, indent=1) + "\n").encode()
+    )
 
 
 def stored(folder: Path | None = None) -> list[dict]:
     "All stored results, sorted by task, row and seed."
-    found = [json.loads(path.read_text()) for path in sorted((folder or results_folder()).glob("*.json"))]
-    return sorted(found, key=lambda r: (list(TASKS).index(r["task"]), list(ROWS).index(r["row"]), r["seed"]))
+    found = [
+        json.loads(path.read_text())
+        for path in sorted((folder or results_folder()).glob("*.json"))
+    ]
+    return sorted(
+        found,
+        key=lambda r: (
+            list(TASKS).index(r["task"]),
+            list(ROWS).index(r["row"]),
+            r["seed"],
+        ),
+    )
 
 # %% ../../nbs/past/first_results.ipynb #c14
-def run_all(folder: Path, seeds: range = range(3), tasks: dict = SIZES) -> None:
-    "Select each method's rate and run each row with every seed; what is stored already isn't run again."
+def run_all(
+    folder: Path, seeds: range = range(3), tasks: dict = SIZES
+) -> None:
+    """Select each method's rate and run each row with every seed; what is
+    stored already isn't run again.
+    """
     for task, sizes in tasks.items():
         rates: dict[str, float] = {}
         for row in ROWS:
             method = row.split()[0]
             for seed in seeds:
-                if not (folder / f"{task}-{row.replace(' r=', '')}-{seed}.json").exists():
-                    rates[method] = rates.get(method) or select_rate(task, method, **sizes)
+                if not (
+                    folder / f"{task}-{row.replace(' r=', '')}-{seed}.json"
+                ).exists():
+                    rates[method] = rates.get(method) or select_rate(
+                        task, method, **sizes
+                    )
                     store(run(task, row, seed, rates[method], **sizes), folder)
 
 # %% ../../nbs/past/first_results.ipynb #c28
-def cost(task: str, rows: dict = ROWS, rounds: int = 3, batch_size: int = 16) -> dict[str, dict]:
-    "{row: time of a forward and backward pass over the frozen floor's, and bytes kept beyond the floor's} on one batch of the task."
-    batch = next(iter(batches(load_data(TASKS[task][0]).train, batch_size, shuffle=False)))
-    floor = load_model(TASKS[task][1], n_classes=len(load_data(TASKS[task][0]).classes)).requires_grad_(False)
-    min((p for name, p in floor.named_parameters() if "embed" in name), key=torch.numel).requires_grad_(True)
+def cost(
+    task: str, rows: dict = ROWS, rounds: int = 3, batch_size: int = 16
+) -> dict[str, dict]:
+    """{row: time of a forward and backward pass over the frozen floor's, and
+    bytes kept beyond the floor's} on one batch of the task.
+    """
+    batch = next(
+        iter(
+            batches(load_data(TASKS[task][0]).train, batch_size, shuffle=False)
+        )
+    )
+    floor = load_model(
+        TASKS[task][1], n_classes=len(load_data(TASKS[task][0]).classes)
+    ).requires_grad_(False)
+    min(
+        (p for name, p in floor.named_parameters() if "embed" in name),
+        key=torch.numel,
+    ).requires_grad_(True)
     models = {"floor": floor} | {row: adapted(task, row, 0) for row in rows}
     times: dict = {name: [] for name in models}
     for _ in range(rounds + 1):
@@ -114,6 +228,23 @@ def cost(task: str, rows: dict = ROWS, rounds: int = 3, batch_size: int = 16) ->
             start = time.perf_counter()
             loss_of(model, batch).backward()
             times[name].append(time.perf_counter() - start)
-    ratios = {name: statistics.median(a / b for a, b in list(zip(t, times["floor"], strict=True))[1:]) for name, t in times.items()}
-    kept = {name: saved_bytes(lambda m=model: loss_of(m, batch), exclude=[*model.parameters(), *model.buffers()]) for name, model in models.items()}
-    return {name: {"time / floor": ratios[name], "kept beyond the floor, MB": (kept[name] - kept["floor"]) / 1e6} for name in models}
+    ratios = {
+        name: statistics.median(
+            a / b for a, b in list(zip(t, times["floor"], strict=True))[1:]
+        )
+        for name, t in times.items()
+    }
+    kept = {
+        name: saved_bytes(
+            lambda m=model: loss_of(m, batch),
+            exclude=[*model.parameters(), *model.buffers()],
+        )
+        for name, model in models.items()
+    }
+    return {
+        name: {
+            "time / floor": ratios[name],
+            "kept beyond the floor, MB": (kept[name] - kept["floor"]) / 1e6,
+        }
+        for name in models
+    }

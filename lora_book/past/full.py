@@ -16,10 +16,20 @@ from ..core.targets import in_modules, own_linear
 
 # %% ../../nbs/past/full.ipynb #c10
 class Unranked(Adapter):
-    "A method without a rank: `r` and `alpha` are accepted, like every method's, and have no effect."
+    """A method without a rank: `r` and `alpha` are accepted, like every
+    method's, and have no effect.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.dtype = wide(W0.dtype) if dtype is None else dtype
         self.start(W0.detach(), bias)
@@ -63,7 +73,9 @@ class LinearProbe(Unranked):
 
     def tangent(self, M: dict) -> Tensor:
         "Nothing trains, so nothing moves."
-        raise BadType("a linear probe trains nothing that could move its weights")
+        raise BadType(
+            "a linear probe trains nothing that could move its weights"
+        )
 
     @classmethod
     def product(cls, x, W, bias, blocks):
@@ -76,7 +88,10 @@ class BitFit(LinearProbe):
 
     def start(self, W0, bias):
         if bias is None:
-            raise BadType("bitfit trains biases, and this linear map has none; choose targets that have one")
+            raise BadType(
+                "bitfit trains biases, and this linear map has none; choose"
+                " targets that have one"
+            )
         self.bias = nn.Parameter(bias.to(self.dtype).clone())
 
     def bias_delta(self, b0: Tensor) -> Tensor:
@@ -87,23 +102,35 @@ class BitFit(LinearProbe):
     def product(cls, x, W, bias, blocks):
         "The base product with the trained bias in the targets' rows."
         parts, at = [], 0
-        for block in sorted(blocks, key=lambda b: b.rows.start if b.rows else 0):
+        for block in sorted(
+            blocks, key=lambda b: b.rows.start if b.rows else 0
+        ):
             rows = block.rows or slice(0, W.shape[0])
-            parts += [bias[at:rows.start], block.adapter.bias.to(x.dtype)]
+            parts += [bias[at : rows.start], block.adapter.bias.to(x.dtype)]
             at = rows.stop
         return F.linear(x, W, torch.cat([*parts, bias[at:]]))
 
 # %% ../../nbs/past/full.ipynb #c15
 def every_parameter(model: nn.Module, head: list[str]) -> tuple[list, list]:
-    "For `full` without targets: every linear map gets an adapter, every other floating-point parameter trains in place."
+    """For `full` without targets: every linear map gets an adapter, every
+    other floating-point parameter trains in place.
+    """
     found = [t for t in own_linear(model) if not in_modules(t.name, head)]
     weights = {id(t.module.weight) for t in found}
-    return found, [name for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in weights]
+    return found, [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and id(p) not in weights
+    ]
 
 
 def every_bias(model: nn.Module, head: list[str]) -> tuple[list, list]:
     "For `bitfit` without targets: every linear map that has a bias."
-    return [t for t in own_linear(model) if t.module.bias is not None and not in_modules(t.name, head)], []
+    return [
+        t
+        for t in own_linear(model)
+        if t.module.bias is not None and not in_modules(t.name, head)
+    ], []
 
 
 def nothing(model: nn.Module, head: list[str]) -> tuple[list, list]:
@@ -111,7 +138,24 @@ def nothing(model: nn.Module, head: list[str]) -> tuple[list, list]:
     return [], []
 
 
-full = Method(Full, "Full fine-tuning", "the reference that all methods are measured against", targets=every_parameter,
-              count=lambda n, m, r: n * m)
-linear_probe = Method(LinearProbe, "Linear probe", "a classifier on frozen features", targets=nothing, count=lambda n, m, r: 0)
-bitfit = Method(BitFit, "BitFit", "Ben Zaken, Goldberg, Ravfogel 2022", targets=every_bias, count=lambda n, m, r: n)
+full = Method(
+    Full,
+    "Full fine-tuning",
+    "the reference that all methods are measured against",
+    targets=every_parameter,
+    count=lambda n, m, r: n * m,
+)
+linear_probe = Method(
+    LinearProbe,
+    "Linear probe",
+    "a classifier on frozen features",
+    targets=nothing,
+    count=lambda n, m, r: 0,
+)
+bitfit = Method(
+    BitFit,
+    "BitFit",
+    "Ben Zaken, Goldberg, Ravfogel 2022",
+    targets=every_bias,
+    count=lambda n, m, r: n,
+)

@@ -28,17 +28,32 @@ INITS = {"normal": normal, "kaiming": kaiming}
 
 # %% ../../nbs/past/lora.ipynb #c17
 class LoRA(LowRank):
-    "ΔW = (α/r)·B A (@eq-lora-delta); B starts at 0, A at random by `init`; both train. Hu et al. 2022."
+    """ΔW = (α/r)·B A (@eq-lora-delta); B starts at 0, A at random by `init`;
+    both train. Hu et al. 2022.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, init: str = "normal"):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        init: str = "normal",
+    ):
         check_choice("init", init, INITS)
         self.start = INITS[init]
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
 
     def init(self, W0, r, generator):
         "A by the chosen law, (r, m); B = 0, (n, r)."
-        return self.start(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
+        return self.start(r, W0.shape[1], generator), torch.zeros(
+            W0.shape[0], r
+        )
 
 
-lora = Method(LoRA, "LoRA", "Hu et al. 2022", count=lambda n, m, r: r * (n + m))
+lora = Method(
+    LoRA, "LoRA", "Hu et al. 2022", count=lambda n, m, r: r * (n + m)
+)

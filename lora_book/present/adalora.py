@@ -17,17 +17,29 @@ from ..core.peft import LoraForm
 
 # %% ../../nbs/present/adalora.ipynb #c10
 class Triplets(LowRank):
-    "ΔW = s·P diag(λ) Q (@eq-adalora-delta); P (n, r), λ (r,) and Q (r, m) train, λ from 0."
+    """ΔW = s·P diag(λ) Q (@eq-adalora-delta); P (n, r), λ (r,) and Q (r, m)
+    train, λ from 0.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8,
-                 alpha: float | None = None, seed: int = 0, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         self.lam = nn.Parameter(self.Q.new_zeros(self.r))
 
     def init(self, W0, r, generator):
         "Q (r, m) and P (n, r) with entries from N(0, 0.02²)."
         n, m = W0.shape
-        Q, P = (torch.randn(size, generator=generator) for size in ((r, m), (n, r)))
+        Q, P = (
+            torch.randn(size, generator=generator) for size in ((r, m), (n, r))
+        )
         return 0.02 * Q, 0.02 * P
 
     def place(self, name: str, M: Tensor) -> None:
@@ -43,16 +55,23 @@ class Triplets(LowRank):
         return self.factors()
 
     def tangent(self, M: dict) -> Tensor:
-        "s (M_P diag(λ) Q + P diag(M_λ) Q + P diag(λ) M_Q); a missing M stands for 0."
-        P, lam, Q = (M.get(name, torch.zeros_like(getattr(self, name))) for name in TRIPLET)
+        """s (M_P diag(λ) Q + P diag(M_λ) Q + P diag(λ) M_Q); a missing M
+        stands for 0.
+        """
+        P, lam, Q = (
+            M.get(name, torch.zeros_like(getattr(self, name)))
+            for name in TRIPLET
+        )
         left = P * self.lam + self.P * lam
         return self.scaling * (left @ self.Q + (self.P * self.lam) @ Q)
 
 # %% ../../nbs/present/adalora.ipynb #c12
 def budget_at(step: int, first: int, last: int, begin: int, end: int) -> int:
-    """How many triplets `step` may keep: `first` up to step `begin`, `last` from step `end` on, a
-    cubic fall between (@eq-adalora-budget), rounded down: in whole numbers, because a fraction that
-    falls a hair short in floating point costs a triplet."""
+    """How many triplets `step` may keep: `first` up to step `begin`, `last`
+    from step `end` on, a cubic fall between (@eq-adalora-budget), rounded
+    down: in whole numbers, because a fraction that falls a hair short in
+    floating point costs a triplet.
+    """
     whole = end - begin
     left = min(max(end - step, 0), whole)
     return last + (first - last) * left**3 // whole**3
@@ -60,8 +79,9 @@ def budget_at(step: int, first: int, last: int, begin: int, end: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When triplets are pruned and to how many: in all (`budget`), or on average per weight
-    (`target_rank`); two thirds if neither is given."""
+    """When triplets are pruned and to how many: in all (`budget`), or on
+    average per weight (`target_rank`); two thirds if neither is given.
+    """
 
     begin: int
     end: int
@@ -72,12 +92,21 @@ class Schedule:
     def kept(self, step: int, ranks: list[int]) -> int:
         "The budget of `step` for weights of these ranks."
         total = sum(ranks)
-        average = 2 * total / 3 if self.target_rank is None else len(ranks) * self.target_rank
-        last = min(total, max(1, round(average if self.budget is None else self.budget)))
+        average = (
+            2 * total / 3
+            if self.target_rank is None
+            else len(ranks) * self.target_rank
+        )
+        last = min(
+            total,
+            max(1, round(average if self.budget is None else self.budget)),
+        )
         return budget_at(step, total, last, self.begin, self.end)
 
 # %% ../../nbs/present/adalora.ipynb #c13
-def check_budget(r: int, target_rank: object, budget: object, prune_every: object) -> None:
+def check_budget(
+    r: int, target_rank: object, budget: object, prune_every: object
+) -> None:
     "Raise BadValue or BadType unless the options describe one budget."
     if budget is not None:
         check_count("budget", budget)
@@ -85,24 +114,34 @@ def check_budget(r: int, target_rank: object, budget: object, prune_every: objec
         check_number("target_rank", target_rank, least=1, most=r)
     if target_rank is not None and budget is not None:
         raise BadValue(
-            f"target_rank={target_rank} and budget={budget} say the same thing twice: give one")
+            f"target_rank={target_rank} and budget={budget} say the same thing"
+            " twice: give one"
+        )
     check_count("prune_every", prune_every)
 
 
 def check_untimed(**given: object) -> None:
     "Raise BadValue if an option of the schedule was given without its length."
-    if named := [f"{name}={value}" for name, value in given.items() if value is not None]:
+    if named := [
+        f"{name}={value}" for name, value in given.items() if value is not None
+    ]:
         raise BadValue(
-            f"{named[0]} needs total_steps, the length of the training that the budget falls in")
+            f"{named[0]} needs total_steps, the length of the training that"
+            " the budget falls in"
+        )
 
 # %% ../../nbs/present/adalora.ipynb #c14
 def make_schedule(
-    r: int, target_rank, budget, total_steps, warmup, final, prune_every) -> Schedule | None:
-    """The schedule that the options describe; None without total_steps. Raises BadValue or BadType
-    for options that describe none."""
+    r: int, target_rank, budget, total_steps, warmup, final, prune_every
+) -> Schedule | None:
+    """The schedule that the options describe; None without total_steps. Raises
+    BadValue or BadType for options that describe none.
+    """
     check_budget(r, target_rank, budget, prune_every)
     if total_steps is None:
-        check_untimed(budget=budget, target_rank=target_rank, warmup=warmup, final=final)
+        check_untimed(
+            budget=budget, target_rank=target_rank, warmup=warmup, final=final
+        )
         return None
     check_count("total_steps", total_steps)
     warmup = total_steps // 10 if warmup is None else warmup
@@ -111,16 +150,22 @@ def make_schedule(
     check_count("final", final, least=0)
     if warmup + final >= total_steps:
         raise BadValue(
-            f"warmup={warmup} and final={final} leave none of total_steps={total_steps} to prune in")
-    return Schedule(warmup, total_steps - final, prune_every, target_rank, budget)
+            f"warmup={warmup} and final={final} leave none of"
+            f" total_steps={total_steps} to prune in"
+        )
+    return Schedule(
+        warmup, total_steps - final, prune_every, target_rank, budget
+    )
 
 # %% ../../nbs/present/adalora.ipynb #c16
 TRIPLET = ("P", "lam", "Q")
 
 
 def start_scores(adapter: nn.Module) -> None:
-    """Register the smoothed sensitivity and its uncertainty, 0, of each entry of the triplets, and
-    which triplets are left: all."""
+    """Register the smoothed sensitivity and its uncertainty, 0, of each entry
+    of the triplets, and
+    which triplets are left: all.
+    """
     for name in TRIPLET:
         for kind in ("sensitivity", "uncertainty"):
             start = torch.zeros_like(getattr(adapter, name)).detach()
@@ -130,29 +175,37 @@ def start_scores(adapter: nn.Module) -> None:
 
 
 def watch(adapter: nn.Module) -> None:
-    """Take the step's |θ·∂L/∂θ| into the smoothed sensitivity and its distance from that into the
-    uncertainty (@eq-adalora-smooth)."""
+    """Take the step's |θ·∂L/∂θ| into the smoothed sensitivity and its distance
+    from that into the uncertainty (@eq-adalora-smooth).
+    """
     for name in TRIPLET:
         p = getattr(adapter, name)
         if p.grad is not None:
             seen = (p * p.grad).abs()
             mean, spread = (
-                getattr(adapter, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty"))
+                getattr(adapter, f"{kind}_{name}")
+                for kind in ("sensitivity", "uncertainty")
+            )
             mean.lerp_(seen, 1 - adapter.beta1)
             spread.lerp_((seen - mean).abs(), 1 - adapter.beta2)
 
 # %% ../../nbs/present/adalora.ipynb #c17
 def scores(adapter: nn.Module) -> Tensor:
-    """The importance of each triplet, (r,): that of λ_i plus the means over column i of P and
-    row i of Q (@eq-adalora-score)."""
+    """The importance of each triplet, (r,): that of λ_i plus the means over
+    column i of P and row i of Q (@eq-adalora-score).
+    """
     P, lam, Q = (
-        getattr(adapter, f"sensitivity_{name}") * getattr(adapter, f"uncertainty_{name}")
-        for name in TRIPLET)
+        getattr(adapter, f"sensitivity_{name}")
+        * getattr(adapter, f"uncertainty_{name}")
+        for name in TRIPLET
+    )
     return lam + P.mean(0) + Q.mean(1)
 
 
 def allocate(adapters: list, budget: int) -> None:
-    "Leave the `budget` most important triplets of all adapters together; of equals, the first."
+    """Leave the `budget` most important triplets of all adapters together; of
+    equals, the first.
+    """
     found = torch.cat([scores(adapter).cpu() for adapter in adapters])
     kept = torch.zeros(len(found), dtype=torch.bool)
     kept[found.argsort(descending=True, stable=True)[:budget]] = True
@@ -163,8 +216,9 @@ def allocate(adapters: list, budget: int) -> None:
 # %% ../../nbs/present/adalora.ipynb #c19
 @torch.no_grad()
 def prune(adapters: dict, step: int) -> None:
-    """After each step: watch the gradients, choose anew every `prune_every` steps until the end of
-    the schedule, and put pruned λ back to 0."""
+    """After each step: watch the gradients, choose anew every `prune_every`
+    steps until the end of the schedule, and put pruned λ back to 0.
+    """
     found = list(adapters.values())
     schedule = found[0].schedule if found else None
     if schedule is None:
@@ -172,41 +226,69 @@ def prune(adapters: dict, step: int) -> None:
     if step <= schedule.end:
         for adapter in found:
             watch(adapter)
-        if step > schedule.begin and (step % schedule.every == 0 or step == schedule.end):
-            allocate(found, schedule.kept(step, [adapter.r for adapter in found]))
+        if step > schedule.begin and (
+            step % schedule.every == 0 or step == schedule.end
+        ):
+            allocate(
+                found, schedule.kept(step, [adapter.r for adapter in found])
+            )
     for adapter in found:
         adapter.lam.mul_(adapter.mask)
 
 
 def orthogonality(adapters: dict) -> Tensor | None:
-    "γ Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖² over all adapters (@eq-adalora-penalty); None where γ = 0."
+    """γ Σ ‖PᵀP − I‖² + ‖QQᵀ − I‖² over all adapters (@eq-adalora-penalty);
+    None where γ = 0.
+    """
     parts = [
         a.orthogonality * (gap(a.P.T @ a.P) + gap(a.Q @ a.Q.T))
-        for a in adapters.values() if a.orthogonality]
+        for a in adapters.values()
+        if a.orthogonality
+    ]
     return sum(parts) if parts else None
 
 
 def gap(G: Tensor) -> Tensor:
     "‖G − I‖² of a square G."
-    return (G - torch.eye(len(G), dtype=G.dtype, device=G.device)).square().sum()
+    return (
+        (G - torch.eye(len(G), dtype=G.dtype, device=G.device)).square().sum()
+    )
 
 # %% ../../nbs/present/adalora.ipynb #c20
 class AdaLoRA(Triplets):
     "Triplets that are pruned to a budget while they train. Zhang et al. 2023."
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8,
-                 alpha: float | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-                 target_rank: float | None = None, budget: int | None = None,
-                 total_steps: int | None = None, warmup: int | None = None,
-                 final: int | None = None, prune_every: int = 1, beta1: float = 0.85,
-                 beta2: float = 0.85, orthogonality: float = 0.1):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        target_rank: float | None = None,
+        budget: int | None = None,
+        total_steps: int | None = None,
+        warmup: int | None = None,
+        final: int | None = None,
+        prune_every: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        orthogonality: float = 0.1,
+    ):
         check_count("r", r)
         self.schedule = make_schedule(
-            r, target_rank, budget, total_steps, warmup, final, prune_every)
+            r, target_rank, budget, total_steps, warmup, final, prune_every
+        )
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             check_number(name, value, least=0, below=1)
         check_number("orthogonality", orthogonality, least=0)
-        self.beta1, self.beta2, self.orthogonality = beta1, beta2, orthogonality
+        self.beta1, self.beta2, self.orthogonality = (
+            beta1,
+            beta2,
+            orthogonality,
+        )
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         if self.schedule is not None:
             start_scores(self)
@@ -215,10 +297,21 @@ class AdaLoRA(Triplets):
         "A LoRA of the triplets that are left; None before the first pruning."
         if self.schedule is None or bool(self.mask.all()):
             return None
-        kept = self.mask.nonzero()[:, 0] if self.mask.any() else self.mask.new_zeros(1).long()
-        return LoraForm(self.Q[kept], (self.P * self.lam)[:, kept], self.scaling)
+        kept = (
+            self.mask.nonzero()[:, 0]
+            if self.mask.any()
+            else self.mask.new_zeros(1).long()
+        )
+        return LoraForm(
+            self.Q[kept], (self.P * self.lam)[:, kept], self.scaling
+        )
 
 
 adalora = Method(
-    AdaLoRA, "AdaLoRA", "Zhang et al. 2023", after=prune, penalty=orthogonality,
-    count=lambda n, m, r: r * (n + m + 1))
+    AdaLoRA,
+    "AdaLoRA",
+    "Zhang et al. 2023",
+    after=prune,
+    penalty=orthogonality,
+    count=lambda n, m, r: r * (n + m + 1),
+)

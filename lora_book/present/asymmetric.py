@@ -16,14 +16,20 @@ from ..core.errors import BadValue, check_choice, check_number
 from ..past.lora import kaiming
 
 # %% ../../nbs/present/asymmetric.ipynb #c10
-def gaussian(r: int, m: int, generator: torch.Generator, sigma: float = 0.02) -> Tensor:
+def gaussian(
+    r: int, m: int, generator: torch.Generator, sigma: float = 0.02
+) -> Tensor:
     "Entries drawn from N(0, σ²), (r, m)."
     return sigma * torch.randn(r, m, generator=generator)
 
 
 def orthonormal(r: int, m: int, generator: torch.Generator) -> Tensor:
-    "r <= m orthonormal rows of length m, every such frame equally likely; (r, m) float64."
-    Q, R = torch.linalg.qr(torch.randn(m, r, generator=generator, dtype=torch.float64))
+    """r <= m orthonormal rows of length m, every such frame equally likely;
+    (r, m) float64.
+    """
+    Q, R = torch.linalg.qr(
+        torch.randn(m, r, generator=generator, dtype=torch.float64)
+    )
     return (Q * R.diagonal().sign()).t()
 
 
@@ -31,21 +37,39 @@ LAWS = {"normal": gaussian, "kaiming": kaiming, "orthonormal": orthonormal}
 
 # %% ../../nbs/present/asymmetric.ipynb #c11
 def frozen_law(init: str, sigma: float | None) -> Callable:
-    "The law of a frozen factor, a function of (r, m, generator); raises BadValue for an unknown name or a sigma that the law doesn't have."
+    """The law of a frozen factor, a function of (r, m, generator); raises
+    BadValue for an unknown name or a sigma that the law doesn't have.
+    """
     check_choice("init", init, LAWS)
     if sigma is None:
         return LAWS[init]
     check_number("sigma", sigma, above=0)
     if init != "normal":
-        raise BadValue(f"sigma={sigma} belongs to init='normal'; init={init!r} has no sigma")
+        raise BadValue(
+            f"sigma={sigma} belongs to init='normal'; init={init!r} has no"
+            " sigma"
+        )
     return partial(gaussian, sigma=sigma)
 
 # %% ../../nbs/present/asymmetric.ipynb #c12
 class Asymmetric(LowRank):
-    "ΔW = (α/r)·B A0 with A0 frozen, or (α/r)·B0 A with B0 frozen (@eq-asymmetric-delta); P2 Eq. (8)."
+    """ΔW = (α/r)·B A0 with A0 frozen, or (α/r)·B0 A with B0 frozen
+    (@eq-asymmetric-delta); P2 Eq. (8).
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, train: str = "B", init: str = "normal", sigma: float | None = None):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        train: str = "B",
+        init: str = "normal",
+        sigma: float | None = None,
+    ):
         check_choice("train", train, ("B", "A"))
         self.trainable, self.law = train, frozen_law(init, sigma)
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
@@ -58,4 +82,9 @@ class Asymmetric(LowRank):
         return torch.zeros(r, m), self.law(r, n, generator).t()
 
 
-asymmetric = Method(Asymmetric, "Asymmetric LoRA", "Zhu et al. 2024", count=lambda n, m, r: r * n)
+asymmetric = Method(
+    Asymmetric,
+    "Asymmetric LoRA",
+    "Zhu et al. 2024",
+    count=lambda n, m, r: r * n,
+)

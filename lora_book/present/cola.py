@@ -14,17 +14,46 @@ from ..past.lora import INITS
 
 # %% ../../nbs/present/cola.ipynb #c11
 class CoLA(Chain):
-    "ΔW = (α/r)·Σ_j B^j A^j (@eq-cola-delta); each link begins as LoRA does, and both its factors train. P2 Eq. (7)."
+    """ΔW = (α/r)·Σ_j B^j A^j (@eq-cola-delta); each link begins as LoRA does,
+    and both its factors train. P2 Eq. (7).
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None, init: str = "normal"):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        chain_length: int | None = None,
+        reset_every: int | None = None,
+        init: str = "normal",
+    ):
         check_choice("init", init, INITS)
         self.start = INITS[init]
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, chain_length=chain_length, reset_every=reset_every)
+        super().__init__(
+            W0,
+            bias,
+            r=r,
+            alpha=alpha,
+            seed=seed,
+            dtype=dtype,
+            chain_length=chain_length,
+            reset_every=reset_every,
+        )
 
     def init(self, W0, r, generator):
         "A link: A by the chosen law, B = 0."
-        return self.start(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
+        return self.start(r, W0.shape[1], generator), torch.zeros(
+            W0.shape[0], r
+        )
 
 
-cola = Method(CoLA, "Chain of LoRA", "Xia, Qin, Hazan 2024", count=lambda n, m, r: r * (n + m))
+cola = Method(
+    CoLA,
+    "Chain of LoRA",
+    "Xia, Qin, Hazan 2024",
+    count=lambda n, m, r: r * (n + m),
+)

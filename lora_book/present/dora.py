@@ -12,7 +12,14 @@ from ..core.adapter import wide, widened
 from ..core.adapting import Method
 from ..core.errors import BadType
 from ..core.peft import LoraForm
-from ..core.products import Product, add_product, applied, copy_pays, rows_of, summed
+from lora_book.core.products import (
+    Product,
+    add_product,
+    applied,
+    copy_pays,
+    rows_of,
+    summed,
+)
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/dora.ipynb #c11
@@ -49,18 +56,36 @@ class RowLengths(Product):
         own, W = divided(gl, lengths)[:, None], W0.to(A.dtype)
         P = own * B
         gA = ctx.scale * (P.t() @ W + ctx.scale * (P.t() @ B) @ A)
-        return None, gA, ctx.scale * own * (W @ A.t() + ctx.scale * B @ (A @ A.t())), None
+        return (
+            None,
+            gA,
+            ctx.scale * own * (W @ A.t() + ctx.scale * B @ (A @ A.t())),
+            None,
+        )
 
 
 def row_lengths(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    "‖W0 + s·B A‖ of each row, (n,), differentiable in A and B; in the widest type of the three, float32 or wider."
+    """‖W0 + s·B A‖ of each row, (n,), differentiable in A and B; in the widest
+    type of the three, float32 or wider.
+    """
     dtype = torch.promote_types(wide(W0.dtype), A.dtype)
     with torch.autocast(W0.device.type, enabled=False):
-        return applied(RowLengths, W0.detach(), A.to(dtype), B.to(dtype), scale)
+        return applied(
+            RowLengths, W0.detach(), A.to(dtype), B.to(dtype), scale
+        )
 
 # %% ../../nbs/present/dora.ipynb #c15
-def unscaled(X: Tensor, W: Tensor, V: Tensor | None, blocks: list, factors: list, us: list) -> Tensor:
-    "N = X (W + s·B A)ᵀ, (T, n), from the sum V if it's given, from a changed copy of W or from the U_i."
+def unscaled(
+    X: Tensor,
+    W: Tensor,
+    V: Tensor | None,
+    blocks: list,
+    factors: list,
+    us: list,
+) -> Tensor:
+    """N = X (W + s·B A)ᵀ, (T, n), from the sum V if it's given, from a changed
+    copy of W or from the U_i.
+    """
     if copy_pays(len(X), W):
         return X @ (summed(W, blocks, factors) if V is None else V).t()
     N = X @ W.t()
@@ -77,7 +102,15 @@ class ScaledProduct(Product):
         us = [X @ A.t() for A in factors[::2]]
         N = unscaled(X, W, V, blocks, factors, us)
         Y = torch.empty_like(N)
-        return torch.mul(N, d, out=Y) if bias is None else torch.addcmul(bias, N, d, out=Y), N, *us
+        return (
+            (
+                torch.mul(N, d, out=Y)
+                if bias is None
+                else torch.addcmul(bias, N, d, out=Y)
+            ),
+            N,
+            *us,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -85,7 +118,14 @@ class ScaledProduct(Product):
         X, W, _, d, _, ctx.blocks, *factors = inputs
         needs, ctx.shape = ctx.needs_input_grad, output[1].shape
         us = output[2:] if any(needs[6:]) else [None] * len(ctx.blocks)
-        ctx.save_for_backward(X if needs[1] or any(needs[6:]) else None, W, d, output[1] if needs[3] else None, *factors, *us)
+        ctx.save_for_backward(
+            X if needs[1] or any(needs[6:]) else None,
+            W,
+            d,
+            output[1] if needs[3] else None,
+            *factors,
+            *us,
+        )
 
     @staticmethod
     def backward(ctx, G, GN, *GU):
@@ -93,38 +133,64 @@ class ScaledProduct(Product):
         needs, count = ctx.needs_input_grad, 2 * len(ctx.blocks)
         factors, us = rest[:count], rest[count:]
         G = W.new_zeros(ctx.shape) if G is None else G
-        gb, gd = G.sum(0) if needs[2] else None, torch.sum(G * N, 0, dtype=d.dtype) if needs[3] else None
+        gb, gd = (
+            G.sum(0) if needs[2] else None,
+            (torch.sum(G * N, 0, dtype=d.dtype) if needs[3] else None),
+        )
         if GN is not None:
             G, d = (G * d).to(G.dtype) + GN, torch.ones_like(d)
         GX = input_grad(G, W, d, ctx.blocks, factors, GU) if needs[0] else None
         gW = (d[:, None] * (G.t() @ X)).to(W.dtype) if needs[1] else None
-        own = factor_grads(X, G, d, ctx.blocks, factors[1::2], us, GU) if any(needs[6:]) else [None] * count
+        own = (
+            factor_grads(X, G, d, ctx.blocks, factors[1::2], us, GU)
+            if any(needs[6:])
+            else [None] * count
+        )
         return GX, gW, gb, gd, None, None, *own
 
 # %% ../../nbs/present/dora.ipynb #c18
-def input_grad(G: Tensor, W: Tensor, d: Tensor, blocks: list, factors: list, GU: list) -> Tensor:
-    "∂L/∂X = G diag(d) (W + s·B A), (T, m), plus what reaches the U_i themselves (None for 0)."
+def input_grad(
+    G: Tensor, W: Tensor, d: Tensor, blocks: list, factors: list, GU: list
+) -> Tensor:
+    """∂L/∂X = G diag(d) (W + s·B A), (T, m), plus what reaches the U_i
+    themselves (None for 0).
+    """
     if copy_pays(len(G), W):
         GX = G @ stretched(W, d, blocks, factors)
     else:
         G = (G * d).to(G.dtype)
         GX = G @ W
-        for (rows, scale), A, B in zip(blocks, factors[::2], factors[1::2], strict=True):
+        for (rows, scale), A, B in zip(
+            blocks, factors[::2], factors[1::2], strict=True
+        ):
             add_product(GX, rows_of(G, rows) @ B, A, scale)
-    return sum((gu @ A for A, gu in zip(factors[::2], GU, strict=True) if gu is not None), GX)
+    return sum(
+        (
+            gu @ A
+            for A, gu in zip(factors[::2], GU, strict=True)
+            if gu is not None
+        ),
+        GX,
+    )
 
 
 def stretched(W: Tensor, d: Tensor, blocks: list, factors: list) -> Tensor:
     "diag(d) (W + s·B A), a new (n, m) tensor."
     V = d[:, None] * W
-    for (rows, scale), A, B in zip(blocks, factors[::2], factors[1::2], strict=True):
+    for (rows, scale), A, B in zip(
+        blocks, factors[::2], factors[1::2], strict=True
+    ):
         own = d if rows is None else d[rows]
         add_product(V if rows is None else V[rows], own[:, None] * B, A, scale)
     return V
 
 
-def factor_grads(X: Tensor, G: Tensor, d: Tensor, blocks: list, Bs: list, us: list, GU: list) -> list:
-    "∂L/∂A_i = s (G diag(d) B_i)ᵀ X, (r, m), and ∂L/∂B_i = s diag(d) Gᵀ U_i, (k, r), in turn."
+def factor_grads(
+    X: Tensor, G: Tensor, d: Tensor, blocks: list, Bs: list, us: list, GU: list
+) -> list:
+    """∂L/∂A_i = s (G diag(d) B_i)ᵀ X, (r, m), and ∂L/∂B_i = s diag(d) Gᵀ U_i,
+    (k, r), in turn.
+    """
     grads = []
     for (rows, scale), B, U, gu in zip(blocks, Bs, us, GU, strict=True):
         own, H = (d if rows is None else d[rows])[:, None], rows_of(G, rows)
@@ -134,34 +200,61 @@ def factor_grads(X: Tensor, G: Tensor, d: Tensor, blocks: list, Bs: list, us: li
     return grads
 
 # %% ../../nbs/present/dora.ipynb #c19
-def scaled_linear(x: Tensor, W: Tensor, bias: Tensor | None, d: Tensor, blocks: list, V: Tensor | None = None) -> Tensor:
+def scaled_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    d: Tensor,
+    blocks: list,
+    V: Tensor | None = None,
+) -> Tensor:
     """d ⊙ (x (W + s·B A)ᵀ) + bias (@eq-dora-product).
 
-    x (..., m); W (n, m); bias (n,) or None; d (n,), float32 or wider; blocks: a list of (rows, A (r, m), B (k, r), s) with `rows` a
-    slice of k rows of W or None for all; factors are cast to x's dtype; V (n, m): W + s·B A, if it is at hand. Returns (..., n). Keeps x,
-    the output before scaling and T·r numbers a block.
+    x (..., m); W (n, m); bias (n,) or None; d (n,), float32 or wider; blocks:
+    a list of (rows, A (r, m), B (k, r), s) with `rows` a slice of k rows of W
+    or None for all; factors are cast to x's dtype; V (n, m): W + s·B A, if it
+    is at hand. Returns (..., n). Keeps x, the output before scaling and T·r
+    numbers a block.
     """
     X = x.reshape(-1, x.shape[-1])
     spans = [(rows, float(scale)) for rows, _, _, scale in blocks]
     factors = [M.to(x.dtype) for _, A, B, _ in blocks for M in (A, B)]
-    Y = applied(ScaledProduct, X, W, bias, d.to(wide(x.dtype)), V, spans, *factors)[0]
+    Y = applied(
+        ScaledProduct, X, W, bias, d.to(wide(x.dtype)), V, spans, *factors
+    )[0]
     return Y.view(*x.shape[:-1], W.shape[0])
 
 
 @torch.no_grad()
 def shared_sum(x: Tensor, W: Tensor, blocks: list) -> Tensor | None:
-    "W + s·B A (n, m), detached, where it serves for the lengths and for the product with x; None where it can't."
+    """W + s·B A (n, m), detached, where it serves for the lengths and for the
+    product with x; None where it can't.
+    """
     adapters = [block.adapter for block in blocks]
-    if not copy_pays(x.numel() // x.shape[-1], W) or any(a.A.dtype != W.dtype or not a.detach_norm for a in adapters):
+    if not copy_pays(x.numel() // x.shape[-1], W) or any(
+        a.A.dtype != W.dtype or not a.detach_norm for a in adapters
+    ):
         return None
-    return summed(W, [(b.rows, a.scaling) for b, a in zip(blocks, adapters, strict=True)], [M for a in adapters for M in (a.A, a.B)])
+    return summed(
+        W,
+        [(b.rows, a.scaling) for b, a in zip(blocks, adapters, strict=True)],
+        [M for a in adapters for M in (a.A, a.B)],
+    )
 
 # %% ../../nbs/present/dora.ipynb #c20
 def all_ratios(n: int, blocks: list, V: Tensor | None = None) -> Tensor:
-    "d of every row of the layer's weight (n of them): 1 for rows outside the blocks. V (n, m): W + s·B A, if it is at hand."
+    """d of every row of the layer's weight (n of them): 1 for rows outside the
+    blocks. V (n, m): W + s·B A, if it is at hand.
+    """
     if blocks[0].rows is None:
         return blocks[0].adapter.ratio(blocks[0].W0, V)
-    own = sorted(((b.rows, b.adapter.ratio(b.W0, None if V is None else V[b.rows])) for b in blocks), key=lambda part: part[0].start)
+    own = sorted(
+        (
+            (b.rows, b.adapter.ratio(b.W0, None if V is None else V[b.rows]))
+            for b in blocks
+        ),
+        key=lambda part: part[0].start,
+    )
     parts, at = [], 0
     for rows, d in own:
         parts += [d.new_ones(rows.start - at), d]
@@ -170,24 +263,50 @@ def all_ratios(n: int, blocks: list, V: Tensor | None = None) -> Tensor:
 
 # %% ../../nbs/present/dora.ipynb #c22
 class _Lengths(LoRA):
-    "V = W0 + s·B A, the lengths of its rows, and the change that gives each row a length of its own."
+    """V = W0 + s·B A, the lengths of its rows, and the change that gives each
+    row a length of its own.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, init: str = "normal", detach_norm: bool = True):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        init: str = "normal",
+        detach_norm: bool = True,
+    ):
         if not isinstance(detach_norm, bool):
-            raise BadType(f"detach_norm must be True or False, not {detach_norm!r}")
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, init=init)
+            raise BadType(
+                f"detach_norm must be True or False, not {detach_norm!r}"
+            )
+        super().__init__(
+            W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, init=init
+        )
         self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(self.lengths(W0).detach().to(self.A.dtype))
+        self.magnitude = nn.Parameter(
+            self.lengths(W0).detach().to(self.A.dtype)
+        )
 
     def lengths(self, W0: Tensor) -> Tensor:
-        "‖V‖ of each row of V = W0 + s·B A, (n,); a constant with `detach_norm`."
-        A, B = (self.A.detach(), self.B.detach()) if self.detach_norm else (self.A, self.B)
+        """‖V‖ of each row of V = W0 + s·B A, (n,); a constant with
+        `detach_norm`.
+        """
+        A, B = (
+            (self.A.detach(), self.B.detach())
+            if self.detach_norm
+            else (self.A, self.B)
+        )
         return row_lengths(W0, A, B, self.scaling)
 
     def ratio(self, W0: Tensor, V: Tensor | None = None) -> Tensor:
         "d = g / ‖V‖, (n,); V (n, m), if it is at hand, is a constant."
-        return divided(self.magnitude, self.lengths(W0) if V is None else V.norm(dim=1))
+        return divided(
+            self.magnitude, self.lengths(W0) if V is None else V.norm(dim=1)
+        )
 
     def moved(self, W0: Tensor) -> Tensor:
         "V = W0 + s·B A, (n, m)."
@@ -202,12 +321,19 @@ class _Turning(_Lengths):
     "How the weight moves while g, A and B do."
 
     def tangent(self, M: dict, W0: Tensor | None = None) -> Tensor:
-        "d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B A + B M_A), (n, m); raises BadType without W0."
+        """d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B
+        A + B M_A), (n, m); raises BadType without W0.
+        """
         if W0 is None:
             raise BadType("how DoRA's weight moves depends on W0: give it")
         V, dV, lengths = self.moved(W0), super().tangent(M), self.lengths(W0)
         along = divided((V * dV).sum(1), lengths**2)[:, None] * V
-        stretched = divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[:, None] * V
+        stretched = (
+            divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[
+                :, None
+            ]
+            * V
+        )
         return self.ratio(W0)[:, None] * (dV - along) + stretched
 
     def direction(self, M: dict, W0: Tensor) -> list:
@@ -216,7 +342,9 @@ class _Turning(_Lengths):
 
 # %% ../../nbs/present/dora.ipynb #c22d
 class DoRA(_Turning):
-    "ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta). Liu et al. 2024, eq. 5."
+    """ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta).
+    Liu et al. 2024, eq. 5.
+    """
 
     def rank_bound(self, n: int, m: int) -> int:
         "min(n, m)."
@@ -227,14 +355,27 @@ class DoRA(_Turning):
         return x @ self.delta(W0).to(x.dtype).t()
 
     @classmethod
-    def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
+    def product(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
         "The layer's output (@eq-dora-product)."
-        terms, V = [(b.rows, b.adapter.A, b.adapter.B, b.adapter.scaling) for b in blocks], shared_sum(x, W, blocks)
-        return scaled_linear(x, W, bias, all_ratios(W.shape[0], blocks, V), terms, V)
+        terms, V = (
+            [
+                (b.rows, b.adapter.A, b.adapter.B, b.adapter.scaling)
+                for b in blocks
+            ],
+            shared_sum(x, W, blocks),
+        )
+        return scaled_linear(
+            x, W, bias, all_ratios(W.shape[0], blocks, V), terms, V
+        )
 
     def factors(self) -> list:
         "Raises BadType: the change isn't a product of small factors."
-        raise BadType("DoRA's change of lengths has full rank: it isn't a product of small factors")
+        raise BadType(
+            "DoRA's change of lengths has full rank: it isn't a product of"
+            " small factors"
+        )
 
     def moving(self) -> list:
         "Raises BadType, as `factors`."
@@ -245,4 +386,6 @@ class DoRA(_Turning):
         return LoraForm(self.A, self.B, self.scaling, self.magnitude)
 
 
-dora = Method(DoRA, "DoRA", "Liu et al. 2024", count=lambda n, m, r: r * (n + m) + n)
+dora = Method(
+    DoRA, "DoRA", "Liu et al. 2024", count=lambda n, m, r: r * (n + m) + n
+)

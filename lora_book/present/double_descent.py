@@ -30,28 +30,43 @@ from ..core.training import evaluate, loss_of
 from .sharpness import ascent_gap, random_gap, total_norm
 
 # %% ../../nbs/present/double_descent.ipynb #c07
-def feature_errors(p: int, N: int, d: int, noise: float, generator: torch.Generator) -> tuple[float, float]:
-    """Training and test error (mean squares) of the shortest least-squares fit on p random ReLU features (@eq-double_descent-fit).
+def feature_errors(
+    p: int, N: int, d: int, noise: float, generator: torch.Generator
+) -> tuple[float, float]:
+    """Training and test error (mean squares) of the shortest least-squares fit
+    on p random ReLU features (@eq-double_descent-fit).
 
-    N examples of dimension d, targets linear in x plus noise·N(0, 1); the test has 500 examples without noise. Belkin et al. 2019.
+    N examples of dimension d, targets linear in x plus noise·N(0, 1); the test
+    has 500 examples without noise. Belkin et al. 2019.
     """
     for name, value in (("p", p), ("N", N), ("d", d)):
         check_count(name, value)
     check_number("noise", noise, least=0)
-    X, V, w = (torch.randn(s, generator=generator, dtype=torch.float64) for s in [(N + 500, d), (p, d), (d,)])
+    X, V, w = (
+        torch.randn(s, generator=generator, dtype=torch.float64)
+        for s in [(N + 500, d), (p, d), (d,)]
+    )
     features, y = (X @ V.T).clamp(min=0) / d**0.5, X @ w / d**0.5
-    seen = y[:N] + noise * torch.randn(N, generator=generator, dtype=torch.float64)
+    seen = y[:N] + noise * torch.randn(
+        N, generator=generator, dtype=torch.float64
+    )
     theta = torch.linalg.pinv(features[:N], rtol=1e-12) @ seen
-    return (features[:N] @ theta - seen).square().mean().item(), (features[N:] @ theta - y[N:]).square().mean().item()
+    return (features[:N] @ theta - seen).square().mean().item(), (
+        features[N:] @ theta - y[N:]
+    ).square().mean().item()
 
 # %% ../../nbs/present/double_descent.ipynb #c11
 def best_losses(X: Tensor, R: Tensor) -> Tensor:
-    "min over rank(Δ) <= r of ‖X Δᵀ − R‖²_F for r = 0 .. min(n, m), X (T, m) of full column rank, R (T, n); float64 (reduced-rank regression)."
+    """min over rank(Δ) <= r of ‖X Δᵀ − R‖²_F for r = 0 .. min(n, m), X (T, m)
+    of full column rank, R (T, n); float64 (reduced-rank regression).
+    """
     if X.shape[0] != R.shape[0]:
         raise BadValue(f"X has {X.shape[0]} rows and R has {R.shape[0]}")
     Q, _ = torch.linalg.qr(X.double())
     inside = Q @ (Q.t() @ R.double())
-    values = torch.linalg.svdvals(inside)[: min(X.shape[1], R.shape[1])].square()
+    values = torch.linalg.svdvals(inside)[
+        : min(X.shape[1], R.shape[1])
+    ].square()
     tails = values.sum() - torch.cat([values.new_zeros(1), values.cumsum(0)])
     return tails.clamp(min=0) + (R.double() - inside).square().sum()
 
@@ -63,22 +78,31 @@ def smooth(losses: Tensor, k: int) -> Tensor:
 
 
 def has_three_phases(losses: Tensor, k: int = 8, share: float = 0.1) -> bool:
-    "Whether the running mean over k values falls, rises by more than `share` of its whole fall, and ends below where that rise began (@eq-double_descent-phases)."
+    """Whether the running mean over k values falls, rises by more than `share`
+    of its whole fall, and ends below where that rise began
+    (@eq-double_descent-phases).
+    """
     check_number("share", share, above=0)
     curve = smooth(losses, k)
     lowest = curve.cummin(0).values
-    risen = ((curve - lowest) > share * (curve[0] - lowest[-1])) & (lowest < curve[0])
+    risen = ((curve - lowest) > share * (curve[0] - lowest[-1])) & (
+        lowest < curve[0]
+    )
     return bool(risen.any() and curve[-1] < lowest[risen.nonzero()[0, 0]])
 
 
 def roughness(losses: Tensor) -> float:
-    "The mean absolute change of the loss from one step to the next, over the loss's mean."
+    """The mean absolute change of the loss from one step to the next, over the
+    loss's mean.
+    """
     return (losses.diff().abs().mean() / losses.mean()).item()
 
 # %% ../../nbs/present/double_descent.ipynb #c27
 def turns(means: list, spreads: list) -> str:
-    """The moves of a curve beyond its spread, as "-" and "+" in turn: "-+-" is double descent. A move counts if it exceeds the larger
-    of the spreads at its ends; smaller ones against it are passed over."""
+    """The moves of a curve beyond its spread, as "-" and "+" in turn: "-+-" is
+    double descent. A move counts if it exceeds the larger of the spreads at
+    its ends; smaller ones against it are passed over.
+    """
     if len(means) != len(spreads):
         raise BadValue(f"{len(means)} means and {len(spreads)} spreads")
     found, at = "", 0
@@ -93,9 +117,13 @@ def turns(means: list, spreads: list) -> str:
 # %% ../../nbs/present/double_descent.ipynb #c30
 @dataclass(frozen=True)
 class Task:
-    """A problem on which the rank is varied: data, pre-trained model and where it is adapted; ranks from 1 to full; learning rates;
-    the rank and the rates at which steps are compared; steps of `batch` rows; `every` how many steps the loss is measured, on
-    `judged` rows of the training set's `rows`; the task on which the steps' options are chosen."""
+    """A problem on which the rank is varied: data, pre-trained model and where
+    it is adapted; ranks from 1 to full; learning rates; the rank and the rates
+    at which steps are compared; steps of `batch` rows; `every` how many steps
+    the loss is measured, on
+    `judged` rows of the training set's `rows`; the task on which the steps'
+    options are chosen.
+    """
 
     data: str
     model: str
@@ -114,18 +142,56 @@ class Task:
 
 
 TASKS = {
-    "digits": Task("digits", "digits_vit", None, ("attn.qkv[q,v]",), (1, 4, 8, 16, 64), (1e-3, 1e-2, 5e-2), 4, (1e-2, 5e-2),
-                   32, 48, 4, 160),
-    "source": Task("docstrings/source", "minilm", "classifier", ("query", "value"), (1, 16, 384), (1e-3, 1e-2, 5e-2), 16, (1e-2,),
-                   8, 32, 8, 32)}
+    "digits": Task(
+        "digits",
+        "digits_vit",
+        None,
+        ("attn.qkv[q,v]",),
+        (1, 4, 8, 16, 64),
+        (1e-3, 1e-2, 5e-2),
+        4,
+        (1e-2, 5e-2),
+        32,
+        48,
+        4,
+        160,
+    ),
+    "source": Task(
+        "docstrings/source",
+        "minilm",
+        "classifier",
+        ("query", "value"),
+        (1, 16, 384),
+        (1e-3, 1e-2, 5e-2),
+        16,
+        (1e-2,),
+        8,
+        32,
+        8,
+        32,
+    ),
+}
 ALPHA = 4.0
 
 # %% ../../nbs/present/double_descent.ipynb #c31
-def build(adapt: Callable, made: Task, method: str, r: int, seed: int, **options) -> nn.Module:
-    "The task's pre-trained model, adapted; a classifier for new classes is fresh and trains beside the adapters."
+def build(
+    adapt: Callable, made: Task, method: str, r: int, seed: int, **options
+) -> nn.Module:
+    """The task's pre-trained model, adapted; a classifier for new classes is
+    fresh and trains beside the adapters.
+    """
     classes = len(load_data(made.data).classes) if made.head else None
     model = load_model(made.model, classes, seed=seed)
-    return adapt(model, method, list(made.targets), r=r, alpha=ALPHA, head=made.head, seed=seed, **options)
+    return adapt(
+        model,
+        method,
+        list(made.targets),
+        r=r,
+        alpha=ALPHA,
+        head=made.head,
+        seed=seed,
+        **options,
+    )
 
 
 def endless(split: Split, size: int, seed: int) -> Iterator:
@@ -134,97 +200,243 @@ def endless(split: Split, size: int, seed: int) -> Iterator:
         yield from batches(split, size, seed=site_seed(seed, "epoch", epoch))
 
 
-def curves(model: nn.Module, made: Task, lr: float, seed: int, still: bool) -> tuple[list, list]:
-    """Train with AdamW at a constant rate. Returns each step's batch loss, and the loss of the first `judged` training rows every
-    `every` steps, the start and the end included. With `still` the batch's loss is measured before the step, with nothing moved."""
+def curves(
+    model: nn.Module, made: Task, lr: float, seed: int, still: bool
+) -> tuple[list, list]:
+    """Train with AdamW at a constant rate. Returns each step's batch loss, and
+    the loss of the first `judged` training rows every
+    `every` steps, the start and the end included. With `still` the batch's
+    loss is measured before the step, with nothing moved.
+    """
     train = load_data(made.data, limit=made.rows).train
     optimizer = torch.optim.AdamW(param_groups(model, lr), weight_decay=0.0)
     seen, measured = [], []
-    for at, batch in enumerate(islice(endless(train, made.batch, seed), made.steps)):
-        measured += [evaluate(model, train.first(made.judged))["loss"]] * (at % made.every == 0)
+    for at, batch in enumerate(
+        islice(endless(train, made.batch, seed), made.steps)
+    ):
+        measured += [evaluate(model, train.first(made.judged))["loss"]] * (
+            at % made.every == 0
+        )
         with torch.no_grad():
             here = loss_of(model, batch) if still else None
-        moved = train_step(model, optimizer, lambda batch=batch: loss_of(model, batch))
+        moved = train_step(
+            model, optimizer, lambda batch=batch: loss_of(model, batch)
+        )
         seen.append((here if still else moved).item())
     return seen, [*measured, evaluate(model, train.first(made.judged))["loss"]]
 
 # %% ../../nbs/present/double_descent.ipynb #c33
-def weight_sharpness(model: nn.Module, loss: Callable, share: float, draws: int, g: torch.Generator) -> dict[str, float]:
-    """How the loss rises when the adapted layers' whole weights W0 + ΔW move by `share` of their norm: along the gradient, and in the
-    mean of `draws` random directions. The weights, not the factors, are moved, so methods can be compared. loss: model -> scalar."""
-    names, plain = sorted(name for name, _ in sites(model)), copy.deepcopy(model)
+def weight_sharpness(
+    model: nn.Module,
+    loss: Callable,
+    share: float,
+    draws: int,
+    g: torch.Generator,
+) -> dict[str, float]:
+    """How the loss rises when the adapted layers' whole weights W0 + ΔW move
+    by `share` of their norm: along the gradient, and in the mean of `draws`
+    random directions. The weights, not the factors, are moved, so methods can
+    be compared. loss: model -> scalar.
+    """
+    names, plain = (
+        sorted(name for name, _ in sites(model)),
+        copy.deepcopy(model),
+    )
     merge(plain, unload=True)
-    weights = [plain.get_submodule(name).weight.requires_grad_() for name in names]
+    weights = [
+        plain.get_submodule(name).weight.requires_grad_() for name in names
+    ]
     rho = share * total_norm(weights).item()
-    return {"ascent": ascent_gap(weights, lambda: loss(plain), rho), "random": random_gap(weights, lambda: loss(plain), 10 * rho, draws, g)}
+    return {
+        "ascent": ascent_gap(weights, lambda: loss(plain), rho),
+        "random": random_gap(weights, lambda: loss(plain), 10 * rho, draws, g),
+    }
 
 
-def ends(model: nn.Module, made: Task, seed: int, shown: int = 140) -> dict[str, float]:
-    "Sharpness on the judged training rows, and loss and accuracy on `shown` validation and test rows."
+def ends(
+    model: nn.Module, made: Task, seed: int, shown: int = 140
+) -> dict[str, float]:
+    """Sharpness on the judged training rows, and loss and accuracy on `shown`
+    validation and test rows.
+    """
     data = load_data(made.data)
-    (batch,) = batches(data.train.first(made.judged), made.judged, shuffle=False)
-    found = weight_sharpness(model, lambda m: loss_of(m, batch), 0.01, 5, generator(seed, "sharpness"))
-    parts = {name: evaluate(model, data.splits[name].first(shown)) for name in ("validation", "test")}
-    return found | {f"{name}_{key}": value for name, own in parts.items() for key, value in own.items()}
+    (batch,) = batches(
+        data.train.first(made.judged), made.judged, shuffle=False
+    )
+    found = weight_sharpness(
+        model,
+        lambda m: loss_of(m, batch),
+        0.01,
+        5,
+        generator(seed, "sharpness"),
+    )
+    parts = {
+        name: evaluate(model, data.splits[name].first(shown))
+        for name in ("validation", "test")
+    }
+    return found | {
+        f"{name}_{key}": value
+        for name, own in parts.items()
+        for key, value in own.items()
+    }
 
 
-def run(adapt: Callable, task: str, method: str, r: int, lr: float, seed: int, compare: bool = False, **options) -> dict:
+def run(
+    adapt: Callable,
+    task: str,
+    method: str,
+    r: int,
+    lr: float,
+    seed: int,
+    compare: bool = False,
+    **options,
+) -> dict:
     "One run: its curves and, for a comparison of steps, what it ends at."
     made = TASKS[task]
     model = build(adapt, made, method, r, seed, **options)
     seen, measured = curves(model, made, lr, seed, compare)
-    found = {"seed": seed, "seen": seen, "measured": measured} | (ends(model, made, seed) if compare else {})
-    return {key: [round(v, 6) for v in value] if isinstance(value, list) else value for key, value in found.items()}
+    found = {"seed": seed, "seen": seen, "measured": measured} | (
+        ends(model, made, seed) if compare else {}
+    )
+    return {
+        key: [round(v, 6) for v in value] if isinstance(value, list) else value
+        for key, value in found.items()
+    }
 
 # %% ../../nbs/present/double_descent.ipynb #c34
 SCALES = ("lora", "rslora")
-WAYS = {"lora": [{}], "rslora": [{}], "sam": [{"rho": 0.05}, {"rho": 0.2}], "ggpo": [{"rho": 0.02}, {"rho": 0.2}],
-        "mgpo": [{"rho": 0.003}, {"rho": 0.02}]}
+WAYS = {
+    "lora": [{}],
+    "rslora": [{}],
+    "sam": [{"rho": 0.05}, {"rho": 0.2}],
+    "ggpo": [{"rho": 0.02}, {"rho": 0.2}],
+    "mgpo": [{"rho": 0.003}, {"rho": 0.02}],
+}
 SELECTION_SEED = 100
 
 
 def sweep(task: str) -> list[tuple]:
-    "(method, r, lr) of the sweep; at r = 1 both scales are the same, and one is run."
+    """(method, r, lr) of the sweep; at r = 1 both scales are the same, and one
+    is run.
+    """
     made = TASKS[task]
-    return [(m, r, lr) for r in made.ranks for m in SCALES[: 1 if r == 1 else 2] for lr in made.rates]
+    return [
+        (m, r, lr)
+        for r in made.ranks
+        for m in SCALES[: 1 if r == 1 else 2]
+        for lr in made.rates
+    ]
 
 
 def chosen(adapt: Callable, task: str, method: str, lr: float) -> dict:
-    "The step's options: the candidate with the smallest validation loss on the task's `tuned`, by a seed that isn't used again."
+    """The step's options: the candidate with the smallest validation loss on
+    the task's `tuned`, by a seed that isn't used again.
+    """
     tuned, candidates = TASKS[task].tuned, WAYS[method]
     if len(candidates) == 1:
         return candidates[0]
-    losses = [run(adapt, tuned, method, TASKS[tuned].r, lr, SELECTION_SEED, True, **options)["validation_loss"] for options in candidates]
+    losses = [
+        run(
+            adapt,
+            tuned,
+            method,
+            TASKS[tuned].r,
+            lr,
+            SELECTION_SEED,
+            True,
+            **options,
+        )["validation_loss"]
+        for options in candidates
+    ]
     return candidates[losses.index(min(losses))]
 
 # %% ../../nbs/present/double_descent.ipynb #c36
-RESULTS = Path(__file__).parents[1] / "data" / "double_descent" if "__file__" in globals() else None
+RESULTS = (
+    Path(__file__).parents[1] / "data" / "double_descent"
+    if "__file__" in globals()
+    else None
+)
 
 
-def several(adapt: Callable, path: Path, task: str, method: str, r: int, lr: float, compare: bool, seeds) -> None:
-    "Run one setting with every seed and store it as JSON, unless it is stored already."
+def several(
+    adapt: Callable,
+    path: Path,
+    task: str,
+    method: str,
+    r: int,
+    lr: float,
+    compare: bool,
+    seeds,
+) -> None:
+    """Run one setting with every seed and store it as JSON, unless it is
+    stored already.
+    """
     if path.exists():
         return
     start, made = time.perf_counter(), TASKS[task]
     options = chosen(adapt, task, method, lr) if compare else {}
-    runs = [run(adapt, task, method, r, lr, seed, compare, **options) for seed in seeds]
-    result = {"task": task, "method": method, "r": r, "lr": lr, "alpha": ALPHA, "options": options, "batch": made.batch,
-              "steps": made.steps, "every": made.every, "judged": made.judged, "data_hash": load_data(made.data, limit=made.rows).hash,
-              "torch": torch.__version__.split("+")[0], "seconds": round(time.perf_counter() - start, 1), "runs": runs}
+    runs = [
+        run(adapt, task, method, r, lr, seed, compare, **options)
+        for seed in seeds
+    ]
+    result = {
+        "task": task,
+        "method": method,
+        "r": r,
+        "lr": lr,
+        "alpha": ALPHA,
+        "options": options,
+        "batch": made.batch,
+        "steps": made.steps,
+        "every": made.every,
+        "judged": made.judged,
+        "data_hash": load_data(made.data, limit=made.rows).hash,
+        "torch": torch.__version__.split("+")[0],
+        "seconds": round(time.perf_counter() - start, 1),
+        "runs": runs,
+    }
     write_atomic(path, (json.dumps(result) + "\n").encode())
 
 
-def run_all(adapt: Callable, folder: Path, tasks=tuple(TASKS), seeds=range(3)) -> None:
-    "Run what isn't stored yet: the sweep over ranks and rates, then the comparison of steps."
+def run_all(
+    adapt: Callable, folder: Path, tasks=tuple(TASKS), seeds=range(3)
+) -> None:
+    """Run what isn't stored yet: the sweep over ranks and rates, then the
+    comparison of steps.
+    """
     for task in tasks:
         for method, r, lr in sweep(task):
-            several(adapt, folder / f"sweep-{task}-{method}-{r}-{lr:g}.json", task, method, r, lr, False, seeds)
+            several(
+                adapt,
+                folder / f"sweep-{task}-{method}-{r}-{lr:g}.json",
+                task,
+                method,
+                r,
+                lr,
+                False,
+                seeds,
+            )
         for lr in TASKS[task].compared:
             for method in WAYS:
-                several(adapt, folder / f"ways-{task}-{method}-{lr:g}.json", task, method, TASKS[task].r, lr, True, seeds)
+                several(
+                    adapt,
+                    folder / f"ways-{task}-{method}-{lr:g}.json",
+                    task,
+                    method,
+                    TASKS[task].r,
+                    lr,
+                    True,
+                    seeds,
+                )
 
 
 def stored(kind: str, folder: Path | None = None) -> list[dict]:
     "The stored results of a kind: sweep or ways."
     from lora_book.present import double_descent
-    return [json.loads(path.read_text()) for path in sorted((folder or double_descent.RESULTS).glob(f"{kind}-*.json"))]
+
+    return [
+        json.loads(path.read_text())
+        for path in sorted(
+            (folder or double_descent.RESULTS).glob(f"{kind}-*.json")
+        )
+    ]

@@ -13,21 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, check_low_rank, generator, wide, widened
+from lora_book.core.adapter import (
+    Adapter,
+    check_low_rank,
+    generator,
+    wide,
+    widened,
+)
 from ..core.adapting import Method
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.ldu import ldu, unpermute
 from ..core.products import Product, rows_of
 
 # %% ../../nbs/present/loldu.ipynb #c09
-def uniform(z: Tensor, half: float | Tensor, generator: torch.Generator) -> Tensor:
+def uniform(
+    z: Tensor, half: float | Tensor, generator: torch.Generator
+) -> Tensor:
     "Uniform on (-half, half), of z's shape."
-    return (2 * torch.rand(z.shape, generator=generator, dtype=z.dtype) - 1) * half
+    return (
+        2 * torch.rand(z.shape, generator=generator, dtype=z.dtype) - 1
+    ) * half
 
 
-def normal(z: Tensor, mean: float | Tensor, std: float | Tensor, generator: torch.Generator) -> Tensor:
+def normal(
+    z: Tensor,
+    mean: float | Tensor,
+    std: float | Tensor,
+    generator: torch.Generator,
+) -> Tensor:
     "Normal with that mean and standard deviation, of z's shape."
-    return torch.randn(z.shape, generator=generator, dtype=z.dtype) * std + mean
+    return (
+        torch.randn(z.shape, generator=generator, dtype=z.dtype) * std + mean
+    )
 
 
 INITS = {
@@ -36,7 +53,9 @@ INITS = {
     "uniform": lambda z, g: uniform(z, 1, g),
     "uniform_mean": lambda z, g: uniform(z, z.mean() / 2, g),
     "normal": lambda z, g: normal(z, 0, 1, g),
-    "normal_mean": lambda z, g: normal(z, z.mean(), z.std(correction=min(1, len(z) - 1)), g),
+    "normal_mean": lambda z, g: normal(
+        z, z.mean(), z.std(correction=min(1, len(z) - 1)), g
+    ),
     "ones": lambda z, g: torch.ones_like(z),
     "zeros": lambda z, g: torch.zeros_like(z),
 }
@@ -53,14 +72,20 @@ def check_flags(**flags: object) -> None:
 
 
 def check_constraints(project: bool, eps: float | None, scale: float) -> None:
-    "Raise unless the constraints can be met: alpha/r at most 1, eps above 0 and only with project=True."
+    """Raise unless the constraints can be met: alpha/r at most 1, eps above 0
+    and only with project=True.
+    """
     if eps is not None:
         check_number("eps", eps, above=0)
         if not project:
-            raise BadValue(f"eps={eps} bounds the diagonal only with project=True")
+            raise BadValue(
+                f"eps={eps} bounds the diagonal only with project=True"
+            )
     if project and scale > 1:
-        raise BadValue(f"project=True keeps sigma in (0, 1], but it starts at alpha/r = {scale:g}: "
-                       "choose alpha at most r")
+        raise BadValue(
+            "project=True keeps sigma in (0, 1], but it starts at alpha/r ="
+            f" {scale:g}: choose alpha at most r"
+        )
 
 
 def project(adapters: dict, step: int) -> None:
@@ -70,17 +95,36 @@ def project(adapters: dict, step: int) -> None:
 
 # %% ../../nbs/present/loldu.ipynb #c13
 class Triangles(Adapter):
-    "The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from it, never saved; `between` puts a diagonal there."
+    """The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from
+    it, never saved; `between` puts a diagonal there.
+    """
 
     def freeze(self, W0: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-        "Register U_r and P L_r in `dtype`, or for a whole block L and the order of its rows; returns the pivots z_r in float64."
-        p, L, z, U = ldu(W0.to("cpu", torch.float64), torch.finfo(wide(W0.dtype)).eps)
-        self.whole = W0.dtype if r == min(W0.shape) and is_whole(W0, p, L, z, U) else None
-        frozen = {"left": L if self.whole else unpermute(p, L[:, :r]), "right": U[:r]}
+        """Register U_r and P L_r in `dtype`, or for a whole block L and the
+        order of its rows; returns the pivots z_r in float64.
+        """
+        p, L, z, U = ldu(
+            W0.to("cpu", torch.float64), torch.finfo(wide(W0.dtype)).eps
+        )
+        self.whole = (
+            W0.dtype
+            if r == min(W0.shape) and is_whole(W0, p, L, z, U)
+            else None
+        )
+        frozen = {
+            "left": L if self.whole else unpermute(p, L[:, :r]),
+            "right": U[:r],
+        }
         for name, M in frozen.items():
-            self.register_buffer(name, M.to(W0.device, dtype).contiguous(), persistent=False)
+            self.register_buffer(
+                name, M.to(W0.device, dtype).contiguous(), persistent=False
+            )
         for name, index in (("order", p), ("inverse", p.argsort())):
-            self.register_buffer(name, index.to(W0.device) if self.whole else None, persistent=False)
+            self.register_buffer(
+                name,
+                index.to(W0.device) if self.whole else None,
+                persistent=False,
+            )
         return z[:r]
 
     def ordered(self, M: Tensor) -> Tensor:
@@ -93,15 +137,19 @@ class Triangles(Adapter):
 
     def forward(self, x: Tensor, W0: Tensor) -> Tensor:
         "x ΔWᵀ through the factors."
-        (A, B, s), = self.factors()
+        ((A, B, s),) = self.factors()
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
 
 # %% ../../nbs/present/loldu.ipynb #c15
 class _Between(Triangles):
-    "Between the triangles: z and σ, and where the residual takes them to start, z0 and σ0 (a subclass sets both)."
+    """Between the triangles: z and σ, and where the residual takes them to
+    start, z0 and σ0 (a subclass sets both).
+    """
 
     def begin(self, z: Tensor, sigma: Tensor, train_scale: bool) -> None:
-        "Register z and σ as parameters; σ as a constant that isn't saved unless `train_scale`."
+        """Register z and σ as parameters; σ as a constant that isn't saved
+        unless `train_scale`.
+        """
         self.z = nn.Parameter(z)
         if train_scale:
             self.sigma = nn.Parameter(sigma)
@@ -110,7 +158,9 @@ class _Between(Triangles):
 
     def change(self) -> Tensor:
         "σ z − σ0 z0, the diagonal of ΔW, (r,); float32 or wider."
-        return widened(self.sigma) * widened(self.z) - self.sigma0 * widened(self.z0)
+        return widened(self.sigma) * widened(self.z) - self.sigma0 * widened(
+            self.z0
+        )
 
     def delta(self, W0: Tensor) -> Tensor:
         "P L_r diag(σ z − σ0 z0) U_r, (n, m) (@eq-loldu-delta)."
@@ -121,7 +171,9 @@ class _Between(Triangles):
         return widened(W0) - self.between(self.sigma0 * widened(self.z0))
 
     def factors(self) -> list:
-        "ΔW as one product [(A, B, 1)], A = U_r and B = P L_r diag(σ z − σ0 z0)."
+        """ΔW as one product [(A, B, 1)], A = U_r and B = P L_r diag(σ z − σ0
+        z0).
+        """
         return [(self.right, self.ordered(self.left) * self.change(), 1.0)]
 
 # %% ../../nbs/present/loldu.ipynb #c15x
@@ -129,8 +181,13 @@ class Diagonal(_Between):
     "The same with its tangent, for the steps that move the diagonal."
 
     def along(self, M: dict) -> Tensor:
-        "σ M_z + M_σ z, the derivative of the diagonal along M, (r,), with a missing M_z or M_σ standing for 0."
-        z, sigma = (M.get(name, torch.zeros_like(p)) for name, p in (("z", self.z), ("sigma", self.sigma)))
+        """σ M_z + M_σ z, the derivative of the diagonal along M, (r,), with a
+        missing M_z or M_σ standing for 0.
+        """
+        z, sigma = (
+            M.get(name, torch.zeros_like(p))
+            for name, p in (("z", self.z), ("sigma", self.sigma))
+        )
         return widened(self.sigma * z + sigma * self.z)
 
     def tangent(self, M: dict) -> Tensor:
@@ -139,21 +196,37 @@ class Diagonal(_Between):
 
     def direction(self, M: dict, W0: Tensor) -> list:
         "The tangent as one product [(A, B, 1)] of rank r."
-        return [(self.right, self.ordered(self.left) * self.along(M).detach(), 1.0)]
+        return [
+            (self.right, self.ordered(self.left) * self.along(M).detach(), 1.0)
+        ]
 
 # %% ../../nbs/present/loldu.ipynb #c17
 class _Anchored(Diagonal):
-    "Takes from a weight what isn't saved; a subclass sets r, seed, init, keep_start and σ0 first."
+    """Takes from a weight what isn't saved; a subclass sets r, seed, init,
+    keep_start and σ0 first.
+    """
 
     made = None
 
     def anchor(self, W0: Tensor, dtype: torch.dtype) -> Tensor:
-        "Register the triangles, the pivots, z0, and what a whole block's diagonal has beside σ z. Returns the start of z, (r,)."
+        """Register the triangles, the pivots, z0, and what a whole block's
+        diagonal has beside σ z. Returns the start of z, (r,).
+        """
         pivots = self.freeze(W0, self.r, wide(dtype))
         z = INITS[self.init](pivots, generator(self.seed)).to(W0.device, dtype)
-        self.register_buffer("pivots", pivots.to(W0.device, dtype), persistent=False)
-        self.register_buffer("z0", (z if self.keep_start else self.pivots).clone(), persistent=False)
-        self.register_buffer("beside", widened(self.pivots) - self.sigma0 * widened(self.z0), persistent=False)
+        self.register_buffer(
+            "pivots", pivots.to(W0.device, dtype), persistent=False
+        )
+        self.register_buffer(
+            "z0",
+            (z if self.keep_start else self.pivots).clone(),
+            persistent=False,
+        )
+        self.register_buffer(
+            "beside",
+            widened(self.pivots) - self.sigma0 * widened(self.z0),
+            persistent=False,
+        )
         return z
 
     def rebase(self, W0: Tensor) -> None:
@@ -161,33 +234,65 @@ class _Anchored(Diagonal):
         self.anchor(W0, self.z.dtype)
 
     def standing(self, rows: slice | None, L: Tensor) -> "Whole":
-        "A whole block's factors for `ldu_linear`; made once, and again when the buffers were moved."
+        """A whole block's factors for `ldu_linear`; made once, and again when
+        the buffers were moved.
+        """
         if self.made is None or self.made.L is not L or self.made.rows != rows:
-            self.made = Whole(rows, L, self.right.to(L.dtype), self.order, self.inverse)
+            self.made = Whole(
+                rows, L, self.right.to(L.dtype), self.order, self.inverse
+            )
         return self.made
 
 # %% ../../nbs/present/loldu.ipynb #c17b
 class _Started(_Anchored):
-    "Checks the options and sets the start: the triangles, the pivots, z, z0, σ and the bound on z."
+    """Checks the options and sets the start: the triangles, the pivots, z, z0,
+    σ and the bound on z.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, init: str = "regular", keep_start: bool = False,
-                 train_scale: bool = True, project: bool = False, eps: float | None = None, scale_lr_ratio: float = 1.0):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        init: str = "regular",
+        keep_start: bool = False,
+        train_scale: bool = True,
+        project: bool = False,
+        eps: float | None = None,
+        scale_lr_ratio: float = 1.0,
+    ):
         super().__init__()
         check_low_rank(W0, r, alpha)
         check_choice("init", init, INITS)
-        check_flags(keep_start=keep_start, train_scale=train_scale, project=project)
+        check_flags(
+            keep_start=keep_start, train_scale=train_scale, project=project
+        )
         check_number("scale_lr_ratio", scale_lr_ratio, above=0)
         scale = (r if alpha is None else alpha) / r
         check_constraints(project, eps, scale)
-        self.r, self.seed, self.init, self.keep_start = int(r), seed, init, keep_start
+        self.r, self.seed, self.init, self.keep_start = (
+            int(r),
+            seed,
+            init,
+            keep_start,
+        )
         self.scale_lr_ratio = float(scale_lr_ratio)
-        sigma = torch.tensor(scale, dtype=wide(W0.dtype) if dtype is None else dtype, device=W0.device)
+        sigma = torch.tensor(
+            scale,
+            dtype=wide(W0.dtype) if dtype is None else dtype,
+            device=W0.device,
+        )
         self.sigma0 = sigma.item()
         z = self.anchor(W0.detach(), sigma.dtype)
         self.begin(z.clone(), sigma, train_scale)
         largest = max(self.pivots.norm().item(), z.norm().item())
-        self.eps = (largest if eps is None else float(eps)) if project else None
+        self.eps = (
+            (largest if eps is None else float(eps)) if project else None
+        )
 
 # %% ../../nbs/present/loldu.ipynb #c17c
 class LoLDU(_Started):
@@ -199,45 +304,88 @@ class LoLDU(_Started):
 
     def rates(self) -> dict:
         "The learning rate of σ over that of z, where it isn't 1."
-        return {} if self.scale_lr_ratio == 1 else {"sigma": self.scale_lr_ratio}
+        return (
+            {} if self.scale_lr_ratio == 1 else {"sigma": self.scale_lr_ratio}
+        )
 
     @torch.no_grad()
     def constrain(self) -> None:
-        "Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (P4, equation 10); nothing without project=True."
+        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (P4, equation 10);
+        nothing without project=True.
+        """
         if self.eps is not None:
             self.z.mul_(torch.clamp(self.eps / self.z.norm(), max=1))
             self.sigma.clamp_(SIGMA_MIN, 1)
 
     @classmethod
-    def product(cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-        "The base product plus each block's change (@eq-loldu-product); for a whole block its factors (@eq-loldu-whole)."
-        return ldu_linear(x, W, bias, [block.adapter.part(block.rows, x.dtype) for block in blocks])
+    def product(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """The base product plus each block's change (@eq-loldu-product); for a
+        whole block its factors (@eq-loldu-whole).
+        """
+        return ldu_linear(
+            x,
+            W,
+            bias,
+            [block.adapter.part(block.rows, x.dtype) for block in blocks],
+        )
 
     def part(self, rows: slice | None, dtype: torch.dtype) -> tuple:
-        "What `ldu_linear` needs of this block: its frozen factors for inputs of `dtype`, and their diagonal."
+        """What `ldu_linear` needs of this block: its frozen factors for inputs
+        of `dtype`, and their diagonal.
+        """
         if self.whole == dtype:
-            return self.standing(rows, self.left.to(dtype)), self.beside + widened(self.sigma) * widened(self.z)
-        return Part(rows, self.ordered(self.left).to(dtype), self.right.to(dtype)), self.change()
+            return self.standing(
+                rows, self.left.to(dtype)
+            ), self.beside + widened(self.sigma) * widened(self.z)
+        return (
+            Part(
+                rows, self.ordered(self.left).to(dtype), self.right.to(dtype)
+            ),
+            self.change(),
+        )
 
 
-loldu = Method(LoLDU, "LoLDU", "Shi et al. 2024", after=project, count=lambda n, m, r: r + 1)
+loldu = Method(
+    LoLDU,
+    "LoLDU",
+    "Shi et al. 2024",
+    after=project,
+    count=lambda n, m, r: r + 1,
+)
 
 # %% ../../nbs/present/loldu.ipynb #c20
 class Part:
-    "A block that adds X Uᵀ diag(d) (P L)ᵀ to the base's output; PL (n, r) and U (r, m) in the input's type."
+    """A block that adds X Uᵀ diag(d) (P L)ᵀ to the base's output; PL (n, r)
+    and U (r, m) in the input's type.
+    """
 
     def __init__(self, rows: slice | None, PL: Tensor, U: Tensor):
         self.rows, self.PL, self.U = rows, PL, U
 
-    def forward(self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor) -> Tensor:
-        "Add the block's part to its columns Y (T, n) of the output, which hold the base's; returns V = X Uᵀ, (T, r)."
+    def forward(
+        self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor
+    ) -> Tensor:
+        """Add the block's part to its columns Y (T, n) of the output, which
+        hold the base's; returns V = X Uᵀ, (T, r).
+        """
         V = X @ self.U.t()
         Y.addmm_(V * d, self.PL.t())
         return V
 
-    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None, wanted: bool) -> tuple:
-        """The gradient (r,) of d, and GX (T, m) or 0 plus the gradient of X if `wanted`; from G (T, n) and from gv,
-        what reaches V itself."""
+    def backward(
+        self,
+        G: Tensor,
+        V: Tensor,
+        d: Tensor,
+        gv: Tensor | None,
+        GX: Tensor | None,
+        wanted: bool,
+    ) -> tuple:
+        """The gradient (r,) of d, and GX (T, m) or 0 plus the gradient of X if
+        `wanted`; from G (T, n) and from gv, what reaches V itself.
+        """
         H = G @ self.PL
         if wanted:
             K = H * d if gv is None else gv + H * d
@@ -249,72 +397,125 @@ GROWTH = 1e-5
 
 
 def is_whole(W0: Tensor, p: Tensor, L: Tensor, z: Tensor, U: Tensor) -> bool:
-    """Whether P L diag(z) U, multiplied out in W0's type, gives W0 to about GROWTH: nothing is left over and nothing
-    large cancels."""
+    """Whether P L diag(z) U, multiplied out in W0's type, gives W0 to about
+    GROWTH: nothing is left over and nothing large cancels.
+    """
     if W0.dtype != wide(W0.dtype):
         return False
     W, eps = W0.to("cpu", torch.float64), torch.finfo(W0.dtype).eps
     gap = (unpermute(p, (L * z) @ U) - W).norm()
     growth = (L.norm(dim=0) * z * U.norm(dim=1)).norm()
-    return bool(gap <= eps * (W.norm() + growth)) and bool(eps * growth <= GROWTH * W.norm())
+    return bool(gap <= eps * (W.norm() + growth)) and bool(
+        eps * growth <= GROWTH * W.norm()
+    )
 
 # %% ../../nbs/present/loldu.ipynb #c23
 BLOCK, ROWS = 128, 512
 
 
 def row_strips(U: Tensor) -> list:
-    "For X Uᵀ with U (r, m) zero below its diagonal: [(columns of X, columns of X Uᵀ, a strip of Uᵀ without its block of zeros)]."
-    return [(slice(i, None), slice(i, i + BLOCK), U[i:i + BLOCK, i:].t()) for i in range(0, U.shape[0], BLOCK)]
+    """For X Uᵀ with U (r, m) zero below its diagonal: [(columns of X, columns
+    of X Uᵀ, a strip of Uᵀ without its block of zeros)].
+    """
+    return [
+        (slice(i, None), slice(i, i + BLOCK), U[i : i + BLOCK, i:].t())
+        for i in range(0, U.shape[0], BLOCK)
+    ]
 
 
 def column_strips(U: Tensor) -> list:
-    "For K U: [(columns of K, columns of K U, a strip of U without its block of zeros)]; what is wider than the triangle is the last."
+    """For K U: [(columns of K, columns of K U, a strip of U without its block
+    of zeros)]; what is wider than the triangle is the last.
+    """
     r, m = U.shape
     cuts = [*range(0, r, BLOCK), *sorted({r, m})]
-    return [(slice(min(j, r)), slice(i, j), U[:j, i:j]) for i, j in pairwise(cuts)]
+    return [
+        (slice(min(j, r)), slice(i, j), U[:j, i:j]) for i, j in pairwise(cuts)
+    ]
 
 
 def times(X: Tensor, strips: list, out: Tensor) -> Tensor:
-    "X times a triangular matrix that is given by its strips, into out. Returns out."
+    """X times a triangular matrix that is given by its strips, into out.
+    Returns out.
+    """
     for into, at, M in strips:
         torch.mm(X[:, into], M, out=out[:, at])
     return out
 
 
 def in_cache(*tensors: Tensor) -> Iterable:
-    "The tensors' rows in step, some hundred at a time, so that a CPU finds in its cache what it has just written."
+    """The tensors' rows in step, some hundred at a time, so that a CPU finds
+    in its cache what it has just written.
+    """
     if tensors[0].shape[0] <= ROWS or not tensors[0].is_cpu:
         return [tensors]
     return zip(*(t.split(ROWS) for t in tensors), strict=True)
 
 # %% ../../nbs/present/loldu.ipynb #c25
 class Whole:
-    """A block whose factors make up all of W0 + ΔW = P L diag(d) U: it takes the base product's place. L (n, r) has its
-    rows in the factors' order."""
+    """A block whose factors make up all of W0 + ΔW = P L diag(d) U: it takes
+    the base product's place. L (n, r) has its rows in the factors' order.
+    """
 
-    def __init__(self, rows: slice | None, L: Tensor, U: Tensor, order: Tensor, inverse: Tensor):
-        self.rows, self.L, self.U, self.order, self.inverse = rows, L, U, order, inverse
-        self.U_rows, self.U_columns, self.L_rows, self.L_columns = (cut(M) for M in (U, L.t()) for cut in (row_strips, column_strips))
+    def __init__(
+        self,
+        rows: slice | None,
+        L: Tensor,
+        U: Tensor,
+        order: Tensor,
+        inverse: Tensor,
+    ):
+        self.rows, self.L, self.U, self.order, self.inverse = (
+            rows,
+            L,
+            U,
+            order,
+            inverse,
+        )
+        self.U_rows, self.U_columns, self.L_rows, self.L_columns = (
+            cut(M) for M in (U, L.t()) for cut in (row_strips, column_strips)
+        )
 
-    def forward(self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor) -> Tensor:
-        "Write X Uᵀ diag(d) (P L)ᵀ + bias into its columns Y (T, n) of the output; returns V = X Uᵀ, (T, r)."
+    def forward(
+        self, X: Tensor, Y: Tensor, bias: Tensor | None, d: Tensor
+    ) -> Tensor:
+        """Write X Uᵀ diag(d) (P L)ᵀ + bias into its columns Y (T, n) of the
+        output; returns V = X Uᵀ, (T, r).
+        """
         V = X.new_empty(X.shape[0], self.U.shape[0])
         for x, y, v in in_cache(X, Y, V):
-            scaled = torch.mul(times(x, self.U_rows, v), d, out=y[:, :len(d)])
-            torch.index_select(times(scaled, self.L_columns, torch.empty_like(y)), 1, self.inverse, out=y)
+            scaled = torch.mul(times(x, self.U_rows, v), d, out=y[:, : len(d)])
+            torch.index_select(
+                times(scaled, self.L_columns, torch.empty_like(y)),
+                1,
+                self.inverse,
+                out=y,
+            )
             if bias is not None:
                 y.add_(bias)
         return V
 
-    def backward(self, G: Tensor, V: Tensor, d: Tensor, gv: Tensor | None, GX: Tensor | None, wanted: bool) -> tuple:
-        "As `Part.backward`; skips the blocks of zeros unless the gradient is to be differentiated again."
+    def backward(
+        self,
+        G: Tensor,
+        V: Tensor,
+        d: Tensor,
+        gv: Tensor | None,
+        GX: Tensor | None,
+        wanted: bool,
+    ) -> tuple:
+        """As `Part.backward`; skips the blocks of zeros unless the gradient is
+        to be differentiated again.
+        """
         if torch.is_grad_enabled() or gv is not None:
-            return Part(self.rows, self.L[self.inverse], self.U).backward(G, V, d, gv, GX, wanted)
+            return Part(self.rows, self.L[self.inverse], self.U).backward(
+                G, V, d, gv, GX, wanted
+            )
         own, gd = G.new_empty(G.shape[0], self.U.shape[1]), None
         for g, v, gx in in_cache(G, V, own):
             ordered = g.index_select(1, self.order)
             H = times(ordered, self.L_rows, torch.empty_like(v))
-            share = torch.mul(H, v, out=ordered[:, :len(d)]).sum(0)
+            share = torch.mul(H, v, out=ordered[:, : len(d)]).sum(0)
             gd = share if gd is None else gd.add_(share)
             if wanted:
                 times(H.mul_(d), self.U_columns, gx)
@@ -322,15 +523,25 @@ class Whole:
 
 # %% ../../nbs/present/loldu.ipynb #c27
 def base_rows(parts: list, n: int) -> list[slice]:
-    "The rows of the weight (n in all) that the base product is still wanted for: all but those of whole blocks."
+    """The rows of the weight (n in all) that the base product is still wanted
+    for: all but those of whole blocks.
+    """
     spans, at = [], 0
-    for start, stop, _ in sorted((part.rows or slice(n)).indices(n) for part in parts if isinstance(part, Whole)):
+    for start, stop, _ in sorted(
+        (part.rows or slice(n)).indices(n)
+        for part in parts
+        if isinstance(part, Whole)
+    ):
         spans, at = [*spans, slice(at, start)], stop
     return [rows for rows in [*spans, slice(at, n)] if rows.start < rows.stop]
 
 
-def base_output(X: Tensor, W: Tensor, bias: Tensor | None, spans: list[slice]) -> Tensor:
-    "X Wᵀ + bias, (T, n), in the columns that `spans` name; the others are left unwritten."
+def base_output(
+    X: Tensor, W: Tensor, bias: Tensor | None, spans: list[slice]
+) -> Tensor:
+    """X Wᵀ + bias, (T, n), in the columns that `spans` name; the others are
+    left unwritten.
+    """
     if spans == [slice(0, W.shape[0])]:
         return F.linear(X, W, bias)
     Y = X.new_empty(X.shape[0], W.shape[0])
@@ -340,10 +551,16 @@ def base_output(X: Tensor, W: Tensor, bias: Tensor | None, spans: list[slice]) -
 
 
 def base_input_grad(G: Tensor, W: Tensor, spans: list[slice]) -> Tensor | None:
-    "G W, (T, m), over the rows of W that `spans` name; None if they name none."
+    """G W, (T, m), over the rows of W that `spans` name; None if they name
+    none.
+    """
     GX = None
     for rows in spans:
-        GX = G[:, rows] @ W[rows] if GX is None else GX.addmm_(G[:, rows], W[rows])
+        GX = (
+            G[:, rows] @ W[rows]
+            if GX is None
+            else GX.addmm_(G[:, rows], W[rows])
+        )
     return GX
 
 # %% ../../nbs/present/loldu.ipynb #c28
@@ -354,8 +571,12 @@ class LDUProduct(Product):
     def forward(X, W, bias, parts, *ds):
         Y, kept = base_output(X, W, bias, base_rows(parts, W.shape[0])), []
         for part, d in zip(parts, ds, strict=True):
-            own = bias if bias is None or part.rows is None else bias[part.rows]
-            kept.append(part.forward(X, rows_of(Y, part.rows), own, d.to(X.dtype)))
+            own = (
+                bias if bias is None or part.rows is None else bias[part.rows]
+            )
+            kept.append(
+                part.forward(X, rows_of(Y, part.rows), own, d.to(X.dtype))
+            )
         return Y, *kept
 
     @staticmethod
@@ -367,22 +588,40 @@ class LDUProduct(Product):
     @staticmethod
     def backward(ctx, G, *gvs):
         W, *rest = ctx.saved_tensors
-        ds, Vs = rest[:len(ctx.parts)], rest[len(ctx.parts):]
+        ds, Vs = rest[: len(ctx.parts)], rest[len(ctx.parts) :]
         G = Vs[0].new_zeros(Vs[0].shape[0], W.shape[0]) if G is None else G
         wanted, grads = ctx.needs_input_grad[0], []
-        GX = base_input_grad(G, W, base_rows(ctx.parts, W.shape[0])) if wanted else None
+        GX = (
+            base_input_grad(G, W, base_rows(ctx.parts, W.shape[0]))
+            if wanted
+            else None
+        )
         for part, d, V, gv in zip(ctx.parts, ds, Vs, gvs, strict=True):
-            gd, GX = part.backward(rows_of(G, part.rows), V, d.to(V.dtype), gv, GX, wanted)
+            gd, GX = part.backward(
+                rows_of(G, part.rows), V, d.to(V.dtype), gv, GX, wanted
+            )
             grads.append(gd.to(d.dtype))
-        return GX if wanted else None, None, G.sum(0) if ctx.needs_input_grad[2] else None, None, *grads
+        return (
+            GX if wanted else None,
+            None,
+            G.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
+            *grads,
+        )
 
 # %% ../../nbs/present/loldu.ipynb #c29
-def ldu_linear(x: Tensor, W: Tensor, bias: Tensor | None, blocks: list) -> Tensor:
-    """x Wᵀ + bias with P L diag(d) U added to rows of W (@eq-loldu-product), or put in their place (@eq-loldu-whole).
+def ldu_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+) -> Tensor:
+    """x Wᵀ + bias with P L diag(d) U added to rows of W (@eq-loldu-product),
+    or put in their place (@eq-loldu-whole).
 
-    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (part, d), a `Part` or `Whole` and its diagonal (r,).
-    Returns (..., n). Keeps T·r numbers a block for the backward pass, never x, and forms no (n, m) matrix.
+    x (..., m); W (n, m); bias (n,) or None; blocks: a list of (part, d), a
+    `Part` or `Whole` and its diagonal (r,). Returns (..., n). Keeps T·r
+    numbers a block for the backward pass, never x, and forms no (n, m) matrix.
     """
     X = x.reshape(-1, x.shape[-1])
-    Y = LDUProduct.apply(X, W, bias, [part for part, _ in blocks], *(d for _, d in blocks))[0]
+    Y = LDUProduct.apply(
+        X, W, bias, [part for part, _ in blocks], *(d for _, d in blocks)
+    )[0]
     return Y.view(*x.shape[:-1], W.shape[0])

@@ -8,4 +8,10 @@ from ..core.adapting import Method
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/lora_plus.ipynb #c13
-lora_plus = Method(LoRA, "LoRA+", "Hayou, Ghosh, Yu 2024", lr_ratio=16.0, count=lambda n, m, r: r * (n + m))
+lora_plus = Method(
+    LoRA,
+    "LoRA+",
+    "Hayou, Ghosh, Yu 2024",
+    lr_ratio=16.0,
+    count=lambda n, m, r: r * (n + m),
+)

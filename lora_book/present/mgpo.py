@@ -20,52 +20,90 @@ from ..past.lora import LoRA
 
 # %% ../../nbs/present/mgpo.ipynb #c10
 def stacked(pieces: list) -> tuple[Tensor, Tensor]:
-    "The factors of Σ_j s_j B_j A_j side by side in float64: (R, m) and (n, R) with the scales in the second."
-    return torch.cat([A.double() for A, _, _ in pieces]), torch.cat([s * B.double() for _, B, s in pieces], 1)
+    """The factors of Σ_j s_j B_j A_j side by side in float64: (R, m) and (n,
+    R) with the scales in the second.
+    """
+    return torch.cat([A.double() for A, _, _ in pieces]), torch.cat(
+        [s * B.double() for _, B, s in pieces], 1
+    )
 
 
 def square(pieces: list) -> Tensor:
-    "‖Σ_j s_j B_j A_j‖² from R × R Gram matrices (@eq-mgpo-gram); from the matrix itself where it is given whole; 0 for no pieces."
+    """‖Σ_j s_j B_j A_j‖² from R × R Gram matrices (@eq-mgpo-gram); from the
+    matrix itself where it is given whole; 0 for no pieces.
+    """
     if not pieces:
         return torch.zeros((), dtype=torch.float64)
     if pieces[0][0] is None:
-        return torch.linalg.vector_norm(pieces[0][1], dtype=torch.float64).square() * pieces[0][2] ** 2
+        return (
+            torch.linalg.vector_norm(
+                pieces[0][1], dtype=torch.float64
+            ).square()
+            * pieces[0][2] ** 2
+        )
     A, B = stacked(pieces)
     return ((B.t() @ B) * (A @ A.t())).sum().clamp(min=0)
 
 
 def row_norms(pieces: list) -> Tensor:
-    "The norm of each row of Σ_j s_j B_j A_j, (n,) float64, without forming it where it is given by factors."
+    """The norm of each row of Σ_j s_j B_j A_j, (n,) float64, without forming
+    it where it is given by factors.
+    """
     if pieces[0][0] is None:
-        return torch.linalg.vector_norm(pieces[0][1], dim=1, dtype=torch.float64) * abs(pieces[0][2])
+        return torch.linalg.vector_norm(
+            pieces[0][1], dim=1, dtype=torch.float64
+        ) * abs(pieces[0][2])
     A, B = stacked(pieces)
     return ((B @ (A @ A.t())) * B).sum(1).clamp(min=0).sqrt()
 
 # %% ../../nbs/present/mgpo.ipynb #c13
 def adapted_blocks(model: nn.Module) -> dict[str, Block]:
     "Every adapted weight's block by its public name."
-    return {site_name(name, key, view): block for name, site in sites(model)
-            for block, (key, view) in zip(site.blocks(), site.views.items(), strict=True)}
+    return {
+        site_name(name, key, view): block
+        for name, site in sites(model)
+        for block, (key, view) in zip(
+            site.blocks(), site.views.items(), strict=True
+        )
+    }
 
 
 BUFFERS = ("exp_avg", "momentum_buffer")
 
 
-def momenta(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The first moments of an adapter's parameters by name, as stored: `exp_avg` (Adam, NAdam, RAdam, Lion and their kin) or
-    `momentum_buffer` (SGD, RMSprop); those that exist."""
-    kept = {name: optimizer.state.get(p, {}) for name, p in adapter.named_parameters()}
-    return {name: own[key] for name, own in kept.items() for key in BUFFERS if own.get(key) is not None}
+def momenta(
+    adapter: Adapter, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The first moments of an adapter's parameters by name, as stored:
+    `exp_avg` (Adam, NAdam, RAdam, Lion and their kin) or
+    `momentum_buffer` (SGD, RMSprop); those that exist.
+    """
+    kept = {
+        name: optimizer.state.get(p, {})
+        for name, p in adapter.named_parameters()
+    }
+    return {
+        name: own[key]
+        for name, own in kept.items()
+        for key in BUFFERS
+        if own.get(key) is not None
+    }
 
 
 def gradients(adapter: Adapter) -> dict[str, Tensor]:
     "The gradients of an adapter's parameters by name; those that exist."
-    return {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad
+        for name, p in adapter.named_parameters()
+        if p.grad is not None
+    }
 
 # %% ../../nbs/present/mgpo.ipynb #c15
 @contextmanager
 def moved_by(found: dict, nudges: dict) -> Iterator[None]:
-    "Within the context the adapters named in `nudges` have their nudge; afterwards none has, also if the body raises."
+    """Within the context the adapters named in `nudges` have their nudge;
+    afterwards none has, also if the body raises.
+    """
     try:
         for name, nudge in nudges.items():
             found[name].nudge = nudge
@@ -75,39 +113,67 @@ def moved_by(found: dict, nudges: dict) -> Iterator[None]:
             vars(adapter).pop("nudge", None)
 
 
-def marks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, int]]:
-    """Each adapter's parameters and what the optimizer keeps of them, with torch's count of the writes to each. Some optimizers write
-    to a parameter's `.data`, which isn't counted; their buffers tell."""
-    ps = [p for adapter in adapters(model).values() for p in adapter.parameters()]
-    return [(t, t._version) for p in ps for t in (p, *optimizer.state.get(p, {}).values()) if isinstance(t, Tensor)]
+def marks(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[Tensor, int]]:
+    """Each adapter's parameters and what the optimizer keeps of them, with
+    torch's count of the writes to each. Some optimizers write to a parameter's
+    `.data`, which isn't counted; their buffers tell.
+    """
+    ps = [
+        p for adapter in adapters(model).values() for p in adapter.parameters()
+    ]
+    return [
+        (t, t._version)
+        for p in ps
+        for t in (p, *optimizer.state.get(p, {}).values())
+        if isinstance(t, Tensor)
+    ]
 
 
 def changed(before: list, after: list) -> bool:
     "Whether an optimizer stepped between two calls of `marks`."
-    return len(before) != len(after) or any(a is not b or v != w for (a, v), (b, w) in zip(before, after))
+    return len(before) != len(after) or any(
+        a is not b or v != w for (a, v), (b, w) in zip(before, after)
+    )
 
 # %% ../../nbs/present/mgpo.ipynb #c17
 def check_momentum(found: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raise BadValue unless the optimizer keeps a first moment of every adapter's parameters that it trains, under one of the names
-    in BUFFERS."""
-    own, kind = {id(p) for adapter in found.values() for p in adapter.parameters()}, type(optimizer).__name__
+    """Raise BadValue unless the optimizer keeps a first moment of every
+    adapter's parameters that it trains, under one of the names in BUFFERS.
+    """
+    own, kind = (
+        {id(p) for adapter in found.values() for p in adapter.parameters()},
+        type(optimizer).__name__,
+    )
     for group in optimizer.param_groups:
         mine = [p for p in group["params"] if id(p) in own]
         if mine and "betas" not in group and not group.get("momentum"):
-            raise BadValue(f"mgpo moves weights along the optimizer's momentum, and this {kind} keeps none: use Adam or AdamW, "
-                           "or SGD with momentum=0.9")
+            raise BadValue(
+                "mgpo moves weights along the optimizer's momentum, and this"
+                f" {kind} keeps none: use Adam or AdamW, or SGD with"
+                " momentum=0.9"
+            )
         for kept in (optimizer.state.get(p) for p in mine):
             if kept and not any(name in kept for name in BUFFERS):
-                raise BadValue(f"mgpo looks for an optimizer's first moment under {BUFFERS}; this {kind} keeps {sorted(kept)}")
+                raise BadValue(
+                    "mgpo looks for an optimizer's first moment under"
+                    f" {BUFFERS}; this {kind} keeps {sorted(kept)}"
+                )
 
 
 @torch.no_grad()
 def check_tangents(blocks: dict, name: str) -> None:
-    "Raise BadType unless there are adapters and each knows how its weight moves with its parameters."
+    """Raise BadType unless there are adapters and each knows how its weight
+    moves with its parameters.
+    """
     if not blocks:
         raise BadType(f"{name} moves adapted weights, and this model has none")
     for block in blocks.values():
-        block.adapter.direction({key: p.detach() for key, p in block.adapter.named_parameters()}, block.W0)
+        block.adapter.direction(
+            {key: p.detach() for key, p in block.adapter.named_parameters()},
+            block.W0,
+        )
 
 # %% ../../nbs/present/mgpo.ipynb #c19
 class _Noting(PlainStep):
@@ -117,8 +183,12 @@ class _Noting(PlainStep):
         self.memory: dict[str, Tensor] = {}
         self.fresh: dict[str, Tensor] = {}
 
-    def __call__(self, model, optimizer, run: Callable, max_grad_norm: float | None) -> Tensor:
-        "As `PlainStep`; what was learnt counts only if the optimizer did step."
+    def __call__(
+        self, model, optimizer, run: Callable, max_grad_norm: float | None
+    ) -> Tensor:
+        """As `PlainStep`; what was learnt counts only if the optimizer did
+        step.
+        """
         before = marks(model, optimizer)
         loss = super().__call__(model, optimizer, run, max_grad_norm)
         if changed(before, marks(model, optimizer)):
@@ -136,14 +206,21 @@ class _Noting(PlainStep):
 
 # %% ../../nbs/present/mgpo.ipynb #c19b
 class Moving(_Noting):
-    "One gradient, taken where `nudges` puts the weights. A subclass says where, and what to learn from the gradient."
+    """One gradient, taken where `nudges` puts the weights. A subclass says
+    where, and what to learn from the gradient.
+    """
 
     checked = False
 
     def check(self, model, optimizer) -> None:
-        "Raise BadType or BadValue for an optimizer, or adapters, that the step can't work with."
+        """Raise BadType or BadValue for an optimizer, or adapters, that the
+        step can't work with.
+        """
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise BadType(f"a torch optimizer is needed, not a {type(optimizer).__name__}")
+            raise BadType(
+                "a torch optimizer is needed, not a"
+                f" {type(optimizer).__name__}"
+            )
         if not self.checked:
             check_tangents(adapted_blocks(model), type(self).__name__.lower())
             self.checked = True
@@ -157,7 +234,9 @@ class Moving(_Noting):
         raise NotImplementedError
 
     def gradient(self, model, optimizer, run: Callable) -> Tensor:
-        "The gradient at the moved weights, which stay moved until backward has ended."
+        """The gradient at the moved weights, which stay moved until backward
+        has ended.
+        """
         with torch.no_grad():
             nudges = self.nudges(model, optimizer)
         with moved_by(adapters(model), nudges):
@@ -171,36 +250,65 @@ CAP, TINY = 10.0, 1e-30
 
 
 class _Lengths(Moving):
-    "The length of ε, ρ·min(1/ḡ, 10), from norms by adapter or over all of them."
+    """The length of ε, ρ·min(1/ḡ, 10), from norms by adapter or over all of
+    them.
+    """
 
-    def __init__(self, *, rho: float = 0.05, ema: float = 0.9, sign: int = -1, scope: str = "layer"):
+    def __init__(
+        self,
+        *,
+        rho: float = 0.05,
+        ema: float = 0.9,
+        sign: int = -1,
+        scope: str = "layer",
+    ):
         super().__init__()
         check_number("rho", rho, above=0)
         check_number("ema", ema, least=0, below=1)
         check_choice("scope", scope, ("layer", "global"))
         if isinstance(sign, bool) or sign not in (-1, 1):
-            raise BadValue(f"sign must be -1 (along the descent) or 1 (against it), not {sign!r}")
-        self.rho, self.ema, self.sign, self.scope = float(rho), float(ema), int(sign), scope
+            raise BadValue(
+                "sign must be -1 (along the descent) or 1 (against it), not"
+                f" {sign!r}"
+            )
+        self.rho, self.ema, self.sign, self.scope = (
+            float(rho),
+            float(ema),
+            int(sign),
+            scope,
+        )
 
     def key(self, name: str) -> str:
-        "Where an adapter's ḡ is kept: under its own name, or one place for all."
+        """Where an adapter's ḡ is kept: under its own name, or one place for
+        all.
+        """
         return name if self.scope == "layer" else "all"
 
     def pooled(self, squares: dict[str, Tensor]) -> dict[str, Tensor]:
-        "Norms from squared norms, by key: √ of the sum of those that share one."
+        """Norms from squared norms, by key: √ of the sum of those that share
+        one.
+        """
         sums: dict[str, Tensor] = {}
         for name, value in squares.items():
-            sums[self.key(name)] = sums[self.key(name)] + value if self.key(name) in sums else value
+            sums[self.key(name)] = (
+                sums[self.key(name)] + value
+                if self.key(name) in sums
+                else value
+            )
         return {key: total.sqrt() for key, total in sums.items()}
 
     def size(self, norm: Tensor, level: Tensor) -> Tensor:
-        "sign·ρ/‖v‖·min(1/ḡ, 10), a scalar tensor; 0 for a momentum that is zero or not finite."
+        """sign·ρ/‖v‖·min(1/ḡ, 10), a scalar tensor; 0 for a momentum that is
+        zero or not finite.
+        """
         size = self.sign * self.rho / norm * torch.clamp(1 / level, max=CAP)
         return torch.where((norm > TINY) & torch.isfinite(size), size, 0.0)
 
 # %% ../../nbs/present/mgpo.ipynb #c20
 class Mgpo(_Lengths):
-    "The gradient at W + ε, ε = sign·ρ·v/‖v‖·min(1/ḡ, 10) (@eq-mgpo-epsilon), v along the optimizer's momentum. Chang et al. 2025."
+    """The gradient at W + ε, ε = sign·ρ·v/‖v‖·min(1/ḡ, 10) (@eq-mgpo-epsilon),
+    v along the optimizer's momentum. Chang et al. 2025.
+    """
 
     def check(self, model, optimizer) -> None:
         "As `Moving`, and BadValue for an optimizer without momentum."
@@ -208,33 +316,67 @@ class Mgpo(_Lengths):
         check_momentum(adapters(model), optimizer)
 
     def nudges(self, model, optimizer) -> dict[str, Nudge]:
-        "Along each adapter's momentum; an adapter without momentum stays where it is and forgets its ḡ."
+        """Along each adapter's momentum; an adapter without momentum stays
+        where it is and forgets its ḡ.
+        """
         found = adapted_blocks(model)
-        moments = {name: M for name, block in found.items() if (M := momenta(block.adapter, optimizer))}
+        moments = {
+            name: M
+            for name, block in found.items()
+            if (M := momenta(block.adapter, optimizer))
+        }
         for name in found.keys() - moments.keys():
             self.memory.pop(self.key(name), None)
-        norms = self.pooled({name: square(found[name].adapter.direction(M, found[name].W0)) for name, M in moments.items()})
-        return {name: Nudge(M, self.size(norms[self.key(name)], self.memory[self.key(name)]))
-                for name, M in moments.items() if self.key(name) in self.memory}
+        norms = self.pooled(
+            {
+                name: square(found[name].adapter.direction(M, found[name].W0))
+                for name, M in moments.items()
+            }
+        )
+        return {
+            name: Nudge(
+                M,
+                self.size(norms[self.key(name)], self.memory[self.key(name)]),
+            )
+            for name, M in moments.items()
+            if self.key(name) in self.memory
+        }
 
     def learn(self, model) -> dict[str, Tensor]:
-        "ḡ ← β ḡ + (1 − β)·‖s(∇_B A + B ∇_A)‖, starting at the first norm; a norm that isn't finite is passed over."
-        norms = self.pooled({name: square(block.adapter.direction(G, block.W0))
-                             for name, block in adapted_blocks(model).items() if (G := gradients(block.adapter))})
+        """ḡ ← β ḡ + (1 − β)·‖s(∇_B A + B ∇_A)‖, starting at the first norm; a
+        norm that isn't finite is passed over.
+        """
+        norms = self.pooled(
+            {
+                name: square(block.adapter.direction(G, block.W0))
+                for name, block in adapted_blocks(model).items()
+                if (G := gradients(block.adapter))
+            }
+        )
         return {key: self.smoothed(key, norm) for key, norm in norms.items()}
 
     def smoothed(self, key: str, norm: Tensor) -> Tensor:
         "The next ḡ."
         old = self.memory.get(key, norm * torch.nan)
-        new = torch.where(torch.isfinite(old), self.ema * old + (1 - self.ema) * norm, norm)
+        new = torch.where(
+            torch.isfinite(old), self.ema * old + (1 - self.ema) * norm, norm
+        )
         return torch.where(torch.isfinite(norm), new, old)
 
 
-mgpo = Method(LoRA, "LoRA-MGPO", "Chang et al. 2025", step="mgpo", count=lambda n, m, r: r * (n + m))
+mgpo = Method(
+    LoRA,
+    "LoRA-MGPO",
+    "Chang et al. 2025",
+    step="mgpo",
+    count=lambda n, m, r: r * (n + m),
+)
 
 # %% ../../nbs/present/mgpo.ipynb #c55
 class Ggpo(Moving):
-    "The gradient at W + ε, ε random with rows of size ρ·(mix·‖W_i‖ + (1 − mix)·‖g_i‖) (@eq-mgpo-ggpo). Chang et al. 2025, version 1."
+    """The gradient at W + ε, ε random with rows of size ρ·(mix·‖W_i‖ + (1 −
+    mix)·‖g_i‖) (@eq-mgpo-ggpo). Chang et al. 2025, version 1.
+    """
 
     def __init__(self, *, rho: float = 0.01, mix: float = 0.5):
         super().__init__()
@@ -243,14 +385,26 @@ class Ggpo(Moving):
         self.rho, self.mix = float(rho), float(mix)
 
     def nudges(self, model, optimizer) -> dict[str, Nudge]:
-        "A fresh draw for each adapted weight, from the model's seed, the weight's name and the step's number."
+        """A fresh draw for each adapted weight, from the model's seed, the
+        weight's name and the step's number.
+        """
         record, blocks = record_of(model), adapted_blocks(model)
-        draws = {name: generator(record.config["seed"], "ggpo", name, record.steps) for name in blocks}
-        return {name: Nudge(self.draw(block, self.memory.get(name), draws[name]), torch.ones((), device=block.W0.device))
-                for name, block in blocks.items()}
+        draws = {
+            name: generator(record.config["seed"], "ggpo", name, record.steps)
+            for name in blocks
+        }
+        return {
+            name: Nudge(
+                self.draw(block, self.memory.get(name), draws[name]),
+                torch.ones((), device=block.W0.device),
+            )
+            for name, block in blocks.items()
+        }
 
     def draw(self, block, rows: Tensor | None, g: torch.Generator) -> Tensor:
-        "ε of one weight, (n, m); `rows` are the row norms of the last step's gradient, (n,), or None before there is one."
+        """ε of one weight, (n, m); `rows` are the row norms of the last step's
+        gradient, (n,), or None before there is one.
+        """
         W = widened(block.W0) + block.adapter.delta(block.W0)
         size = self.mix * torch.linalg.vector_norm(W, dim=1)
         if rows is not None:
@@ -259,9 +413,22 @@ class Ggpo(Moving):
         return self.rho * size[:, None] * noise
 
     def learn(self, model) -> dict[str, Tensor]:
-        "The row norms of s(∇_B A + B ∇_A), (n,), by adapter; rows that aren't finite count as 0."
-        return {name: torch.nan_to_num(row_norms(block.adapter.direction(G, block.W0)), 0.0, 0.0, 0.0)
-                for name, block in adapted_blocks(model).items() if (G := gradients(block.adapter))}
+        """The row norms of s(∇_B A + B ∇_A), (n,), by adapter; rows that
+        aren't finite count as 0.
+        """
+        return {
+            name: torch.nan_to_num(
+                row_norms(block.adapter.direction(G, block.W0)), 0.0, 0.0, 0.0
+            )
+            for name, block in adapted_blocks(model).items()
+            if (G := gradients(block.adapter))
+        }
 
 
-ggpo = Method(LoRA, "LoRA-GGPO", "Chang et al. 2025, version 1", step="ggpo", count=lambda n, m, r: r * (n + m))
+ggpo = Method(
+    LoRA,
+    "LoRA-GGPO",
+    "Chang et al. 2025, version 1",
+    step="ggpo",
+    count=lambda n, m, r: r * (n + m),
+)

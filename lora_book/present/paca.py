@@ -14,12 +14,16 @@ from ..core.products import column_linear
 
 # %% ../../nbs/present/paca.ipynb #c12
 def spread(M: Tensor, idx: Tensor, m: int) -> Tensor:
-    "M S, (n, m): the columns of M (n, k) added to the columns idx (k,) of a zero matrix."
+    """M S, (n, m): the columns of M (n, k) added to the columns idx (k,) of a
+    zero matrix.
+    """
     return M.new_zeros(M.shape[0], m).index_add(1, idx, M)
 
 # %% ../../nbs/present/paca.ipynb #c13
 class Selecting(LowRank):
-    "A low-rank change whose A selects columns: `idx` (r,) is stored, `A` (r, m) is made when asked for. A subclass says which, in `pick`."
+    """A low-rank change whose A selects columns: `idx` (r,) is stored, `A` (r,
+    m) is made when asked for. A subclass says which, in `pick`.
+    """
 
     trainable = "B"
 
@@ -27,9 +31,13 @@ class Selecting(LowRank):
         "The columns to train: r different numbers below m, int64."
         raise NotImplementedError
 
-    def init(self, W0: Tensor, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def init(
+        self, W0: Tensor, r: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         "S for the picked columns, (r, m), and B = 0, (n, r)."
-        return F.one_hot(self.pick(W0.shape[1], r, generator), W0.shape[1]), torch.zeros(W0.shape[0], r)
+        return F.one_hot(
+            self.pick(W0.shape[1], r, generator), W0.shape[1]
+        ), torch.zeros(W0.shape[0], r)
 
     def place(self, name: str, M: Tensor) -> None:
         "Register B; of S only the column numbers are stored."
@@ -48,7 +56,9 @@ class _Changed(Selecting):
     "The change s·B S through its columns (@eq-paca-delta)."
 
     def columns(self) -> tuple[Tensor, Tensor]:
-        "All changed columns: their numbers (k,) and the matrix (n, k) that s multiplies."
+        """All changed columns: their numbers (k,) and the matrix (n, k) that s
+        multiplies.
+        """
         return self.idx, self.B
 
     def delta(self, W0: Tensor) -> Tensor:
@@ -67,12 +77,24 @@ class _Changed(Selecting):
 
 # %% ../../nbs/present/paca.ipynb #c15c
 class Columns(_Changed):
-    "ΔW = s·B S (@eq-paca-delta): B (n, r) trains from 0, S (r, m) selects the columns `idx`. Woo et al. 2025."
+    """ΔW = s·B S (@eq-paca-delta): B (n, r) trains from 0, S (r, m) selects
+    the columns `idx`. Woo et al. 2025.
+    """
 
     @classmethod
     def product(cls, x, W, bias, blocks):
-        "The base product on a weight whose selected columns moved (@eq-products-columns)."
-        return column_linear(x, W, bias, [(b.rows, b.adapter.idx, b.adapter.B, b.adapter.scaling) for b in blocks])
+        """The base product on a weight whose selected columns moved
+        (@eq-products-columns).
+        """
+        return column_linear(
+            x,
+            W,
+            bias,
+            [
+                (b.rows, b.adapter.idx, b.adapter.B, b.adapter.scaling)
+                for b in blocks
+            ],
+        )
 
     def tangent(self, M: dict) -> Tensor:
         "s·M_B S, (n, m)."
@@ -80,18 +102,40 @@ class Columns(_Changed):
 
     def direction(self, M: dict, W0: Tensor) -> list:
         "One product (S, M_B, s)."
-        return [(self.A, B.detach(), self.scaling) for name, B in M.items() if name == "B"]
+        return [
+            (self.A, B.detach(), self.scaling)
+            for name, B in M.items()
+            if name == "B"
+        ]
 
     @classmethod
     def nudged(cls, x, W, bias, blocks):
         "ΔW is linear in B, so a nudge along M_B is a move of B (@sec-mgpo)."
-        if any(b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor) for b in blocks):
+        if any(
+            b.adapter.nudge and isinstance(b.adapter.nudge.M, Tensor)
+            for b in blocks
+        ):
             return super().nudged(x, W, bias, blocks)
-        return column_linear(x, W, bias, [(b.rows, b.adapter.idx, b.adapter.B + b.adapter.shifts()[1], b.adapter.scaling) for b in blocks])
+        return column_linear(
+            x,
+            W,
+            bias,
+            [
+                (
+                    b.rows,
+                    b.adapter.idx,
+                    b.adapter.B + b.adapter.shifts()[1],
+                    b.adapter.scaling,
+                )
+                for b in blocks
+            ],
+        )
 
 # %% ../../nbs/present/paca.ipynb #c17
 class PaCA(Columns):
-    "ΔW = s·B S, S at r columns drawn without repetition; with s = 1 those columns of W0 train in place (@thm-paca-place)."
+    """ΔW = s·B S, S at r columns drawn without repetition; with s = 1 those
+    columns of W0 train in place (@thm-paca-place).
+    """
 
     def pick(self, m, r, generator):
         "r of m columns, uniform over all sets, in ascending order."

@@ -14,17 +14,29 @@ from ..core.adapting import Method
 
 # %% ../../nbs/present/pissa.ipynb #c12
 def principal(W0: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    "√Σ_r V_rᵀ (r, m) and U_r √Σ_r (n, r) of W0 = U Σ Vᵀ: their product in the other order is W0's best approximation of rank r."
+    """√Σ_r V_rᵀ (r, m) and U_r √Σ_r (n, r) of W0 = U Σ Vᵀ: their product in
+    the other order is W0's best approximation of rank r.
+    """
     U, sigma, Vt = torch.linalg.svd(W0, full_matrices=False)
     root = sigma[:r].sqrt()
     return root[:, None] * Vt[:r], U[:, :r] * root
 
 # %% ../../nbs/present/pissa.ipynb #c13
 class PiSSA(LowRank):
-    "ΔW = s·B A − s·B0 A0 (@eq-pissa-delta), s·B0 A0 the best rank-r part of W0 (@eq-pissa-start). Meng et al. 2024."
+    """ΔW = s·B A − s·B0 A0 (@eq-pissa-delta), s·B0 A0 the best rank-r part of
+    W0 (@eq-pissa-start). Meng et al. 2024.
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
@@ -39,4 +51,6 @@ class PiSSA(LowRank):
         return [(self.A0, self.B0, -self.scaling)]
 
 
-pissa = Method(PiSSA, "PiSSA", "Meng et al. 2024", count=lambda n, m, r: r * (n + m))
+pissa = Method(
+    PiSSA, "PiSSA", "Meng et al. 2024", count=lambda n, m, r: r * (n + m)
+)

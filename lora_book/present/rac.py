@@ -13,19 +13,46 @@ from .asymmetric import frozen_law
 
 # %% ../../nbs/present/rac.ipynb #c10
 class RAC(Chain):
-    "ΔW = (α/r)·Σ_j B^j A0^j (@eq-rac-delta); each link draws a fresh frozen A0^j and trains B^j from 0. P2 Eq. (9)."
+    """ΔW = (α/r)·Σ_j B^j A0^j (@eq-rac-delta); each link draws a fresh frozen
+    A0^j and trains B^j from 0. P2 Eq. (9).
+    """
 
     trainable = "B"
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8, alpha: float | None = None, seed: int = 0,
-                 dtype: torch.dtype | None = None, chain_length: int | None = None, reset_every: int | None = None,
-                 init: str = "normal", sigma: float | None = None):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        chain_length: int | None = None,
+        reset_every: int | None = None,
+        init: str = "normal",
+        sigma: float | None = None,
+    ):
         self.law = frozen_law(init, sigma)
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, chain_length=chain_length, reset_every=reset_every)
+        super().__init__(
+            W0,
+            bias,
+            r=r,
+            alpha=alpha,
+            seed=seed,
+            dtype=dtype,
+            chain_length=chain_length,
+            reset_every=reset_every,
+        )
 
     def init(self, W0, r, generator):
         "A link: A0 by the chosen law, B = 0."
         return self.law(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
 
 
-rac = Method(RAC, "Randomised asymmetric chain of LoRA", "Malinovsky et al. 2024", count=lambda n, m, r: r * n)
+rac = Method(
+    RAC,
+    "Randomised asymmetric chain of LoRA",
+    "Malinovsky et al. 2024",
+    count=lambda n, m, r: r * n,
+)

@@ -11,11 +11,18 @@ from ..past.lora import LoRA
 
 # %% ../../nbs/present/rslora.ipynb #c10
 class RsLoRA(LoRA):
-    "ΔW = (α/√r)·B A with A, B as in LoRA (@eq-rslora-delta); source: Kalajdzievski 2023, ledger F5."
+    """ΔW = (α/√r)·B A with A, B as in LoRA (@eq-rslora-delta); source:
+    Kalajdzievski 2023, ledger F5.
+    """
 
     def scale(self) -> float:
         "s = α/√r."
         return self.alpha / math.sqrt(self.r)
 
 
-rslora = Method(RsLoRA, "Rank-stabilised LoRA", "Kalajdzievski 2023", count=lambda n, m, r: r * (n + m))
+rslora = Method(
+    RsLoRA,
+    "Rank-stabilised LoRA",
+    "Kalajdzievski 2023",
+    count=lambda n, m, r: r * (n + m),
+)

@@ -18,18 +18,34 @@ from ..past.lora import LoRA
 # %% ../../nbs/present/sharpness.ipynb #c13
 def trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     "The parameters that an optimizer trains, in its order."
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     "The Euclidean norm of all numbers in all tensors together; 0 for none."
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    norms = [
+        torch.linalg.vector_norm(
+            t.detach(), dtype=torch.promote_types(t.dtype, torch.float32)
+        )
+        for t in tensors
+    ]
+    return (
+        torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+        if norms
+        else torch.zeros(())
+    )
 
 # %% ../../nbs/present/sharpness.ipynb #c14
 @torch.no_grad()
 def climb(ps: list[Tensor], grads: list, rho: float) -> None:
-    "Move the parameters by ρ g/‖g‖ (@eq-sharpness-ascent), the norm taken over all of them; by nothing where g = 0."
+    """Move the parameters by ρ g/‖g‖ (@eq-sharpness-ascent), the norm taken
+    over all of them; by nothing where g = 0.
+    """
     norm = total_norm([g for g in grads if g is not None])
     size = torch.where(norm > 0, rho / norm, 0.0)
     for p, g in zip(ps, grads, strict=True):
@@ -57,23 +73,40 @@ def put_back(ps: list[Tensor], kept: list[Tensor]) -> None:
         p.copy_(numbers)
 
 
-sam = Method(LoRA, "LoRA with SAM", "Foret et al. 2021", step="sam", count=lambda n, m, r: r * (n + m))
+sam = Method(
+    LoRA,
+    "LoRA with SAM",
+    "Foret et al. 2021",
+    step="sam",
+    count=lambda n, m, r: r * (n + m),
+)
 
 # %% ../../nbs/present/sharpness.ipynb #c17
 class Sam(PlainStep):
-    "The gradient at θ + ρ g/‖g‖, g the gradient at θ (@eq-sharpness-sam); loss_fn is called twice. Foret et al. 2021."
+    """The gradient at θ + ρ g/‖g‖, g the gradient at θ (@eq-sharpness-sam);
+    loss_fn is called twice. Foret et al. 2021.
+    """
 
     def __init__(self, *, rho: float = 0.05):
         check_number("rho", rho, above=0)
         self.rho = float(rho)
 
-    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def check(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         "Raise BadType unless the optimizer is one of torch's."
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise BadType(f"a torch optimizer is needed, not a {type(optimizer).__name__}")
+            raise BadType(
+                "a torch optimizer is needed, not a"
+                f" {type(optimizer).__name__}"
+            )
 
-    def gradient(self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable) -> Tensor:
-        "Both gradients; every trained number gets its bits back, also when the second evaluation raises. Returns the first loss."
+    def gradient(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, run: Callable
+    ) -> Tensor:
+        """Both gradients; every trained number gets its bits back, also when
+        the second evaluation raises. Returns the first loss.
+        """
         ps = trained(optimizer)
         kept, before = [p.detach().clone() for p in ps], [p.grad for p in ps]
         try:
@@ -85,7 +118,13 @@ class Sam(PlainStep):
             raise
         finally:
             put_back(ps, kept)
-        give_back(ps, [new if old is None else old if new is None else old + new for old, new in zip(before, there, strict=True)])
+        give_back(
+            ps,
+            [
+                new if old is None else old if new is None else old + new
+                for old, new in zip(before, there, strict=True)
+            ],
+        )
         return loss
 
 # %% ../../nbs/present/sharpness.ipynb #c21
@@ -96,7 +135,9 @@ def flat(tensors) -> Tensor:
 
 @torch.no_grad()
 def rise(ps: list[Tensor], moves: list[Tensor], loss_fn: Callable) -> float:
-    "loss_fn() at θ + moves less loss_fn() at θ; the parameters get their bits back."
+    """loss_fn() at θ + moves less loss_fn() at θ; the parameters get their
+    bits back.
+    """
     kept, here = [p.clone() for p in ps], float(loss_fn())
     try:
         for p, move in zip(ps, moves, strict=True):
@@ -107,15 +148,27 @@ def rise(ps: list[Tensor], moves: list[Tensor], loss_fn: Callable) -> float:
 
 
 def ascent_gap(ps: list[Tensor], loss_fn: Callable, rho: float) -> float:
-    "L(θ + ρ g/‖g‖) − L(θ): sharpness along the gradient. 0 where the gradient vanishes."
+    """L(θ + ρ g/‖g‖) − L(θ): sharpness along the gradient. 0 where the
+    gradient vanishes.
+    """
     check_number("rho", rho, above=0)
     grads = torch.autograd.grad(loss_fn(), ps)
     norm = total_norm(list(grads))
-    return rise(ps, [rho * g / norm for g in grads], loss_fn) if norm > 0 else 0.0
+    return (
+        rise(ps, [rho * g / norm for g in grads], loss_fn) if norm > 0 else 0.0
+    )
 
 # %% ../../nbs/present/sharpness.ipynb #c22
-def random_gap(ps: list[Tensor], loss_fn: Callable, rho: float, draws: int, generator: torch.Generator) -> float:
-    "The mean of L(θ + ρ u) − L(θ) over `draws` directions u, uniform on the unit sphere."
+def random_gap(
+    ps: list[Tensor],
+    loss_fn: Callable,
+    rho: float,
+    draws: int,
+    generator: torch.Generator,
+) -> float:
+    """The mean of L(θ + ρ u) − L(θ) over `draws` directions u, uniform on the
+    unit sphere.
+    """
     check_number("rho", rho, above=0)
     found = []
     for _ in range(draws):
@@ -124,10 +177,20 @@ def random_gap(ps: list[Tensor], loss_fn: Callable, rho: float, draws: int, gene
     return sum(found) / len(found)
 
 
-def top_curvature(ps: list[Tensor], loss_fn: Callable, generator: torch.Generator, iterations: int = 30) -> float:
-    "The Hessian's eigenvalue of largest magnitude, by the power method from a random start."
+def top_curvature(
+    ps: list[Tensor],
+    loss_fn: Callable,
+    generator: torch.Generator,
+    iterations: int = 30,
+) -> float:
+    """The Hessian's eigenvalue of largest magnitude, by the power method from
+    a random start.
+    """
     grads = torch.autograd.grad(loss_fn(), ps, create_graph=True)
-    u, value = [torch.randn(p.shape, generator=generator).to(p) for p in ps], 0.0
+    u, value = (
+        [torch.randn(p.shape, generator=generator).to(p) for p in ps],
+        0.0,
+    )
     for _ in range(iterations):
         norm = total_norm(u)
         u = [t / norm for t in u]

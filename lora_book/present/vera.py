@@ -17,9 +17,12 @@ from ..core.peft import VeraForm
 
 # %% ../../nbs/present/vera.ipynb #c10
 def uniform(rows: int, r: int, seed: int, name: str) -> Tensor:
-    """Entries uniform on (−1, 1), (rows, r) float32; a larger matrix with the same r, seed and
-    name begins with the same rows."""
-    return 2 * torch.rand(rows, r, generator=generator(seed, "vera", name, r)) - 1
+    """Entries uniform on (−1, 1), (rows, r) float32; a larger matrix with the
+    same r, seed and name begins with the same rows.
+    """
+    return (
+        2 * torch.rand(rows, r, generator=generator(seed, "vera", name, r)) - 1
+    )
 
 
 def bound(fan_in: int) -> float:
@@ -31,8 +34,10 @@ POOL: WeakValueDictionary = WeakValueDictionary()
 
 
 def pooled(M: Tensor, *key: object) -> Tensor:
-    """The living tensor with this key, shape, type and place, or M itself if there is none:
-    equal draws share their memory."""
+    """The living tensor with this key, shape, type and place, or M itself if
+    there is none:
+    equal draws share their memory.
+    """
     return POOL.setdefault((*key, tuple(M.shape), M.dtype, M.device), M)
 
 # %% ../../nbs/present/vera.ipynb #c13
@@ -42,30 +47,48 @@ class Shared(LowRank):
     trainable, drawn = "", True
 
     def init(self, W0, r, generator):
-        "A (r, m) uniform on ±√(6/m) and B (n, r) on ±√(6/r), by the seed that all layers share."
+        """A (r, m) uniform on ±√(6/m) and B (n, r) on ±√(6/r), by the seed
+        that all layers share.
+        """
         n, m = W0.shape
         A, B = uniform(m, r, self.seed, "A").t(), uniform(n, r, self.seed, "B")
         return bound(m) * A, bound(r) * B
 
     def place(self, name: str, M: Tensor) -> None:
-        "Register a frozen factor that the seed can draw again; equal ones are the same tensor."
-        self.register_buffer(name, pooled(M.contiguous(), self.seed, name), persistent=False)
+        """Register a frozen factor that the seed can draw again; equal ones
+        are the same tensor.
+        """
+        self.register_buffer(
+            name, pooled(M.contiguous(), self.seed, name), persistent=False
+        )
 
     def _load_from_state_dict(self, state, prefix, *args):
         for name in ("A", "B"):
             given = state.get(prefix + name)
             if given is not None and given.shape == getattr(self, name).shape:
-                self.register_buffer(name, given.detach().clone().to(getattr(self, name)))
+                self.register_buffer(
+                    name, given.detach().clone().to(getattr(self, name))
+                )
                 self.drawn = False
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../../nbs/present/vera.ipynb #c15
 class _Vectors(Shared):
-    "The trained vectors b (n,) and d (r,), and the change s·diag(b) B diag(d) A (@eq-vera-delta)."
+    """The trained vectors b (n,) and d (r,), and the change s·diag(b) B
+    diag(d) A (@eq-vera-delta).
+    """
 
-    def __init__(self, W0: Tensor, bias: Tensor | None = None, *, r: int = 8,
-                 alpha: float | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-                 d_initial: float = 0.1):
+    def __init__(
+        self,
+        W0: Tensor,
+        bias: Tensor | None = None,
+        *,
+        r: int = 8,
+        alpha: float | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        d_initial: float = 0.1,
+    ):
         check_number("d_initial", d_initial)
         super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
         self.d = nn.Parameter(torch.full_like(self.A[:, 0], d_initial))
@@ -80,7 +103,9 @@ class _Vectors(Shared):
         return self.factors()
 
     def direction(self, M: dict, W0: Tensor | None = None) -> list:
-        "One product, (A, diag(M_b) B diag(d) + diag(b) B diag(M_d), s); a missing M stands for 0."
+        """One product, (A, diag(M_b) B diag(d) + diag(b) B diag(M_d), s); a
+        missing M stands for 0.
+        """
         zero = torch.zeros_like
         Mb, Md = M.get("b", zero(self.b))[:, None], M.get("d", zero(self.d))
         B = Mb * self.B * self.d + self.b[:, None] * self.B * Md
@@ -92,11 +117,14 @@ class _Vectors(Shared):
 
 # %% ../../nbs/present/vera.ipynb #c15c
 class VeRA(_Vectors):
-    """ΔW = s·diag(b) B diag(d) A (@eq-vera-delta); A and B are drawn once for all layers and
-    frozen, b and d train. Kopiczko et al. 2024."""
+    """ΔW = s·diag(b) B diag(d) A (@eq-vera-delta); A and B are drawn once for
+    all layers and frozen, b and d train. Kopiczko et al. 2024.
+    """
 
     def peft(self) -> VeraForm:
-        "PEFT's VeRA, whose layers of all widths cut one A: √(6/m), which differs by width, is in d."
+        """PEFT's VeRA, whose layers of all widths cut one A: √(6/m), which
+        differs by width, is in d.
+        """
         if not self.drawn:
             return VeraForm(self.A, self.B, self.scaling * self.b, self.d)
         m = self.A.shape[1]
@@ -109,4 +137,10 @@ def same_seed(seed: int, name: str) -> int:
     return seed
 
 
-vera = Method(VeRA, "VeRA", "Kopiczko et al. 2024", seeds=same_seed, count=lambda n, m, r: r + n)
+vera = Method(
+    VeRA,
+    "VeRA",
+    "Kopiczko et al. 2024",
+    seeds=same_seed,
+    count=lambda n, m, r: r + n,
+)

@@ -15,11 +15,19 @@ import lora_book.theory.claims_generalization  # noqa: F401
 import lora_book.theory.claims_loldu  # noqa: F401
 import lora_book.theory.claims_related  # noqa: F401
 from ..core.errors import BadType, unknown
-from .claims_record import CLASSES, REGISTRY, Claim, Result, recompute
+from lora_book.theory.claims_record import (
+    CLASSES,
+    REGISTRY,
+    Claim,
+    Result,
+    recompute,
+)
 
 # %% ../../nbs/theory/claims.ipynb #c04
 class Ledger(tuple):
-    "The claims in order; `ledger['B7']` looks one up by id and raises UnknownName for an id that doesn't exist."
+    """The claims in order; `ledger['B7']` looks one up by id and raises
+    UnknownName for an id that doesn't exist.
+    """
 
     def __getitem__(self, key: int | slice | str) -> Claim | tuple:
         if not isinstance(key, str):
@@ -32,14 +40,21 @@ class Ledger(tuple):
 def claims() -> Ledger:
     """All claims, A1 to F5, as records of id, paper, location, title,
     claim, verdict, amended statement, chapter and check."""
-    return Ledger(sorted(REGISTRY.values(), key=lambda claim: (claim.id[0], int(claim.id[1:]))))
+    return Ledger(
+        sorted(
+            REGISTRY.values(),
+            key=lambda claim: (claim.id[0], int(claim.id[1:])),
+        )
+    )
 
 # %% ../../nbs/theory/claims.ipynb #c05
 def verify(id: str) -> Result:
     """The verdict of claim `id`, recomputed from its figures. Raises
     UnknownName with the nearest ids, BadType for no string."""
     if not isinstance(id, str):
-        raise BadType(f"a claim's id must be a string such as 'B7', not {id!r}")
+        raise BadType(
+            f"a claim's id must be a string such as 'B7', not {id!r}"
+        )
     return recompute(claims()[id])
 
 
@@ -49,22 +64,39 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in CLASSES}
 
 # %% ../../nbs/theory/claims.ipynb #c15
-GROUPS = {"A": "algorithms", "B": "generalization", "C": "convergence", "D": "experiments", "E": "loldu",
-          "F": "related"}
+GROUPS = {
+    "A": "algorithms",
+    "B": "generalization",
+    "C": "convergence",
+    "D": "experiments",
+    "E": "loldu",
+    "F": "related",
+}
 STYLE = """<style>
 .ledger { overflow-x: auto } .ledger table { border-collapse: collapse; font-size: 0.85em }
 .ledger td, .ledger th { border-bottom: 1px solid currentColor; padding: 0.3em 0.6em; vertical-align: top }
 .ledger td, .ledger th { text-align: left }
 .ledger label { margin-right: 1em } .ledger .figures { font-size: 0.9em; opacity: 0.8 }
-""" + "\n".join(f".ledger #only-{v}:checked ~ table tr.claim:not(.{v}) {{ display: none }}" for v in CLASSES)
+""" + "\n".join(
+    f".ledger #only-{v}:checked ~ table tr.claim:not(.{v}) {{ display: none }}"
+    for v in CLASSES
+)
 STYLE += "\n</style>"
 
 # %% ../../nbs/theory/claims.ipynb #c16
 def _switches(found: dict[str, int]) -> str:
-    "Radio buttons that show all claims or those of one verdict; the style sheet does the rest."
-    choices = [("all", "all", sum(found.values()))] + [(verdict, verdict, n) for verdict, n in found.items()]
-    boxes = [f'<input type="radio" name="ledger" id="only-{key}"{" checked" if key == "all" else ""}> '
-             f'<label for="only-{key}">{label} ({n})</label>' for key, label, n in choices]
+    """Radio buttons that show all claims or those of one verdict; the style
+    sheet does the rest.
+    """
+    choices = [("all", "all", sum(found.values()))] + [
+        (verdict, verdict, n) for verdict, n in found.items()
+    ]
+    boxes = [
+        '<input type="radio" name="ledger"'
+        f' id="only-{key}"{" checked" if key == "all" else ""}> <label'
+        f' for="only-{key}">{label} ({n})</label>'
+        for key, label, n in choices
+    ]
     return "\n".join(boxes)
 
 
@@ -72,15 +104,43 @@ def _row(claim: Claim, result: Result) -> str:
     "One claim as a row of the table."
     link = f'<a href="claims_{GROUPS[claim.id[0]]}.html">{claim.id}</a>'
     where = f"{claim.paper}, {escape(claim.location)}"
-    cells = [link, where, escape(claim.claim), result.verdict, escape(claim.amended),
-             f'<span class="figures">{escape(result.details)}</span>']
-    return f'<tr class="claim {result.verdict}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    cells = [
+        link,
+        where,
+        escape(claim.claim),
+        result.verdict,
+        escape(claim.amended),
+        f'<span class="figures">{escape(result.details)}</span>',
+    ]
+    return (
+        f'<tr class="claim {result.verdict}">'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+    )
 
 # %% ../../nbs/theory/claims.ipynb #c17
 def ledger_html(ledger: Iterable[Claim], results: Iterable[Result]) -> str:
-    "The claims and their recomputed results as an HTML table that filters by verdict without a script."
+    """The claims and their recomputed results as an HTML table that filters by
+    verdict without a script.
+    """
     results = list(results)
-    head = "".join(f"<th>{name}</th>" for name in ("id", "source", "claim", "verdict", "what is true", "figures"))
-    rows = "\n".join(_row(claim, result) for claim, result in zip(ledger, results, strict=True))
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in (
+            "id",
+            "source",
+            "claim",
+            "verdict",
+            "what is true",
+            "figures",
+        )
+    )
+    rows = "\n".join(
+        _row(claim, result)
+        for claim, result in zip(ledger, results, strict=True)
+    )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
-    return f'{STYLE}\n<div class="ledger">\n{_switches(counts(results))}\n{table}\n</div>'
+    return (
+        f"{STYLE}\n<div"
+        f' class="ledger">\n{_switches(counts(results))}\n{table}\n</div>'
+    )

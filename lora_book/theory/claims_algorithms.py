@@ -22,51 +22,93 @@ def selector(start: int, m: int, r: int, wrap: bool = False) -> np.ndarray:
 
 def covered(m: int, r: int, links: int, wrap: bool = False) -> int:
     "How many of m columns a chain reaches whose link c starts at column c r."
-    return int(sum(selector(c * r, m, r, wrap).sum(0) for c in range(links)).astype(bool).sum())
+    return int(
+        sum(selector(c * r, m, r, wrap).sum(0) for c in range(links))
+        .astype(bool)
+        .sum()
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c06
 @check("A1", "typo", "P2", "section 2.3(i), display before Eq. (5)", "sec-cla")
 def a1_shape_of_the_cheap_update() -> Finding:
-    """The update of cheap LoRA is B [I_r | 0] = [B | 0] with m - n zero columns.
+    """The update of cheap LoRA is B [I_r | 0] = [B | 0] with m - n zero
+    columns.
 
-    [B | 0] has m - r zero columns."""
+    [B | 0] has m - r zero columns.
+    """
     n, m, r = 3, 5, 2
     B = np.random.default_rng(0).standard_normal((n, r))
     update = B @ selector(0, m, r)
     printed, mended = r + (m - n), np.hstack([B, np.zeros((n, m - r))])
-    return finding(update.shape[1] == printed, np.array_equal(update, mended), columns=update.shape[1],
-                   columns_printed=printed, columns_mended=mended.shape[1])
+    return finding(
+        update.shape[1] == printed,
+        np.array_equal(update, mended),
+        columns=update.shape[1],
+        columns_printed=printed,
+        columns_mended=mended.shape[1],
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c08
 @check("A2", "typo", "P2", "section 2.3(ii)", "sec-c3la")
 def a2_direction_of_the_shift() -> Finding:
-    """Each link of the circulant chain shifts I_r by r columns to the left: [I_r | 0] becomes [0 | I_r | 0].
+    """Each link of the circulant chain shifts I_r by r columns to the left:
+    [I_r | 0] becomes [0 | I_r | 0].
 
-    The shift goes to the right; with wrap-around, row q of link c picks column (c r + q) mod m."""
+    The shift goes to the right; with wrap-around, row q of link c picks column
+    (c r + q) mod m.
+    """
     m, r = 7, 2
     first, second = selector(0, m, r), selector(r, m, r)
-    left, right = (np.abs(np.roll(first, step, axis=1) - second).max() for step in (-r, r))
-    wraps = max(np.abs(np.roll(first, c * r, axis=1) - selector(c * r, m, r, wrap=True)).max() for c in range(m))
-    return finding(left == 0, right == 0 and wraps == 0, left_error=left, right_error=right, wrapped_error=wraps)
+    left, right = (
+        np.abs(np.roll(first, step, axis=1) - second).max() for step in (-r, r)
+    )
+    wraps = max(
+        np.abs(
+            np.roll(first, c * r, axis=1) - selector(c * r, m, r, wrap=True)
+        ).max()
+        for c in range(m)
+    )
+    return finding(
+        left == 0,
+        right == 0 and wraps == 0,
+        left_error=left,
+        right_error=right,
+        wrapped_error=wraps,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c10
 @check("A5", "typo", "P2", "section 2.1", "sec-lora")
 def a5_task_switching() -> Finding:
-    """To switch tasks, subtract B A from the fine-tuned weight W0 + (alpha / r) B A.
+    """To switch tasks, subtract B A from the fine-tuned weight W0 + (alpha /
+    r) B A.
 
-    Subtract (alpha / r) B A."""
+    Subtract (alpha / r) B A.
+    """
     rng = np.random.default_rng(0)
-    W0, B, A, scale = rng.standard_normal((3, 5)), rng.standard_normal((3, 2)), rng.standard_normal((2, 5)), 4 / 2
+    W0, B, A, scale = (
+        rng.standard_normal((3, 5)),
+        rng.standard_normal((3, 2)),
+        rng.standard_normal((2, 5)),
+        4 / 2,
+    )
     printed = np.linalg.norm(W0 + scale * B @ A - B @ A - W0)
     mended = np.linalg.norm(W0 + scale * B @ A - scale * B @ A - W0)
-    return finding(printed < 1e-12, mended < 1e-12, left_over_printed=printed, left_over_mended=mended)
+    return finding(
+        printed < 1e-12,
+        mended < 1e-12,
+        left_over_printed=printed,
+        left_over_mended=mended,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c12
 @check("A6", "false", "P2", "appendix B, Algorithms 1 to 4", "sec-convergence")
 def a6_update_lines() -> Finding:
-    """B is updated by B - gamma (alpha / r) grad_W Diag(ones on the selected columns).
+    """B is updated by B - gamma (alpha / r) grad_W Diag(ones on the selected
+    columns).
 
-    Not conformable. B - gamma (alpha / r) grad_W A^T, which moves the weight by gamma (alpha / r)^2 grad_W A^T A."""
+    Not conformable. B - gamma (alpha / r) grad_W A^T, which moves the weight
+    by gamma (alpha / r)^2 grad_W A^T A.
+    """
     n, m, r, gamma, scale = 4, 6, 2, 0.1, 2.0
     rng = np.random.default_rng(0)
     grad, A = rng.standard_normal((n, m)), selector(0, m, r)
@@ -74,107 +116,191 @@ def a6_update_lines() -> Finding:
     moved = scale * (gamma * scale * step) @ A
     factor = np.linalg.norm(moved) / np.linalg.norm(gamma * masked)
     same = np.abs(masked[:, :r] - step).max()
-    return finding(masked.shape == (n, r), step.shape == (n, r) and same == 0 and np.isclose(factor, scale**2),
-                   columns_of_B=r, columns_printed=masked.shape[1], columns_mended=step.shape[1], step_factor=factor)
+    return finding(
+        masked.shape == (n, r),
+        step.shape == (n, r) and same == 0 and np.isclose(factor, scale**2),
+        columns_of_B=r,
+        columns_printed=masked.shape[1],
+        columns_mended=step.shape[1],
+        step_factor=factor,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c15
 @check("A3", "amended", "P2", "section 2.3, Proposition 1", "sec-c3la")
 def a3_coverage() -> Finding:
-    """If d_in = k r and a link lasts floor(E / k) epochs, the circulant chain updates each element of W0.
+    """If d_in = k r and a link lasts floor(E / k) epochs, the circulant chain
+    updates each element of W0.
 
-    With k >= max over layers of ceil(m / r) links and wrap-around, each entry is trainable in at least one link."""
+    With k >= max over layers of ceil(m / r) links and wrap-around, each entry
+    is trainable in at least one link.
+    """
     wide, odd = covered(8, 2, 2), covered(5, 2, 5 // 2)
     target = np.array([1.0, 0.0])
     moves = np.abs(np.array([1.0, 0.0]) * (np.zeros(2) - target))
     sizes = [(m, r) for m in range(1, 60) for r in range(1, m + 1)]
     missed = sum(covered(m, r, -(-m // r), wrap=True) < m for m, r in sizes)
-    return finding(wide == 8 and odd == 5 and moves.all(), missed == 0 and covered(4, 2, 2) == 4, covered_of_8=wide,
-                   covered_of_5=odd, columns_with_gradient_of_2=(moves > 0).sum(), mended_misses=missed)
+    return finding(
+        wide == 8 and odd == 5 and moves.all(),
+        missed == 0 and covered(4, 2, 2) == 4,
+        covered_of_8=wide,
+        covered_of_5=odd,
+        columns_with_gradient_of_2=(moves > 0).sum(),
+        mended_misses=missed,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c17
 def printed_link(t: int, T: int, k: int) -> int:
-    "The link that step t of 1..T trains in Algorithm 3 of P2 as printed: one shift at each multiple of floor(T / k)."
+    """The link that step t of 1..T trains in Algorithm 3 of P2 as printed: one
+    shift at each multiple of floor(T / k).
+    """
     return t // (T // k)
 
 
 def mended_link(t: int, T: int, k: int) -> int:
-    "The link that step t of 1..T trains when each of k links gets at least floor(T / k) steps."
+    """The link that step t of 1..T trains when each of k links gets at least
+    floor(T / k) steps.
+    """
     return min((t - 1) // (T // k), k - 1)
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c18
 @check("A4", "amended", "P2", "appendix B, Algorithm 3", "sec-c3la")
 def a4_merge_schedule() -> Finding:
-    """Merging and shifting at each t divisible by floor(T / k), for t = 1..T, trains k links on k blocks.
+    """Merging and shifting at each t divisible by floor(T / k), for t = 1..T,
+    trains k links on k blocks.
 
-    Step t trains link min(floor((t - 1) / s), k - 1) with s = floor(T / k); then all links get at least s steps."""
+    Step t trains link min(floor((t - 1) / s), k - 1) with s = floor(T / k);
+    then all links get at least s steps.
+    """
+
     def steps(rule, T, k):
-        return np.bincount([rule(t, T, k) for t in range(1, T + 1)], minlength=k)
+        return np.bincount(
+            [rule(t, T, k) for t in range(1, T + 1)], minlength=k
+        )
+
     runs = [(T, k) for T in range(1, 60) for k in range(1, T + 1)]
-    right = all(len(c) == k and c.min() >= T // k for T, k in runs for c in [steps(mended_link, T, k)])
-    three, equal, ragged = steps(printed_link, 12, 3), steps(printed_link, 3, 3), steps(printed_link, 7, 4)
-    return finding(len(three) == 3 and equal[0] > 0 and len(ragged) == 4, right, first_link_steps=three[0],
-                   links_of_3=len(three), first_link_steps_at_T_equal_k=equal[0], merges_instead_of_3=len(ragged) - 1,
-                   mended_right=right)
+    right = all(
+        len(c) == k and c.min() >= T // k
+        for T, k in runs
+        for c in [steps(mended_link, T, k)]
+    )
+    three, equal, ragged = (
+        steps(printed_link, 12, 3),
+        steps(printed_link, 3, 3),
+        steps(printed_link, 7, 4),
+    )
+    return finding(
+        len(three) == 3 and equal[0] > 0 and len(ragged) == 4,
+        right,
+        first_link_steps=three[0],
+        links_of_3=len(three),
+        first_link_steps_at_T_equal_k=equal[0],
+        merges_instead_of_3=len(ragged) - 1,
+        mended_right=right,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c20
 def two_links(old_mask: bool) -> tuple[float, float]:
     """Two links of r-c3LA on 0.5 |W - W*|^2: how far the second link
     moves its columns, and the distance from W* at the end."""
     goal, m, r = np.random.default_rng(0).standard_normal((3, 4)), 4, 2
-    first, second = np.diag(selector(0, m, r).sum(0)), np.diag(selector(2, m, r).sum(0))
+    first, second = (
+        np.diag(selector(0, m, r).sum(0)),
+        np.diag(selector(2, m, r).sum(0)),
+    )
     W1 = -(np.zeros((3, m)) - goal) @ first
     at, mask = (np.zeros((3, m)), first) if old_mask else (W1, second)
     step = -(at - goal) @ mask
-    return np.linalg.norm(step @ second), np.linalg.norm(W1 + step @ second - goal)
+    return np.linalg.norm(step @ second), np.linalg.norm(
+        W1 + step @ second - goal
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c21
 @check("A7", "false", "P2", "appendix B, Algorithm 4", "sec-c3la")
 def a7_random_chain() -> Finding:
-    """After drawing a new block the update uses the gradient at W0 and the old mask, and every block is reached.
+    """After drawing a new block the update uses the gradient at W0 and the old
+    mask, and every block is reached.
 
-    Gradient at the merged weight, mask of the new block; of K blocks, K draws reach the share 1 - (1 - 1/K)^K."""
+    Gradient at the merged weight, mask of the new block; of K blocks, K draws
+    reach the share 1 - (1 - 1/K)^K.
+    """
     blocks = 48
     draws = np.random.default_rng(0).integers(0, blocks, (2000, blocks))
     share = np.mean([len(set(row)) for row in draws.tolist()]) / blocks
-    (moved, _), (_, distance) = two_links(old_mask=True), two_links(old_mask=False)
+    (moved, _), (_, distance) = (
+        two_links(old_mask=True),
+        two_links(old_mask=False),
+    )
     exact = 1 - (1 - 1 / blocks) ** blocks
-    return finding(moved > 0 and share == 1, distance < 1e-12 and abs(share - exact) < 0.01, moved_printed=moved,
-                   distance_mended=distance, coverage=share, coverage_exact=exact)
+    return finding(
+        moved > 0 and share == 1,
+        distance < 1e-12 and abs(share - exact) < 0.01,
+        moved_printed=moved,
+        distance_mended=distance,
+        coverage=share,
+        coverage_exact=exact,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c24
 @check("A8", "typo", "P2", "section 1", "sec-lora")
 def a8_memory_of_training() -> Finding:
-    """An 8B model takes 32 GB to load and 64 GB to train with state-of-the-art protocols.
+    """An 8B model takes 32 GB to load and 64 GB to train with state-of-the-art
+    protocols.
 
-    In float32 it takes 32 GB to load, 64 GB for weights and gradients, and 128 GB with Adam's two moments."""
+    In float32 it takes 32 GB to load, 64 GB for weights and gradients, and 128
+    GB with Adam's two moments.
+    """
     weights = 8e9 * 4 / 1e9
     plain, adam = 2 * weights, 4 * weights
-    return finding(weights == 32 and adam == 64, weights == 32 and plain == 64, load_gb=weights, sgd_gb=plain,
-                   adam_gb=adam)
+    return finding(
+        weights == 32 and adam == 64,
+        weights == 32 and plain == 64,
+        load_gb=weights,
+        sgd_gb=plain,
+        adam_gb=adam,
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c26
 @check("A9", "typo", "P2", "abstract, sections 1, 4 and 5", "sec-tables")
 def a9_counts_of_methods() -> Finding:
-    """The paper compares 7 (abstract), 9 (section 1) or 8 (section 4) methods on 14 data sets and 9 models.
+    """The paper compares 7 (abstract), 9 (section 1) or 8 (section 4) methods
+    on 14 data sets and 9 models.
 
-    9 methods of LoRA's kind and full fine-tuning, 14 data sets, 9 models."""
+    9 methods of LoRA's kind and full fine-tuning, 14 data sets, 9 models.
+    """
     results = table("P2", 2)
-    methods = [name for name in results.names("column") if name != "FFT" and not name.endswith("drop")]
-    models, sets = ({row.split(" / ")[i] for row in results.names("row")} for i in (0, 1))
+    methods = [
+        name
+        for name in results.names("column")
+        if name != "FFT" and not name.endswith("drop")
+    ]
+    models, sets = (
+        {row.split(" / ")[i] for row in results.names("row")} for i in (0, 1)
+    )
     agree = {7, 9, 8} == {len(methods)}
-    return finding(agree and len(sets) == 14 and len(models) == 9,
-                   len(methods) == 9 and len(sets) == 14 and len(models) == 9, methods=len(methods),
-                   data_sets=len(sets), models=len(models), different_counts_printed=len({7, 9, 8}))
+    return finding(
+        agree and len(sets) == 14 and len(models) == 9,
+        len(methods) == 9 and len(sets) == 14 and len(models) == 9,
+        methods=len(methods),
+        data_sets=len(sets),
+        models=len(models),
+        different_counts_printed=len({7, 9, 8}),
+    )
 
 # %% ../../nbs/theory/claims_algorithms.ipynb #c28
 @check("A10", "holds", "P2", "section 4.1, end", "sec-cla")
 def a10_no_fewer_parameters() -> Finding:
     """The cheap variants do not reduce the number of trained parameters.
 
-    All of asymmetric LoRA, RAC, cLA and c3LA train r n numbers a layer and link."""
+    All of asymmetric LoRA, RAC, cLA and c3LA train r n numbers a layer and
+    link.
+    """
     n = m = 768
     r, layers = 16, 24
     frozen_A = layers * (selector(0, m, r).shape[0] * n)
     cheap, lora = layers * r * n, layers * r * (n + m)
-    return finding(cheap == frozen_A and cheap < lora, cheap_trained=cheap, asymmetric_trained=frozen_A,
-                   lora_trained=lora)
+    return finding(
+        cheap == frozen_A and cheap < lora,
+        cheap_trained=cheap,
+        asymmetric_trained=frozen_A,
+        lora_trained=lora,
+    )

@@ -15,7 +15,11 @@ import torch
 from .claims_record import Finding, check, finding
 from .convergence import cycle_bound, theorem2_bound
 from .projections import lambda_min
-from .smoothness import frozen_smoothness, local_smoothness_bound, smoothness_ratio
+from lora_book.theory.smoothness import (
+    frozen_smoothness,
+    local_smoothness_bound,
+    smoothness_ratio,
+)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c04
 def projection(A: np.ndarray) -> np.ndarray:
@@ -23,24 +27,47 @@ def projection(A: np.ndarray) -> np.ndarray:
     return np.linalg.pinv(A) @ A
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c06
-@check("C1", "amended", "P2", "section 3.2 after Theorem 2, Proposition 4", "sec-projections")
+@check(
+    "C1",
+    "amended",
+    "P2",
+    "section 3.2 after Theorem 2, Proposition 4",
+    "sec-projections",
+)
 def c1_which_dimension() -> Finding:
     """For Gaussian A the smallest eigenvalue of E[H] is r / n_i.
 
     r / m_i, the number of columns of A; over all layers r / max m_i."""
     r, m, gamma, T = 1, 4, 0.99, 400
-    draws = projection(np.random.default_rng(0).standard_normal((40_000, r, m))).mean(0)
+    draws = projection(
+        np.random.default_rng(0).standard_normal((40_000, r, m))
+    ).mean(0)
     spread = np.abs(np.linalg.eigvalsh(draws) - r / m).max()
     shrink = 1 - (2 * gamma - gamma**2) * r / m
     mean = (1 - shrink**T) / (1 - shrink) / T
-    printed, mended = theorem2_bound(0.5, r / 1, gamma, T), theorem2_bound(0.5, r / m, gamma, T)
-    return finding(mean <= printed, mean <= mended and spread < 0.01 and lambda_min("gaussian", m, r) == r / m,
-                   mean_gradient=mean, bound_with_r_over_n=printed, bound_with_r_over_m=mended, sampled_spread=spread)
+    printed, mended = (
+        theorem2_bound(0.5, r / 1, gamma, T),
+        theorem2_bound(0.5, r / m, gamma, T),
+    )
+    return finding(
+        mean <= printed,
+        mean <= mended
+        and spread < 0.01
+        and lambda_min("gaussian", m, r) == r / m,
+        mean_gradient=mean,
+        bound_with_r_over_n=printed,
+        bound_with_r_over_m=mended,
+        sampled_spread=spread,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c08
 def least_rate(blocks: list, m: int) -> float:
-    "How often the least lucky of m columns is picked, blocks being equally likely; columns past the end are lost."
-    return min(sum(column in block for block in blocks) for column in range(m)) / len(blocks)
+    """How often the least lucky of m columns is picked, blocks being equally
+    likely; columns past the end are lost.
+    """
+    return min(
+        sum(column in block for block in blocks) for column in range(m)
+    ) / len(blocks)
 
 
 def block(start: int, r: int, m: int, wrap: bool = False) -> set:
@@ -48,11 +75,16 @@ def block(start: int, r: int, m: int, wrap: bool = False) -> set:
     return {q % m if wrap else q for q in range(start, start + r)}
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c09
-@check("C3", "amended", "P2", "appendix C.2.3, Proposition 4", "sec-projections")
+@check(
+    "C3", "amended", "P2", "appendix C.2.3, Proposition 4", "sec-projections"
+)
 def c3_proposition_4() -> Finding:
-    """Blocks j = 1..k with ones at p = j + q give a smallest eigenvalue r / n_i.
+    """Blocks j = 1..k with ones at p = j + q give a smallest eigenvalue r /
+    n_i.
 
-    Blocks j = 0..k-1 at columns j r + q give r / m if r divides m; else 0, or r / m with a uniform circular start."""
+    Blocks j = 0..k-1 at columns j r + q give r / m if r divides m; else 0, or
+    r / m with a uniform circular start.
+    """
     m, r, k = 12, 3, 4
     right = least_rate([block(j * r, r, m) for j in range(k)], m)
     from_one = least_rate([block(j * r, r, m) for j in range(1, k + 1)], m)
@@ -60,39 +92,71 @@ def c3_proposition_4() -> Finding:
     ragged = least_rate([block(j * 3, 3, 10) for j in range(10 // 3)], 10)
     circular = least_rate([block(j, 3, 10, wrap=True) for j in range(10)], 10)
     exact = right == r / m == lambda_min("block", m, r) and circular == 3 / 10
-    return finding(from_one == literal == r / m, exact and ragged == 0, blocks_from_0=right, blocks_from_1=from_one,
-                   literal_index=literal, not_dividing=ragged, circular_start=circular)
+    return finding(
+        from_one == literal == r / m,
+        exact and ragged == 0,
+        blocks_from_0=right,
+        blocks_from_1=from_one,
+        literal_index=literal,
+        not_dividing=ragged,
+        circular_start=circular,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c11
 @check("C4", "false", "P2", "appendix B, Algorithms 2 and 4", "sec-cla")
 def c4_literal_offset() -> Finding:
-    """The offset randint(0, floor(m / r) - 1) selects blocks with smallest eigenvalue r / m.
+    """The offset randint(0, floor(m / r) - 1) selects blocks with smallest
+    eigenvalue r / m.
 
     It must be multiplied by r; as printed most columns are never
-    selected and the eigenvalue is 0 for all r >= 2, m >= 2 r."""
+    selected and the eigenvalue is 0 for all r >= 2, m >= 2 r.
+    """
     sizes = [(m, r) for m in range(4, 40) for r in range(2, m // 2 + 1)]
-    reach = {(m, r): len(set().union(*(block(x, r, m) for x in range(m // r)))) for m, r in sizes + [(768, 16)]}
+    reach = {
+        (m, r): len(set().union(*(block(x, r, m) for x in range(m // r))))
+        for m, r in sizes + [(768, 16)]
+    }
     formula = all(reach[m, r] == m // r + r - 1 for m, r in reach)
     best = max(lambda_min("literal", m, r) for m, r in sizes)
     mended = least_rate([block(16 * x, 16, 768) for x in range(48)], 768)
-    return finding(best > 0, formula and mended == 16 / 768, reached_of_768_at_rank_16=reach[768, 16],
-                   largest_eigenvalue=best, mended_eigenvalue=mended)
+    return finding(
+        best > 0,
+        formula and mended == 16 / 768,
+        reached_of_768_at_rank_16=reach[768, 16],
+        largest_eigenvalue=best,
+        mended_eigenvalue=mended,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c13
 @check("C5", "amended", "P2", "appendix B, Algorithms 2 and 4", "sec-cla")
 def c5_which_end() -> Finding:
     """The block is randint(0, floor(m / r) - 1).
 
-    With an included upper end; with NumPy's or PyTorch's excluded one the last block is never drawn."""
+    With an included upper end; with NumPy's or PyTorch's excluded one the last
+    block is never drawn.
+    """
     k, r, rng = 4, 3, np.random.default_rng(0)
-    excluded, included = rng.integers(0, k - 1, 4000), rng.integers(0, k - 1, 4000, endpoint=True)
-    rates = [least_rate([block(r * int(x), r, k * r) for x in draws], k * r) for draws in (excluded, included)]
-    return finding(rates[0] > 0, abs(rates[1] - 1 / k) < 0.05, last_block_excluded=(excluded == k - 1).mean(),
-                   last_block_included=(included == k - 1).mean(), eigenvalue_excluded=rates[0],
-                   eigenvalue_included=rates[1])
+    excluded, included = (
+        rng.integers(0, k - 1, 4000),
+        rng.integers(0, k - 1, 4000, endpoint=True),
+    )
+    rates = [
+        least_rate([block(r * int(x), r, k * r) for x in draws], k * r)
+        for draws in (excluded, included)
+    ]
+    return finding(
+        rates[0] > 0,
+        abs(rates[1] - 1 / k) < 0.05,
+        last_block_excluded=(excluded == k - 1).mean(),
+        last_block_included=(included == k - 1).mean(),
+        eigenvalue_excluded=rates[0],
+        eigenvalue_included=rates[1],
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c16
-@check("C2", "false", "P2", "Theorem 2, Table 1, section 3.2", "sec-convergence")
+@check(
+    "C2", "false", "P2", "Theorem 2, Table 1, section 3.2", "sec-convergence"
+)
 def c2_one_frozen_factor() -> Finding:
     """Theorem 2 covers asymmetric LoRA and random cLA.
 
@@ -103,38 +167,69 @@ def c2_one_frozen_factor() -> Finding:
     goal = np.array([0.5, 1.0])
     for _ in range(T):
         grad = W - goal
-        mean, projected, W = mean + grad @ grad / T, projected + grad @ H @ grad / T, W - gamma * H @ grad
-    printed, mended = theorem2_bound(0.5 * goal @ goal, 0.5, gamma, T), theorem2_bound(0.5 * goal @ H @ goal, 1.0,
-                                                                                       gamma, T)
-    left = 1 - (projection(rng.standard_normal((4000, 1, 2))) @ np.array([0.0, 1.0])[:, None])[:, 1, 0].mean()
-    return finding(mean <= printed, projected <= mended and lambda_min("fixed", 2, 1) == 0, mean_gradient=mean,
-                   printed_bound=printed, projected_gradient=projected, projected_bound=mended,
-                   left_over_gaussian=left)
+        mean, projected, W = (
+            mean + grad @ grad / T,
+            projected + grad @ H @ grad / T,
+            W - gamma * H @ grad,
+        )
+    printed, mended = (
+        theorem2_bound(0.5 * goal @ goal, 0.5, gamma, T),
+        theorem2_bound(0.5 * goal @ H @ goal, 1.0, gamma, T),
+    )
+    left = (
+        1
+        - (
+            projection(rng.standard_normal((4000, 1, 2)))
+            @ np.array([0.0, 1.0])[:, None]
+        )[:, 1, 0].mean()
+    )
+    return finding(
+        mean <= printed,
+        projected <= mended and lambda_min("fixed", 2, 1) == 0,
+        mean_gradient=mean,
+        printed_bound=printed,
+        projected_gradient=projected,
+        projected_bound=mended,
+        left_over_gaussian=left,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c18
 class Toy:
-    "A smooth non-convex loss on two layers of shapes (2, 8) and (2, 4), minimum 0; runs are the first axis of W."
+    """A smooth non-convex loss on two layers of shapes (2, 8) and (2, 4),
+    minimum 0; runs are the first axis of W.
+    """
+
     widths, outputs = (8, 4), 2
 
     def __init__(self, seed: int, points: int = 40):
         rng = np.random.default_rng(seed)
-        self.X = rng.standard_normal((points, self.outputs * sum(self.widths))) / 4
+        self.X = (
+            rng.standard_normal((points, self.outputs * sum(self.widths))) / 4
+        )
         self.y = self.X @ (2 * rng.standard_normal(self.X.shape[1]))
         self.L_G = 2 * np.linalg.norm(self.X, 2) ** 2 / points
 
     def loss(self, W: np.ndarray) -> np.ndarray:
-        "The loss of each run, from W of shape (runs, 2, 12), both layers side by side."
+        """The loss of each run, from W of shape (runs, 2, 12), both layers
+        side by side.
+        """
         u = W.reshape(len(W), -1) @ self.X.T - self.y
         return (u**2 / (1 + u**2)).mean(1)
 
     def grad(self, W: np.ndarray) -> np.ndarray:
         "Its gradient, of W's shape."
         u = W.reshape(len(W), -1) @ self.X.T - self.y
-        return ((2 * u / (1 + u**2) ** 2) @ self.X / len(self.X)).reshape(W.shape)
+        return ((2 * u / (1 + u**2) ** 2) @ self.X / len(self.X)).reshape(
+            W.shape
+        )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c19
-def draw_projection(law: str, m: int, r: int, runs: int, rng: np.random.Generator) -> np.ndarray:
-    "Projections (runs, m, m) of A drawn from a law: 'gaussian', 'block' or 'literal'."
+def draw_projection(
+    law: str, m: int, r: int, runs: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Projections (runs, m, m) of A drawn from a law: 'gaussian', 'block' or
+    'literal'.
+    """
     if law == "gaussian":
         Q = np.linalg.qr(rng.standard_normal((runs, m, r)))[0]
         return Q @ Q.transpose(0, 2, 1)
@@ -146,12 +241,19 @@ def draw_projection(law: str, m: int, r: int, runs: int, rng: np.random.Generato
 def both(law: str, r: int, runs: int, rng: np.random.Generator) -> np.ndarray:
     "The projections of both layers as one block-diagonal (runs, 12, 12)."
     H = np.zeros((runs, 12, 12))
-    H[:, :8, :8], H[:, 8:, 8:] = draw_projection(law, 8, r, runs, rng), draw_projection(law, 4, r, runs, rng)
+    H[:, :8, :8], H[:, 8:, 8:] = (
+        draw_projection(law, 8, r, runs, rng),
+        draw_projection(law, 4, r, runs, rng),
+    )
     return H
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c20
-def theorem_ratio(law: str, T: int, fixed: bool = False, runs: int = 32) -> tuple[float, float]:
-    "Mean of |grad|^2 over steps 0..T and runs, over the bound of Theorem 2 with lambda = r / 8; and the last |grad|^2."
+def theorem_ratio(
+    law: str, T: int, fixed: bool = False, runs: int = 32
+) -> tuple[float, float]:
+    """Mean of |grad|^2 over steps 0..T and runs, over the bound of Theorem 2
+    with lambda = r / 8; and the last |grad|^2.
+    """
     toy, rng, r = Toy(0), np.random.default_rng(1), 2
     W, gamma = np.zeros((runs, toy.outputs, 12)), 1 / toy.L_G
     gap, H, total = toy.loss(W).mean(), both(law, r, runs, rng), 0.0
@@ -165,31 +267,60 @@ def theorem_ratio(law: str, T: int, fixed: bool = False, runs: int = 32) -> tupl
 # %% ../../nbs/theory/claims_convergence.ipynb #c21
 @check("C6", "holds", "P2", "Theorem 2, appendix C.2.2", "sec-convergence")
 def c6_drawn_at_every_step() -> Finding:
-    """For factors drawn anew, the mean of |grad|^2 is at most 2 (L(W0) - L*) / (lambda gamma T).
+    """For factors drawn anew, the mean of |grad|^2 is at most 2 (L(W0) - L*) /
+    (lambda gamma T).
 
     True for independent draws at every step and gamma <= 1 / L_G, with
-    lambda = r / max m_i, also averaged over steps 0..T."""
-    ratios = [theorem_ratio(law, T)[0] for law in ("gaussian", "block") for T in (20, 400)]
+    lambda = r / max m_i, also averaged over steps 0..T.
+    """
+    ratios = [
+        theorem_ratio(law, T)[0]
+        for law in ("gaussian", "block")
+        for T in (20, 400)
+    ]
     shrink = 0.5 + 0.5 * 0.01**2
-    exact = (1 - shrink**6) / (1 - shrink) / 6 / theorem2_bound(0.5, 0.5, 0.99, 6)
-    return finding(max(*ratios, exact) <= 1, gaussian_short=ratios[0], gaussian_long=ratios[1], block_short=ratios[2],
-                   block_long=ratios[3], quadratic=exact)
+    exact = (
+        (1 - shrink**6) / (1 - shrink) / 6 / theorem2_bound(0.5, 0.5, 0.99, 6)
+    )
+    return finding(
+        max(*ratios, exact) <= 1,
+        gaussian_short=ratios[0],
+        gaussian_long=ratios[1],
+        block_short=ratios[2],
+        block_long=ratios[3],
+        quadratic=exact,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c23
 @check("C7", "false", "P2", "Table 1 and Theorem 2", "sec-convergence")
 def c7_toy_with_fixed_factor() -> Finding:
-    """Theorem 2 covers asymmetric LoRA, random cLA and the offset of Algorithm 2.
+    """Theorem 2 covers asymmetric LoRA, random cLA and the offset of Algorithm
+    2.
 
-    The two sides' ratio grows linearly in T for all three; with blocks drawn at every step it stays below 1."""
+    The two sides' ratio grows linearly in T for all three; with blocks drawn
+    at every step it stays below 1.
+    """
     T = 2400
-    gaussian, blocks = theorem_ratio("gaussian", T, fixed=True), theorem_ratio("block", T, fixed=True)
+    gaussian, blocks = (
+        theorem_ratio("gaussian", T, fixed=True),
+        theorem_ratio("block", T, fixed=True),
+    )
     literal, fresh = theorem_ratio("literal", T), theorem_ratio("block", T)
-    return finding(max(gaussian[0], blocks[0], literal[0]) <= 1, fresh[0] <= 1 and fresh[1] < 1e-6,
-                   fixed_gaussian=gaussian[0], fixed_block=blocks[0], literal_offset=literal[0], fresh_block=fresh[0],
-                   fixed_last_gradient=gaussian[1], fresh_last_gradient=fresh[1])
+    return finding(
+        max(gaussian[0], blocks[0], literal[0]) <= 1,
+        fresh[0] <= 1 and fresh[1] < 1e-6,
+        fixed_gaussian=gaussian[0],
+        fixed_block=blocks[0],
+        literal_offset=literal[0],
+        fresh_block=fresh[0],
+        fixed_last_gradient=gaussian[1],
+        fresh_last_gradient=fresh[1],
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c26
-def cycle(Q: np.ndarray, w: np.ndarray, gamma: float, steps: int, cycles: int) -> tuple[np.ndarray, np.ndarray]:
+def cycle(
+    Q: np.ndarray, w: np.ndarray, gamma: float, steps: int, cycles: int
+) -> tuple[np.ndarray, np.ndarray]:
     """|grad|^2 of 0.5 w^T Q w at each step, and at the start of each cycle
     over the coordinates, `steps` descent steps a coordinate."""
     squares = []
@@ -207,17 +338,39 @@ def c8_circulant_chain() -> Finding:
     At cycle starts, for s steps a link: mean |grad|^2 <= 2 (1 + gamma
     L_G sqrt(s (k - 1)))^2 (L(W0) - L*) / (gamma cycles)."""
     gamma, rng, worst, single = 0.99, np.random.default_rng(0), 0.0, 0.0
-    ratio = {s: cycle(np.eye(2), np.array([0.0, 1.0]), gamma, s, 1)[0].mean() / theorem2_bound(0.5, 0.5, gamma, 2 * s)
-             for s in (1, 2, 10)}
+    ratio = {
+        s: (
+            cycle(np.eye(2), np.array([0.0, 1.0]), gamma, s, 1)[0].mean()
+            / theorem2_bound(0.5, 0.5, gamma, 2 * s)
+        )
+        for s in (1, 2, 10)
+    }
     for k, s in [(2, 1), (3, 1), (4, 1), (2, 3), (3, 2), (4, 5)] * 10:
         root, w = rng.standard_normal((k, k)), rng.standard_normal(k)
         Q = root @ root.T / np.linalg.norm(root, 2) ** 2
         squares, starts = cycle(Q, w, gamma, s, 3)
         gap = 0.5 * w @ Q @ w
-        worst = max(worst, starts.mean() / cycle_bound(gap, 1.0, gamma, 3, k, s))
-        single = max(single, squares.mean() / theorem2_bound(gap, 1 / k, gamma, len(squares))) if s == 1 else single
-    return finding(max(ratio.values()) <= 1, worst <= 1, ratio_1_step=ratio[1], ratio_2_steps=ratio[2],
-                   ratio_10_steps=ratio[10], mended_ratio=worst, random_quadratics_1_step=single)
+        worst = max(
+            worst, starts.mean() / cycle_bound(gap, 1.0, gamma, 3, k, s)
+        )
+        single = (
+            max(
+                single,
+                squares.mean()
+                / theorem2_bound(gap, 1 / k, gamma, len(squares)),
+            )
+            if s == 1
+            else single
+        )
+    return finding(
+        max(ratio.values()) <= 1,
+        worst <= 1,
+        ratio_1_step=ratio[1],
+        ratio_2_steps=ratio[2],
+        ratio_10_steps=ratio[10],
+        mended_ratio=worst,
+        random_quadratics_1_step=single,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c29
 def chain_means(gamma: float, steps: int, links: int) -> tuple[float, float]:
@@ -225,29 +378,51 @@ def chain_means(gamma: float, steps: int, links: int) -> tuple[float, float]:
     all steps, and over link starts; one random coordinate a link."""
     shrink = 0.5 + 0.5 * (1 - gamma) ** (2 * steps)
     starts = sum(shrink**c for c in range(links)) / links
-    inside = np.mean([0.5 + 0.5 * (1 - gamma) ** (2 * j) for j in range(steps)])
+    inside = np.mean(
+        [0.5 + 0.5 * (1 - gamma) ** (2 * j) for j in range(steps)]
+    )
     return starts * inside, starts
 
 
-@check("C9", "false", "P2", "Theorem 2 against Eq. (9) and Algorithm 4", "sec-convergence")
+@check(
+    "C9",
+    "false",
+    "P2",
+    "Theorem 2 against Eq. (9) and Algorithm 4",
+    "sec-convergence",
+)
 def c9_steps_or_links() -> Finding:
     """In Theorem 2, T counts gradient steps of the chain.
 
-    It counts links, for any inner solver that does at least as well as one projected step."""
+    It counts links, for any inner solver that does at least as well as one
+    projected step.
+    """
     gamma, links, figures = 0.99, 6, {}
     mended = theorem2_bound(0.5, 0.5, gamma, links)
     for s in (1, 4, 20):
         mean, starts = chain_means(gamma, s, links)
-        figures |= {f"ratio_{s}_steps": mean / theorem2_bound(0.5, 0.5, gamma, links * s),
-                    f"ratio_{s}_steps_by_links": starts / mended}
-    by_steps, by_links = list(figures.values())[::2], list(figures.values())[1::2]
+        figures |= {
+            f"ratio_{s}_steps": (
+                mean / theorem2_bound(0.5, 0.5, gamma, links * s)
+            ),
+            f"ratio_{s}_steps_by_links": starts / mended,
+        }
+    by_steps, by_links = (
+        list(figures.values())[::2],
+        list(figures.values())[1::2],
+    )
     return finding(max(by_steps) <= 1, max(by_links) <= 1, **figures)
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c31
 def mismatch(A: np.ndarray) -> float:
-    "Relative distance of A^T A from the nearest multiple of the projection onto the rows of A."
+    """Relative distance of A^T A from the nearest multiple of the projection
+    onto the rows of A.
+    """
     H, gram = projection(A), A.T @ A
-    return float(np.linalg.norm(gram - (gram * H).sum() / (H * H).sum() * H) / np.linalg.norm(gram))
+    return float(
+        np.linalg.norm(gram - (gram * H).sum() / (H * H).sum() * H)
+        / np.linalg.norm(gram)
+    )
 
 
 @check("C10", "amended", "P2", "section 3.2", "sec-convergence")
@@ -260,26 +435,44 @@ def c10_step_on_B() -> Finding:
     selector, gaussian = np.eye(m)[4:8], rng.standard_normal((r, m))
     orthonormal = np.linalg.qr(gaussian.T)[0].T
     draws = 0.02 * rng.standard_normal((20_000, r, 6))
-    moment = np.linalg.eigvalsh(np.einsum("bri,brj->ij", draws, draws) / len(draws)).min() / 0.02**2
-    return finding(mismatch(gaussian) < 1e-9,
-                   max(mismatch(selector), mismatch(orthonormal)) < 1e-9 and abs(moment - r) < 0.15,
-                   mismatch_gaussian=mismatch(gaussian), mismatch_selector=mismatch(selector),
-                   mismatch_orthonormal=mismatch(orthonormal), eigenvalue_over_variance=moment)
+    moment = (
+        np.linalg.eigvalsh(
+            np.einsum("bri,brj->ij", draws, draws) / len(draws)
+        ).min()
+        / 0.02**2
+    )
+    return finding(
+        mismatch(gaussian) < 1e-9,
+        max(mismatch(selector), mismatch(orthonormal)) < 1e-9
+        and abs(moment - r) < 0.15,
+        mismatch_gaussian=mismatch(gaussian),
+        mismatch_selector=mismatch(selector),
+        mismatch_orthonormal=mismatch(orthonormal),
+        eigenvalue_over_variance=moment,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c34
 @check("C11", "typo", "P2", "appendix C.2.2", "sec-convergence")
 def c11_details_of_the_proof() -> Finding:
-    """E[H | W] <= lambda_min; sums run to T but are divided by T; gamma < 1 / L_G.
+    """E[H | W] <= lambda_min; sums run to T but are divided by T; gamma < 1 /
+    L_G.
 
-    E[H | W] >= lambda_min I; averages over 0..T-1 or 0..T both obey the bound; gamma = 1 / L_G is allowed."""
+    E[H | W] >= lambda_min I; averages over 0..T-1 or 0..T both obey the bound;
+    gamma = 1 / L_G is allowed.
+    """
     rates = np.array([0.5, 0.3, 0.2])
     v = np.array([1.0, -2.0, 0.5])
     form, least = rates @ v**2, rates.min() * (v @ v)
     T = 5
     with_last = np.array([1.0] + [0.0] * T).mean()
-    return finding(form <= least, form >= least and with_last <= theorem2_bound(0.5, 1.0, 1.0, T), quadratic_form=form,
-                   least_eigenvalue_times_norm=least, average_over_0_to_T=with_last,
-                   bound=theorem2_bound(0.5, 1.0, 1.0, T))
+    return finding(
+        form <= least,
+        form >= least and with_last <= theorem2_bound(0.5, 1.0, 1.0, T),
+        quadratic_form=form,
+        least_eigenvalue_times_norm=least,
+        average_over_0_to_T=with_last,
+        bound=theorem2_bound(0.5, 1.0, 1.0, T),
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c36
 def vec(M: np.ndarray) -> np.ndarray:
@@ -291,49 +484,93 @@ def vec(M: np.ndarray) -> np.ndarray:
 def c12_kronecker_form() -> Finding:
     """vec(A B C) = (C^T x A) vec(B), so the update is (H^T x I) grad.
 
-    True; with grad of shape (n, m) the identity is I_n, the printed I_m assumes the transposed convention."""
+    True; with grad of shape (n, m) the identity is I_n, the printed I_m
+    assumes the transposed convention.
+    """
     rng = np.random.default_rng(0)
-    A, B, C, G, H = (rng.standard_normal(shape) for shape in [(2, 3), (3, 4), (4, 5), (3, 5), (5, 5)])
+    A, B, C, G, H = (
+        rng.standard_normal(shape)
+        for shape in [(2, 3), (3, 4), (4, 5), (3, 5), (5, 5)]
+    )
     roth = np.abs(vec(A @ B @ C) - np.kron(C.T, A) @ vec(B)).max()
     update = np.abs(vec(G @ H) - np.kron(H.T, np.eye(3)) @ vec(G)).max()
     printed = np.kron(H.T, np.eye(5)).shape[1]
-    return finding(roth < 1e-12 and update < 1e-12, roth_error=roth, update_error=update,
-                   columns_with_printed_I=printed, numbers_of_G=G.size)
+    return finding(
+        roth < 1e-12 and update < 1e-12,
+        roth_error=roth,
+        update_error=update,
+        columns_with_printed_I=printed,
+        numbers_of_G=G.size,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c38
-@check("C13", "holds", "P2", "appendix C.2 and C.2.1, Proposition 3", "sec-convergence")
+@check(
+    "C13",
+    "holds",
+    "P2",
+    "appendix C.2 and C.2.1, Proposition 3",
+    "sec-convergence",
+)
 def c13_block_structure() -> Finding:
-    """The inner product of two networks' weights is the sum over layers of <U^i x^i, U^i y^i>.
+    """The inner product of two networks' weights is the sum over layers of
+    <U^i x^i, U^i y^i>.
 
-    True; the product in the proof is (U^j)^T U^i, U is (d, d), and Eq. (15) lacks alpha / r."""
+    True; the product in the proof is (U^j)^T U^i, U is (d, d), and Eq. (15)
+    lacks alpha / r.
+    """
     rng, sizes = np.random.default_rng(0), (4, 6)
     x, y = rng.standard_normal((2, sum(sizes)))
     U = np.split(np.eye(sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
     total = sum((Ui @ Ui.T @ x) @ (Ui @ Ui.T @ y) for Ui in U)
     crossed = np.abs(U[1].T @ U[0]).max()
-    return finding(np.isclose(total, x @ y) and crossed == 0, error=abs(total - x @ y), cross_block=crossed,
-                   rows_of_U1=U[0].shape[0], columns_of_U2=U[1].shape[1])
+    return finding(
+        np.isclose(total, x @ y) and crossed == 0,
+        error=abs(total - x @ y),
+        cross_block=crossed,
+        rows_of_U1=U[0].shape[0],
+        columns_of_U2=U[1].shape[1],
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c41
-@check("C14", "amended", "P2", "appendix C.2.3, Theorem 6(i)", "sec-smoothness")
+@check(
+    "C14", "amended", "P2", "appendix C.2.3, Theorem 6(i)", "sec-smoothness"
+)
 def c14_frozen_factor() -> Finding:
     """B -> L(W0 + B A0) is smooth with factor L_G C^2 sqrt(L).
 
-    With factor (alpha / r)^2 L_G max |A0^i|_2^2, attained; sqrt(L) is superfluous."""
+    With factor (alpha / r)^2 L_G max |A0^i|_2^2, attained; sqrt(L) is
+    superfluous.
+    """
     rng, figures, exact = np.random.default_rng(0), {}, []
     for L in (1, 4, 16):
-        A = [1.7 * np.linalg.qr(rng.standard_normal((5, 2)))[0].T for _ in range(L)]
+        A = [
+            1.7 * np.linalg.qr(rng.standard_normal((5, 2)))[0].T
+            for _ in range(L)
+        ]
         J = np.zeros((L * 15, L * 6))
         for i, Ai in enumerate(A):
-            J[i * 15:(i + 1) * 15, i * 6:(i + 1) * 6] = np.kron(Ai.T, np.eye(3))
+            J[i * 15 : (i + 1) * 15, i * 6 : (i + 1) * 6] = np.kron(
+                Ai.T, np.eye(3)
+            )
         root = rng.standard_normal((L * 15, L * 15))
-        coupled = np.linalg.norm(J.T @ (root @ root.T / np.linalg.norm(root, 2) ** 2) @ J, 2)
+        coupled = np.linalg.norm(
+            J.T @ (root @ root.T / np.linalg.norm(root, 2) ** 2) @ J, 2
+        )
         attained = np.linalg.norm(J.T @ J, 2)
         bound = frozen_smoothness([torch.from_numpy(Ai) for Ai in A])
         exact.append(np.isclose(attained, bound) and coupled <= bound)
-        figures |= {f"attained_{L}_layers": attained, f"printed_{L}_layers": 1.7**2 * np.sqrt(L),
-                    f"coupled_{L}_layers": coupled}
-    return finding(np.isclose(figures["attained_16_layers"], figures["printed_16_layers"]), all(exact), **figures)
+        figures |= {
+            f"attained_{L}_layers": attained,
+            f"printed_{L}_layers": 1.7**2 * np.sqrt(L),
+            f"coupled_{L}_layers": coupled,
+        }
+    return finding(
+        np.isclose(
+            figures["attained_16_layers"], figures["printed_16_layers"]
+        ),
+        all(exact),
+        **figures,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c43
 @check("C15", "typo", "P2", "appendix C.2.3", "sec-smoothness")
@@ -342,72 +579,140 @@ def c15_gradient_identity() -> Finding:
 
     grad_B = grad_W A0^T, and grad_A = B^T grad_W, both times alpha / r."""
     rng = np.random.default_rng(0)
-    W0, A, B = (torch.from_numpy(rng.standard_normal(s)) for s in [(3, 5), (2, 5), (3, 2)])
+    W0, A, B = (
+        torch.from_numpy(rng.standard_normal(s))
+        for s in [(3, 5), (2, 5), (3, 2)]
+    )
     B.requires_grad_(True)
     W = W0 + B @ A
     grad_B, grad_W = torch.autograd.grad((W.sin() * W).sum(), (B, W))
     error = float((grad_B - grad_W @ A.T).abs().max())
-    return finding(grad_B.shape[1] == A.shape[1], error < 1e-12, error=error, columns_of_grad_B=grad_B.shape[1],
-                   rows_of_A_transposed=A.shape[1])
+    return finding(
+        grad_B.shape[1] == A.shape[1],
+        error < 1e-12,
+        error=error,
+        columns_of_grad_B=grad_B.shape[1],
+        rows_of_A_transposed=A.shape[1],
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c45
-@check("C16", "amended", "P2", "appendix C.2.3, Theorem 6(ii)", "sec-smoothness")
+@check(
+    "C16", "amended", "P2", "appendix C.2.3, Theorem 6(ii)", "sec-smoothness"
+)
 def c16_counterexample() -> Finding:
-    """At A = B = k I the gradients' difference over the difference of B A grows like k, so LoRA isn't smooth.
+    """At A = B = k I the gradients' difference over the difference of B A
+    grows like k, so LoRA isn't smooth.
 
-    Over the difference of the parameters it is k^2, without a bound; over B A it can be infinite on a bounded set."""
+    Over the difference of the parameters it is k^2, without a bound; over B A
+    it can be infinite on a bounded set.
+    """
     k, n, layers = 10.0, 4, 3
     gradient = np.sqrt(2 * layers * n) * k**3
-    by_product, by_parameters = gradient / (np.sqrt(layers * n) * k**2), gradient / (np.sqrt(2 * layers * n) * k)
+    by_product, by_parameters = (
+        gradient / (np.sqrt(layers * n) * k**2),
+        gradient / (np.sqrt(2 * layers * n) * k),
+    )
     library = smoothness_ratio(k, n, n, layers)
     b, a = np.array([1.0, 1.001]), np.array([1.0, 1 / 1.001])
-    same, differ = abs(np.diff(b * a)[0]), np.hypot(*np.diff([b * a * a, b * b * a])[:, 0])
-    return finding(np.isclose(by_product, by_parameters),
-                   np.isclose(by_parameters, k**2) and np.isclose(library, k**2) and differ > 1e3 * same, k=k,
-                   ratio_by_product=by_product, ratio_by_parameters=by_parameters, same_product=same,
-                   gradient_differs=differ)
+    same, differ = (
+        abs(np.diff(b * a)[0]),
+        np.hypot(*np.diff([b * a * a, b * b * a])[:, 0]),
+    )
+    return finding(
+        np.isclose(by_product, by_parameters),
+        np.isclose(by_parameters, k**2)
+        and np.isclose(library, k**2)
+        and differ > 1e3 * same,
+        k=k,
+        ratio_by_product=by_product,
+        ratio_by_parameters=by_parameters,
+        same_product=same,
+        gradient_differs=differ,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c47
 def factor_hessian(loss, B: torch.Tensor, A: torch.Tensor) -> float:
-    "Spectral norm of the Hessian of (B, A) -> loss(B A), B and A of shape (layers, n, r) and (layers, r, m)."
+    """Spectral norm of the Hessian of (B, A) -> loss(B A), B and A of shape
+    (layers, n, r) and (layers, r, m).
+    """
+
     def of_vector(v):
-        return loss(v[:B.numel()].reshape(B.shape) @ v[B.numel():].reshape(A.shape))
-    H = torch.autograd.functional.hessian(of_vector, torch.cat([B.flatten(), A.flatten()]))
+        return loss(
+            v[: B.numel()].reshape(B.shape) @ v[B.numel() :].reshape(A.shape)
+        )
+
+    H = torch.autograd.functional.hessian(
+        of_vector, torch.cat([B.flatten(), A.flatten()])
+    )
     return float(torch.linalg.matrix_norm(H, 2))
 
 
 def coupled_case(generator: torch.Generator) -> tuple[float, float]:
-    "The Hessian's norm of a random quadratic that couples two layers, and the bound for it."
-    B, A = (torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in [(3, 2), (2, 3)])
-    root, goal = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(18, 18), (18,)])
+    """The Hessian's norm of a random quadratic that couples two layers, and
+    the bound for it.
+    """
+    B, A = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        for shape in [(3, 2), (2, 3)]
+    )
+    root, goal = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(18, 18), (18,)]
+    )
     Q = root @ root.T / torch.linalg.matrix_norm(root, 2) ** 2
     G = (Q @ ((B @ A).flatten() - goal)).reshape(2, 3, 3)
-    hessian = factor_hessian(lambda W: 0.5 * (W.flatten() - goal) @ Q @ (W.flatten() - goal), B, A)
-    return hessian, local_smoothness_bound(list(A), list(B), float(torch.linalg.matrix_norm(G, 2).max()))
+    hessian = factor_hessian(
+        lambda W: 0.5 * (W.flatten() - goal) @ Q @ (W.flatten() - goal), B, A
+    )
+    return hessian, local_smoothness_bound(
+        list(A), list(B), float(torch.linalg.matrix_norm(G, 2).max())
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c48
 @check("C17", "amended", "P2", "Theorem 6(ii), section 3.2", "sec-smoothness")
 def c17_local_smoothness() -> Finding:
     """LoRA has no Lipschitz smoothness guarantees.
 
-    None that are global; |Hess| <= s^2 L_G max(|A|^2 + |B|^2) + s max |grad|, attained at A = B = k I."""
+    None that are global; |Hess| <= s^2 L_G max(|A|^2 + |B|^2) + s max |grad|,
+    attained at A = B = k I.
+    """
     generator = torch.Generator().manual_seed(0)
-    worst = max(h / bound for h, bound in (coupled_case(generator) for _ in range(12)))
+    worst = max(
+        h / bound for h, bound in (coupled_case(generator) for _ in range(12))
+    )
     k, one = 5.0, torch.eye(2, dtype=torch.float64)
-    attained = factor_hessian(lambda W: 0.5 * (W**2).sum(), k * one[None], k * one[None])
+    attained = factor_hessian(
+        lambda W: 0.5 * (W**2).sum(), k * one[None], k * one[None]
+    )
     bound = local_smoothness_bound([k * one], [k * one], k**2)
-    return finding(not np.isfinite(bound), worst <= 1 and np.isclose(attained, bound) and np.isclose(bound, 3 * k**2),
-                   largest_ratio=worst, hessian_at_5=attained, bound_at_5=bound)
+    return finding(
+        not np.isfinite(bound),
+        worst <= 1
+        and np.isclose(attained, bound)
+        and np.isclose(bound, 3 * k**2),
+        largest_ratio=worst,
+        hessian_at_5=attained,
+        bound_at_5=bound,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c50
 def bounded_descent(radius: float, T: int) -> tuple[bool, float, float]:
     """Descent on 0.5|BA - goal|^2 with step 1 / L_S: does it stay in S
     and descend, mean |grad|^2, and 2 (g0 - g*) / (eta T)."""
     rng = np.random.default_rng(0)
-    B, A, goal = rng.standard_normal((3, 1)), rng.standard_normal((1, 3)), rng.standard_normal((3, 3))
+    B, A, goal = (
+        rng.standard_normal((3, 1)),
+        rng.standard_normal((1, 3)),
+        rng.standard_normal((3, 3)),
+    )
     goal /= np.linalg.norm(goal, 2)
     U, S, V = np.linalg.svd(goal)
-    eta, losses, total, inside = 1 / (2 * radius**2 + radius**2 + 1), [], 0.0, True
+    eta, losses, total, inside = (
+        1 / (2 * radius**2 + radius**2 + 1),
+        [],
+        0.0,
+        True,
+    )
     for _ in range(T):
         R = B @ A - goal
         gB, gA = R @ A.T, B.T @ R
@@ -416,10 +721,16 @@ def bounded_descent(radius: float, T: int) -> tuple[bool, float, float]:
         inside &= bool(max(np.linalg.norm(B), np.linalg.norm(A)) <= radius)
         B, A = B - eta * gB, A - eta * gA
     best = 0.5 * (S[1:] ** 2).sum()
-    return inside and bool(np.all(np.diff(losses) <= 1e-12)), total, 2 * (losses[0] - best) / (eta * T)
+    return (
+        inside and bool(np.all(np.diff(losses) <= 1e-12)),
+        total,
+        2 * (losses[0] - best) / (eta * T),
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c51
-@check("C18", "amended", "P2", "abstract, section 3.2, Table 1", "sec-smoothness")
+@check(
+    "C18", "amended", "P2", "abstract, section 3.2, Table 1", "sec-smoothness"
+)
 def c18_analysis_is_possible() -> Finding:
     """A convergence analysis is feasible only if one factor is frozen.
 
@@ -429,22 +740,36 @@ def c18_analysis_is_possible() -> Finding:
     for _ in range(4):
         b, a = b - 0.5 * b * a * a, a - 0.5 * b * b * a
     descends, mean, bound = bounded_descent(radius=4.0, T=400)
-    return finding(not (descends and mean <= bound), descends and mean <= bound and abs(b * a) > 1e6,
-                   product_after_4_steps_of_half=b * a, mean_gradient=mean, bound=bound)
+    return finding(
+        not (descends and mean <= bound),
+        descends and mean <= bound and abs(b * a) > 1e6,
+        product_after_4_steps_of_half=b * a,
+        mean_gradient=mean,
+        bound=bound,
+    )
 
 # %% ../../nbs/theory/claims_convergence.ipynb #c53
 @check("C19", "amended", "P2", "section 3.2", "sec-convergence")
 def c19_stationary_where() -> Finding:
-    """Convergence of training B, or B and A, means that the gradient becomes small.
+    """Convergence of training B, or B and A, means that the gradient becomes
+    small.
 
     The gradient in the factors; (0, 0) is always stationary in them. Only
-    fresh factors or full cycles control the gradient in W."""
+    fresh factors or full cycles control the gradient in W.
+    """
     W, zero = np.zeros((2, 2)), np.zeros((2, 1))
     grad_W = W - np.eye(2)
-    in_factors = np.linalg.norm(grad_W @ zero) + np.linalg.norm(zero.T @ grad_W)
+    in_factors = np.linalg.norm(grad_W @ zero) + np.linalg.norm(
+        zero.T @ grad_W
+    )
     A = np.random.default_rng(0).standard_normal((1, 2))
     at_start = np.linalg.norm(zero.T @ grad_W)
     fresh = np.linalg.norm(grad_W @ A.T)
-    return finding(in_factors > 0, in_factors == 0 and at_start == 0 and fresh > 0, gradient_in_factors=in_factors,
-                   gradient_in_W=np.linalg.norm(grad_W), gradient_of_A_at_lora_start=at_start,
-                   gradient_of_B_with_fresh_A=fresh)
+    return finding(
+        in_factors > 0,
+        in_factors == 0 and at_start == 0 and fresh > 0,
+        gradient_in_factors=in_factors,
+        gradient_in_W=np.linalg.norm(grad_W),
+        gradient_of_A_at_lora_start=at_start,
+        gradient_of_B_with_fresh_A=fresh,
+    )

@@ -13,86 +13,175 @@ from .generalization import numbers_stored, rank_correlation
 from .tables import Table, row_values, table
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c04
-METHODS = {"FFT": "full", "LoRA": "lora", "CoLA": "cola", "Asym": "asymmetric", "RAC": "rac", "LoRA+": "lora_plus",
-           "cLA": "cla", "c3LA": "c3la", "r-cLA": "random_cla", "r-c3LA": "random_c3la"}
+METHODS = {
+    "FFT": "full",
+    "LoRA": "lora",
+    "CoLA": "cola",
+    "Asym": "asymmetric",
+    "RAC": "rac",
+    "LoRA+": "lora_plus",
+    "cLA": "cla",
+    "c3LA": "c3la",
+    "r-cLA": "random_cla",
+    "r-c3LA": "random_c3la",
+}
 CHEAP = ("cLA", "c3LA", "r-cLA", "r-c3LA")
 CHAINS = {"CoLA": "LoRA", "RAC": "Asym", "c3LA": "cLA", "r-c3LA": "r-cLA"}
 
 
 def results(printed: Table, row: str) -> dict[str, float]:
-    "Method -> printed result of one row, without the drops and the lost cells."
-    return {name: value for name, value in row_values(printed, row).items() if name in METHODS}
+    """Method -> printed result of one row, without the drops and the lost
+    cells.
+    """
+    return {
+        name: value
+        for name, value in row_values(printed, row).items()
+        if name in METHODS
+    }
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c06
 @check("D1", "holds", "P2", "Table 2", "sec-tables")
 def d1_percent_drops() -> Finding:
-    """The drop beside a result is its distance from the best method of the row, in percent.
+    """The drop beside a result is its distance from the best method of the
+    row, in percent.
 
-    True of every legible entry; for perplexity the best is the smallest."""
+    True of every legible entry; for perplexity the best is the smallest.
+    """
     printed, errors = table("P2", 2), []
     for row in printed.names("row"):
         values = results(printed, row)
-        best = min(values.values()) if row.endswith("E2E") else max(values.values())
-        drops = {name: drop for name, drop in row_values(printed, row).items() if name.endswith("drop")}
-        errors += [abs(100 * abs(best - values[name.removesuffix(" drop")]) / best - drop)
-                   for name, drop in drops.items()]
-    return finding(max(errors) < 0.05, entries=len(errors), largest_error=max(errors))
+        best = (
+            min(values.values())
+            if row.endswith("E2E")
+            else max(values.values())
+        )
+        drops = {
+            name: drop
+            for name, drop in row_values(printed, row).items()
+            if name.endswith("drop")
+        }
+        errors += [
+            abs(
+                100 * abs(best - values[name.removesuffix(" drop")]) / best
+                - drop
+            )
+            for name, drop in drops.items()
+        ]
+    return finding(
+        max(errors) < 0.05, entries=len(errors), largest_error=max(errors)
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c08
 @check("D2", "false", "P2", "section 4.1", "sec-cla")
 def d2_larger_margin() -> Finding:
-    """The cheap variants outperform FFT and LoRA by a larger margin on ViT-Base / OfficeHome and DeBERTa v3 / MRPC.
+    """The cheap variants outperform FFT and LoRA by a larger margin on
+    ViT-Base / OfficeHome and DeBERTa v3 / MRPC.
 
     On DeBERTa v3 / MRPC all four lie below both; on ViT-Base / OfficeHome
-    the margin over LoRA is small, and r-cLA lies below it."""
+    the margin over LoRA is small, and r-cLA lies below it.
+    """
     printed, margins = table("P2", 2), {}
-    for name, row in (("vit", "ViT-Base / OfficeHome"), ("deberta", "DeBERTa-v3-Base / MRPC")):
+    for name, row in (
+        ("vit", "ViT-Base / OfficeHome"),
+        ("deberta", "DeBERTa-v3-Base / MRPC"),
+    ):
         values = results(printed, row)
         best = max(values[m] for m in CHEAP)
-        margins |= {f"{name}_over_FFT": best - values["FFT"], f"{name}_over_LoRA": best - values["LoRA"]}
+        margins |= {
+            f"{name}_over_FFT": best - values["FFT"],
+            f"{name}_over_LoRA": best - values["LoRA"],
+        }
     wins = margins["vit_over_FFT"] > 0 and margins["vit_over_LoRA"] > 0
-    return finding(min(margins.values()) > 0,
-                   wins and max(margins["deberta_over_FFT"], margins["deberta_over_LoRA"]) < 0, **margins)
+    return finding(
+        min(margins.values()) > 0,
+        wins
+        and max(margins["deberta_over_FFT"], margins["deberta_over_LoRA"]) < 0,
+        **margins,
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c10
 def intruders(number: int, method: str, eps: str, share: int = 100) -> float:
-    "Mean intruder count of a method in Table 13 or 14 at a threshold and a share of training."
+    """Mean intruder count of a method in Table 13 or 14 at a threshold and a
+    share of training.
+    """
     return table("P2", number).cell(method, f"eps {eps}, {share} %").value
 
 
-@check("D3", "amended", "P2", "section 4.2(ii), Tables 13 and 14", "sec-intruders")
+@check(
+    "D3", "amended", "P2", "section 4.2(ii), Tables 13 and 14", "sec-intruders"
+)
 def d3_chains_make_intruders() -> Finding:
-    """Each chain makes more intruders than its single link, least so CoLA; FFT has most on ViT-Base.
+    """Each chain makes more intruders than its single link, least so CoLA; FFT
+    has most on ViT-Base.
 
-    In all cells but one; CoLA's ratio is smallest and FFT's count largest only at eps = 0.8."""
-    cells = [(n, c, e, p) for n in (13, 14) for c in CHAINS for e in ("0.4", "0.8") for p in (25, 50, 75, 100)]
-    more = sum(intruders(n, c, e, p) > intruders(n, CHAINS[c], e, p) for n, c, e, p in cells)
-    ratio = {e: {c: intruders(13, c, e) / intruders(13, s, e) for c, s in CHAINS.items()} for e in ("0.4", "0.8")}
+    In all cells but one; CoLA's ratio is smallest and FFT's count largest only
+    at eps = 0.8.
+    """
+    cells = [
+        (n, c, e, p)
+        for n in (13, 14)
+        for c in CHAINS
+        for e in ("0.4", "0.8")
+        for p in (25, 50, 75, 100)
+    ]
+    more = sum(
+        intruders(n, c, e, p) > intruders(n, CHAINS[c], e, p)
+        for n, c, e, p in cells
+    )
+    ratio = {
+        e: {
+            c: intruders(13, c, e) / intruders(13, s, e)
+            for c, s in CHAINS.items()
+        }
+        for e in ("0.4", "0.8")
+    }
     least = {e: min(by, key=by.get) == "CoLA" for e, by in ratio.items()}
-    most = {e: all(intruders(14, "FFT", e) >= intruders(14, m, e) for m in table("P2", 14).names("row"))
-            for e in ("0.4", "0.8")}
+    most = {
+        e: all(
+            intruders(14, "FFT", e) >= intruders(14, m, e)
+            for m in table("P2", 14).names("row")
+        )
+        for e in ("0.4", "0.8")
+    }
     strict = more == len(cells) and all(least.values()) and all(most.values())
-    return finding(strict, more == len(cells) - 1 and least["0.8"] and most["0.8"], cells=len(cells),
-                   cells_with_more=more, cola_ratio_at_04=ratio["0.4"]["CoLA"], cola_ratio_at_08=ratio["0.8"]["CoLA"],
-                   fft_most_at_04=most["0.4"], fft_most_at_08=most["0.8"])
+    return finding(
+        strict,
+        more == len(cells) - 1 and least["0.8"] and most["0.8"],
+        cells=len(cells),
+        cells_with_more=more,
+        cola_ratio_at_04=ratio["0.4"]["CoLA"],
+        cola_ratio_at_08=ratio["0.8"]["CoLA"],
+        fft_most_at_04=most["0.4"],
+        fft_most_at_08=most["0.8"],
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c12
 @check("D4", "amended", "P2", "appendix D.4.2", "sec-intruders")
 def d4_meaning_of_an_intruder() -> Finding:
-    """For small eps an intruder is almost orthogonal to all singular vectors of W0.
+    """For small eps an intruder is almost orthogonal to all singular vectors
+    of W0.
 
     It is aligned with none of them; its largest cosine is at least 1 /
-    sqrt(n), so there are no intruders for eps <= 1 / sqrt(n)."""
+    sqrt(n), so there are no intruders for eps <= 1 / sqrt(n).
+    """
     n, rng = 768, np.random.default_rng(0)
     directions = np.abs(rng.standard_normal((2000, n)))
     largest = directions.max(1) / np.linalg.norm(directions, axis=1)
     flat = np.full(n, n**-0.5)
-    return finding(largest.min() < n**-0.5, np.isclose(flat @ flat, 1) and largest.max() < 0.4, least_possible=n**-0.5,
-                   random_smallest=largest.min(), random_mean=largest.mean(), random_largest=largest.max())
+    return finding(
+        largest.min() < n**-0.5,
+        np.isclose(flat @ flat, 1) and largest.max() < 0.4,
+        least_possible=n**-0.5,
+        random_smallest=largest.min(),
+        random_mean=largest.mean(),
+        random_largest=largest.max(),
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c14
 def gap_rows() -> dict[str, dict[str, float]]:
-    "Rows of Tables 3 and 15 with at least nine of ten methods legible, Table 3 first."
+    """Rows of Tables 3 and 15 with at least nine of ten methods legible, Table
+    3 first.
+    """
     rows = {}
     for number in (3, 15):
         printed = table("P2", number)
@@ -103,72 +192,139 @@ def gap_rows() -> dict[str, dict[str, float]]:
     return rows
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c15
-@check("D5", "false", "P2", "section 4.2(iii) and section 5", "sec-generalization")
+@check(
+    "D5", "false", "P2", "section 4.2(iii) and section 5", "sec-generalization"
+)
 def d5_bounds_follow_practice() -> Finding:
-    """The bounds closely follow the models' generalizability in practice; cLA has the smaller gap than r-c3LA.
+    """The bounds closely follow the models' generalizability in practice; cLA
+    has the smaller gap than r-c3LA.
 
-    Rank correlation between bound and gap is about zero; cLA has the smaller gap in fewer than half of the rows."""
+    Rank correlation between bound and gap is about zero; cLA has the smaller
+    gap in fewer than half of the rows.
+    """
     rows, shapes = gap_rows(), [(768, 768)] * 24
-    size = {name: numbers_stored(method, shapes, 16, 5) for name, method in METHODS.items()}
-    taus, with_fft = ([rank_correlation([size[m] for m in by if m not in left], [by[m] for m in by if m not in left])
-                       for by in rows.values()] for left in (("FFT",), ()))
-    pairs = [by["cLA"] < by["r-c3LA"] for by in rows.values() if {"cLA", "r-c3LA"} <= set(by)]
-    return finding(np.mean(taus) > 0.5 and all(pairs), abs(np.mean(taus)) < 0.2 and 2 * sum(pairs) < len(pairs),
-                   rows=len(rows), mean_correlation=np.mean(taus), largest_correlation=max(taus),
-                   mean_with_FFT=np.mean(with_fft), rows_with_cla_below=sum(pairs), rows_compared=len(pairs))
+    size = {
+        name: numbers_stored(method, shapes, 16, 5)
+        for name, method in METHODS.items()
+    }
+    taus, with_fft = (
+        [
+            rank_correlation(
+                [size[m] for m in by if m not in left],
+                [by[m] for m in by if m not in left],
+            )
+            for by in rows.values()
+        ]
+        for left in (("FFT",), ())
+    )
+    pairs = [
+        by["cLA"] < by["r-c3LA"]
+        for by in rows.values()
+        if {"cLA", "r-c3LA"} <= set(by)
+    ]
+    return finding(
+        np.mean(taus) > 0.5 and all(pairs),
+        abs(np.mean(taus)) < 0.2 and 2 * sum(pairs) < len(pairs),
+        rows=len(rows),
+        mean_correlation=np.mean(taus),
+        largest_correlation=max(taus),
+        mean_with_FFT=np.mean(with_fft),
+        rows_with_cla_below=sum(pairs),
+        rows_compared=len(pairs),
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c17
-def best_scales(number: int, methods: tuple[str, ...] = ()) -> list[tuple[int, bool]]:
-    "For each legible row of Table 8 or 9: the index of the first best scale, and whether 2r is (jointly) best."
+def best_scales(
+    number: int, methods: tuple[str, ...] = ()
+) -> list[tuple[int, bool]]:
+    """For each legible row of Table 8 or 9: the index of the first best scale,
+    and whether 2r is (jointly) best.
+    """
     printed, found = table("P2", number), []
     for row in printed.names("row"):
-        cells = [printed.cell(row, column) for column in printed.names("column")]
-        values = [float(c.printed or "nan") if c.value is None else c.value for c in cells]
-        if not np.isnan(values).any() and (not methods or row.split(" / ")[2] in methods):
+        cells = [
+            printed.cell(row, column) for column in printed.names("column")
+        ]
+        values = [
+            float(c.printed or "nan") if c.value is None else c.value
+            for c in cells
+        ]
+        if not np.isnan(values).any() and (
+            not methods or row.split(" / ")[2] in methods
+        ):
             found.append((int(np.argmax(values)), values[3] == max(values)))
     return found
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c19
 @check("D6", "amended", "P2", "Tables 8 and 9, appendix D.2", "sec-rslora")
 def d6_two_r_as_default() -> Finding:
-    """alpha = 2 r often was the best choice, and asymmetric methods prefer larger scales.
+    """alpha = 2 r often was the best choice, and asymmetric methods prefer
+    larger scales.
 
     In Table 8 in a minority of the rows, for LoRA and CoLA almost never; in
-    Table 9 mostly, at the edge of the grid. The second half holds."""
+    Table 9 mostly, at the edge of the grid. The second half holds.
+    """
     wide, narrow = best_scales(8), best_scales(9)
     both = best_scales(8, ("LoRA", "CoLA"))
     frozen = best_scales(8, ("Asym", "RAC", "cLA", "c3LA"))
-    indices = [np.mean([index for index, _ in rows]) for rows in (both, frozen)]
+    indices = [
+        np.mean([index for index, _ in rows]) for rows in (both, frozen)
+    ]
     share = [sum(best for _, best in rows) for rows in (wide, narrow, both)]
-    return finding(2 * share[0] > len(wide), 2 * share[1] > len(narrow) and indices[1] > indices[0],
-                   table_8_rows=len(wide), table_8_best=share[0], lora_and_cola_rows=len(both),
-                   lora_and_cola_best=share[2], table_9_rows=len(narrow), table_9_best=share[1],
-                   mean_index_lora_cola=indices[0], mean_index_frozen=indices[1])
+    return finding(
+        2 * share[0] > len(wide),
+        2 * share[1] > len(narrow) and indices[1] > indices[0],
+        table_8_rows=len(wide),
+        table_8_best=share[0],
+        lora_and_cola_rows=len(both),
+        lora_and_cola_best=share[2],
+        table_9_rows=len(narrow),
+        table_9_best=share[1],
+        mean_index_lora_cola=indices[0],
+        mean_index_frozen=indices[1],
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c21
 @check("D7", "holds", "P2", "Table 12, appendix D.3", "sec-flops")
 def d7_saving_of_operations() -> Finding:
     """The sparse implementation brings a minor reduction in operations.
 
-    True: at most a few percent, much of it rounding; LoRA needs about two thirds of full fine-tuning."""
+    True: at most a few percent, much of it rounding; LoRA needs about two
+    thirds of full fine-tuning.
+    """
     printed = table("P2", 12)
     rows = [row_values(printed, row) for row in printed.names("row")]
     saved = [100 * (1 - by["naive sparse"] / by["Asym"]) for by in rows]
     share = [by["LoRA"] / by["FFT"] for by in rows]
-    return finding(0 <= min(saved) and 0 < max(saved) < 5 and abs(np.mean(share) - 2 / 3) < 0.05,
-                   least_saving_percent=min(saved), largest_saving_percent=max(saved), least_lora_over_fft=min(share),
-                   largest_lora_over_fft=max(share))
+    return finding(
+        0 <= min(saved)
+        and 0 < max(saved) < 5
+        and abs(np.mean(share) - 2 / 3) < 0.05,
+        least_saving_percent=min(saved),
+        largest_saving_percent=max(saved),
+        least_lora_over_fft=min(share),
+        largest_lora_over_fft=max(share),
+    )
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c23
 @check("D8", "typo", "P2", "Tables 4 and 15, section 4.1", "sec-tables")
 def d8_labels_of_metrics() -> Finding:
-    """The metric of GPT2-Small on E2E is accuracy, and Table 15 reports Matthews correlations and accuracies.
+    """The metric of GPT2-Small on E2E is accuracy, and Table 15 reports
+    Matthews correlations and accuracies.
 
-    It is perplexity; Table 15 reports test loss minus training loss."""
+    It is perplexity; Table 15 reports test loss minus training loss.
+    """
     metric = table("P2", 4).cell("GPT2-Small / E2E", "quality metric").value
     perplexities = results(table("P2", 2), "GPT2-Small / E2E").values()
-    gaps = [cell.value for cell in table("P2", 15).cells if cell.value is not None]
+    gaps = [
+        cell.value for cell in table("P2", 15).cells if cell.value is not None
+    ]
     accuracy = metric == "Accuracy" and max(perplexities) > 50
-    return finding(accuracy and min(gaps) > 5, max(perplexities) < 10 and max(gaps) < 2,
-                   table_4_says_accuracy=metric == "Accuracy", least_on_E2E=min(perplexities),
-                   largest_on_E2E=max(perplexities), largest_in_table_15=max(gaps))
+    return finding(
+        accuracy and min(gaps) > 5,
+        max(perplexities) < 10 and max(gaps) < 2,
+        table_4_says_accuracy=metric == "Accuracy",
+        least_on_E2E=min(perplexities),
+        largest_on_E2E=max(perplexities),
+        largest_in_table_15=max(gaps),
+    )

@@ -28,7 +28,9 @@ from lora_book.theory.generalization import (
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c05
 def scalar_change(w: list, d: list, ell: list, s: list, C: float) -> float:
-    "The change of the network of one unit a layer with weights w, d > 0 and activations z -> l z + s, at x = C."
+    """The change of the network of one unit a layer with weights w, d > 0 and
+    activations z -> l z + s, at x = C.
+    """
     new = old = C
     for a, b, l, c in zip(w, d, ell, s):
         new, old = l * (a + b) * new + c, l * a * old + c
@@ -36,82 +38,164 @@ def scalar_change(w: list, d: list, ell: list, s: list, C: float) -> float:
 
 
 def main_text_sum(w: list, d: list) -> float:
-    "The sum over words of Theorem 1 with P(i, j) of the main text, whose bit floor((i - 1) / 2^(L-1)) ignores j."
+    """The sum over words of Theorem 1 with P(i, j) of the main text, whose bit
+    floor((i - 1) / 2^(L-1)) ignores j.
+    """
     L = len(w)
-    return sum(prod((w if (i - 1) >> (L - 1) & 1 else d)[::-1]) for i in range(1, 2**L))
+    return sum(
+        prod((w if (i - 1) >> (L - 1) & 1 else d)[::-1])
+        for i in range(1, 2**L)
+    )
 
 
 def appendix_sum(w: list, d: list, first: int = 1) -> float:
-    "The sum over words first .. first + 2^L - 2 with the bit floor((i - 1) / 2^(L-j)) of the appendix."
-    return sum(path_term(i, w, d) for i in range(first, first + 2 ** len(w) - 1))
+    """The sum over words first .. first + 2^L - 2 with the bit floor((i - 1) /
+    2^(L-j)) of the appendix.
+    """
+    return sum(
+        path_term(i, w, d) for i in range(first, first + 2 ** len(w) - 1)
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c06
-@check("B1", "typo", "P2", "Theorem 1, main text and restatement", "sec-generalization")
+@check(
+    "B1",
+    "typo",
+    "P2",
+    "Theorem 1, main text and restatement",
+    "sec-generalization",
+)
 def b1_index_function_P() -> Finding:
     """P(i, j) is chosen by the parity of floor((i - 1) / 2^(L-1)).
 
     By the parity of floor((i - 1) / 2^(L-j)): odd gives W0, even gives dW."""
     moved, still = ([0.0, 1.0], [1.0, 0.0]), ([1.0, 1.0], [0.0, 0.0])
     actual = scalar_change(*moved, [1.0, 1.0], [0.0, 0.0], 1.0)
-    printed, mended = [main_text_sum(*x) for x in (moved, still)], [appendix_sum(*x) for x in (moved, still)]
-    return finding(printed[0] >= actual and printed[1] == 0, mended[0] >= actual and mended[1] == 0,
-                   actual_change=actual, printed=printed[0], mended=mended[0], printed_at_zero=printed[1],
-                   mended_at_zero=mended[1])
+    printed, mended = (
+        [main_text_sum(*x) for x in (moved, still)],
+        [appendix_sum(*x) for x in (moved, still)],
+    )
+    return finding(
+        printed[0] >= actual and printed[1] == 0,
+        mended[0] >= actual and mended[1] == 0,
+        actual_change=actual,
+        printed=printed[0],
+        mended=mended[0],
+        printed_at_zero=printed[1],
+        mended_at_zero=mended[1],
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c08
-def printed_bound(w: list, d: list, slopes: list, offsets: list, C: float, around_dw: bool = False,
-                  start: int = 3) -> float:
+def printed_bound(
+    w: list,
+    d: list,
+    slopes: list,
+    offsets: list,
+    C: float,
+    around_dw: bool = False,
+    start: int = 3,
+) -> float:
     """The bracket of Theorem 1 as printed: odd bits of H mean dW;
     indices 2^a - 1 (around W0) or 2^a (around dW) are left out."""
     L, skip = len(w), {2**a - (not around_dw) for a in range(1, len(w) + 1)}
     words = appendix_sum(w, d, first=2 if around_dw else 1)
     first = start if around_dw else 1
-    added = sum(offset_term(i, d, w, slopes, offsets) for i in range(first, 2**L) if i not in skip)
+    added = sum(
+        offset_term(i, d, w, slopes, offsets)
+        for i in range(first, 2**L)
+        if i not in skip
+    )
     return C * prod(slopes) * words + added
 
 
-def swapped_sets(w: list, d: list, slopes: list, offsets: list, C: float) -> float:
-    "The other mend: H as printed, but around W0 the indices 2^a are the ones left out."
+def swapped_sets(
+    w: list, d: list, slopes: list, offsets: list, C: float
+) -> float:
+    """The other mend: H as printed, but around W0 the indices 2^a are the ones
+    left out.
+    """
     kept = [i for i in range(2, 2 ** len(w)) if i & (i - 1)]
-    return C * prod(slopes) * appendix_sum(w, d) + sum(offset_term(i, d, w, slopes, offsets) for i in kept)
+    return C * prod(slopes) * appendix_sum(w, d) + sum(
+        offset_term(i, d, w, slopes, offsets) for i in kept
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c09
-def norms(rng: np.random.Generator, L: int) -> tuple[list, list, list, list, float]:
-    "Random norms w, d, Lipschitz constants, offsets of L layers, and a bound C on the input."
-    return *(rng.uniform(0.1, 2, L).tolist() for _ in range(4)), rng.uniform(0.5, 2)
+def norms(
+    rng: np.random.Generator, L: int
+) -> tuple[list, list, list, list, float]:
+    """Random norms w, d, Lipschitz constants, offsets of L layers, and a bound
+    C on the input.
+    """
+    return *(rng.uniform(0.1, 2, L).tolist() for _ in range(4)), rng.uniform(
+        0.5, 2
+    )
 
 
-@check("B2", "false", "P2", "Theorem 1 and appendix C.1.2", "sec-generalization")
+@check(
+    "B2", "false", "P2", "Theorem 1 and appendix C.1.2", "sec-generalization"
+)
 def b2_index_function_H() -> Finding:
-    """With H coding odd bits as dW, and indices 2^a - 1 or 2^a left out, Phi bounds the change of the network.
+    """With H coding odd bits as dW, and indices 2^a - 1 or 2^a left out, Phi
+    bounds the change of the network.
 
-    Odd bits mean W0 in H as in P; or keep H and swap the excluded sets."""
+    Odd bits mean W0 in H as in P; or keep H and swap the excluded sets.
+    """
     rng = np.random.default_rng(0)
     cases = [norms(rng, L) for L in range(2, 9)]
-    mends = max(abs(swapped_sets(*case) / perturbation_bound(*case) - 1) for case in cases)
+    mends = max(
+        abs(swapped_sets(*case) / perturbation_bound(*case) - 1)
+        for case in cases
+    )
     near_w0 = ([0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0], 1.0)
     near_dw = ([0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0], 1.0)
     change = scalar_change(*near_w0)
-    printed = [printed_bound(*near_w0), printed_bound(*near_dw, around_dw=True)]
-    mended = [perturbation_bound(*near_w0), perturbation_bound(*(near_dw[1::-1] + near_dw[2:]))]
-    return finding(min(printed) >= change, min(mended) >= change and mends < 1e-12, actual_change=change,
-                   printed_around_W0=printed[0], printed_around_dW=printed[1], mended=min(mended),
-                   two_mends_differ=mends)
+    printed = [
+        printed_bound(*near_w0),
+        printed_bound(*near_dw, around_dw=True),
+    ]
+    mended = [
+        perturbation_bound(*near_w0),
+        perturbation_bound(*(near_dw[1::-1] + near_dw[2:])),
+    ]
+    return finding(
+        min(printed) >= change,
+        min(mended) >= change and mends < 1e-12,
+        actual_change=change,
+        printed_around_W0=printed[0],
+        printed_around_dW=printed[1],
+        mended=min(mended),
+        two_mends_differ=mends,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c11
 @check("B3", "typo", "P2", "Theorem 1", "sec-generalization")
 def b3_lower_limit() -> Finding:
-    """The offset sum of Phi_W0 runs over i != 2^a with a >= 1, without a lower limit.
+    """The offset sum of Phi_W0 runs over i != 2^a with a >= 1, without a lower
+    limit.
 
-    It starts at i = 3; F(1) = |sigma_L(0)| cancels in the difference."""
+    It starts at i = 3; F(1) = |sigma_L(0)| cancels in the difference.
+    """
     w, d, slopes, offsets = [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]
     actual = abs((1 * 1 * 1 + 1) - (0 + 1))
-    from_one, from_three = (printed_bound(w, d, slopes, offsets, 1.0, around_dw=True, start=i) for i in (1, 3))
-    return finding(from_one == from_three, from_three == actual, actual_change=actual, from_one=from_one,
-                   from_three=from_three)
+    from_one, from_three = (
+        printed_bound(w, d, slopes, offsets, 1.0, around_dw=True, start=i)
+        for i in (1, 3)
+    )
+    return finding(
+        from_one == from_three,
+        from_three == actual,
+        actual_change=actual,
+        from_one=from_one,
+        from_three=from_three,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c13
-@check("B4", "holds", "P2", "text after Theorem 1, appendix C.1.2", "sec-generalization")
+@check(
+    "B4",
+    "holds",
+    "P2",
+    "text after Theorem 1, appendix C.1.2",
+    "sec-generalization",
+)
 def b4_counting_identities() -> Finding:
     """The 2^L words add up to the product of w + d; there are 2^L -
     (L + 1) offset terms; word 2^L is all W0, word 1 all dW.
@@ -121,48 +205,102 @@ def b4_counting_identities() -> Finding:
     rng, worst = np.random.default_rng(0), 0.0
     for L in range(1, 10):
         w, d = norms(rng, L)[:2]
-        worst = max(worst, abs((appendix_sum(w, d) + path_term(2**L, w, d)) / prod(a + b for a, b in zip(w, d)) - 1))
+        worst = max(
+            worst,
+            abs(
+                (appendix_sum(w, d) + path_term(2**L, w, d))
+                / prod(a + b for a, b in zip(w, d))
+                - 1
+            ),
+        )
         ends = [path_term(2**L, w, d) - prod(w), path_term(1, w, d) - prod(d)]
         worst = max(worst, *map(abs, ends))
-    counts = [sum(1 for i in range(1, 2**L) if i & (i + 1)) - (2**L - L - 1) for L in range(2, 10)]
-    return finding(worst < 1e-11 and not any(counts), worst_error=worst, wrong_counts=sum(map(abs, counts)))
+    counts = [
+        sum(1 for i in range(1, 2**L) if i & (i + 1)) - (2**L - L - 1)
+        for L in range(2, 10)
+    ]
+    return finding(
+        worst < 1e-11 and not any(counts),
+        worst_error=worst,
+        wrong_counts=sum(map(abs, counts)),
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c15
 def printed_two(w: list, d: list, ell: list, s: list, C: float) -> float:
     "The two-layer expansion as printed in appendix C.1.2."
-    return C * ell[1] * (ell[0] * (w[1] * d[0] + d[1] * w[0]) + d[1] * d[0]) + ell[1] * d[1] * s[0]
+    return (
+        C * ell[1] * (ell[0] * (w[1] * d[0] + d[1] * w[0]) + d[1] * d[0])
+        + ell[1] * d[1] * s[0]
+    )
 
 
 def printed_three(w: list, d: list, ell: list, s: list, C: float) -> float:
     "The three-layer expansion as printed in appendix C.1.2."
-    words = w[2] * w[1] * d[0] + w[2] * d[1] * (w[0] + d[0]) + d[2] * w[1] * (w[0] + d[0]) + d[2] * d[1] * (w[0] + d[0])
-    offsets = ell[2] * ell[1] * s[0] * (w[2] * d[1] + d[2] * w[1] + d[2] * d[1]) + ell[2] * d[2] * s[1]
+    words = (
+        w[2] * w[1] * d[0]
+        + w[2] * d[1] * (w[0] + d[0])
+        + d[2] * w[1] * (w[0] + d[0])
+        + d[2] * d[1] * (w[0] + d[0])
+    )
+    offsets = (
+        ell[2] * ell[1] * s[0] * (w[2] * d[1] + d[2] * w[1] + d[2] * d[1])
+        + ell[2] * d[2] * s[1]
+    )
     return C * ell[0] * ell[1] * ell[2] * words + offsets
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c16
 @check("B5", "false", "P2", "appendix C.1.2", "sec-generalization")
 def b5_written_out() -> Finding:
-    """The two-layer expansion has the term C l2 |dW2| |dW1|, and the expansions are Theorem 1 for L = 2 and 3.
+    """The two-layer expansion has the term C l2 |dW2| |dW1|, and the
+    expansions are Theorem 1 for L = 2 and 3.
 
-    The term is C l2 l1 |dW2| |dW1|; the three-layer expansion is the corrected formula, not the printed one."""
+    The term is C l2 l1 |dW2| |dW1|; the three-layer expansion is the corrected
+    formula, not the printed one.
+    """
     rng = np.random.default_rng(0)
-    draws = {L: [[rng.integers(1, 9, L).astype(float).tolist() for _ in range(4)] + [3.0] for _ in range(50)]
-             for L in (2, 3)}
-    two = max(abs(printed_two(*c) + c[4] * c[1][0] * c[1][1] * c[2][1] * (c[2][0] - 1) - perturbation_bound(*c))
-              for c in draws[2])
-    three = max(abs(printed_three(*c) - perturbation_bound(*c)) for c in draws[3])
+    draws = {
+        L: [
+            [rng.integers(1, 9, L).astype(float).tolist() for _ in range(4)]
+            + [3.0]
+            for _ in range(50)
+        ]
+        for L in (2, 3)
+    }
+    two = max(
+        abs(
+            printed_two(*c)
+            + c[4] * c[1][0] * c[1][1] * c[2][1] * (c[2][0] - 1)
+            - perturbation_bound(*c)
+        )
+        for c in draws[2]
+    )
+    three = max(
+        abs(printed_three(*c) - perturbation_bound(*c)) for c in draws[3]
+    )
     indices = max(abs(printed_three(*c) - printed_bound(*c)) for c in draws[3])
     steep = ([0.0, 0.0], [1.0, 1.0], [2.0, 1.0], [0.0, 0.0], 1.0)
-    return finding(printed_two(*steep) >= scalar_change(*steep), two == 0 and three == 0 and indices > 0,
-                   change_of_a_network=scalar_change(*steep), printed_two_layers=printed_two(*steep),
-                   missing_term_error=two, three_layer_error=three)
+    return finding(
+        printed_two(*steep) >= scalar_change(*steep),
+        two == 0 and three == 0 and indices > 0,
+        change_of_a_network=scalar_change(*steep),
+        printed_two_layers=printed_two(*steep),
+        missing_term_error=two,
+        three_layer_error=three,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c18
 def closed_form(w: list, d: list, ell: list, s: list, C: float) -> float:
-    "The bound as a difference of products, C L_1 [prod(w + d) - prod w] + sum_l s_l L_(l+1) [the same over j > l]."
+    """The bound as a difference of products, C L_1 [prod(w + d) - prod w] +
+    sum_l s_l L_(l+1) [the same over j > l].
+    """
     L = len(w)
-    gap = [prod(a + b for a, b in zip(w[l:], d[l:])) - prod(w[l:]) for l in range(L)]
-    return C * prod(ell) * gap[0] + sum(s[l - 1] * prod(ell[l:]) * gap[l] for l in range(1, L))
+    gap = [
+        prod(a + b for a, b in zip(w[l:], d[l:])) - prod(w[l:])
+        for l in range(L)
+    ]
+    return C * prod(ell) * gap[0] + sum(
+        s[l - 1] * prod(ell[l:]) * gap[l] for l in range(1, L)
+    )
 
 
 @check("B6", "amended", "P2", "Theorem 1", "sec-generalization")
@@ -172,23 +310,40 @@ def b6_cost_of_the_bound() -> Finding:
     It is a recurrence of L steps, which also keeps its digits for small dW."""
     cases = [norms(np.random.default_rng(L), L) for L in range(1, 11)]
     tiny = ([1.0] * 12, [1e-13] * 12, [1.0] * 12, [1.0] * 12, 1.0)
-    worst = max(abs(swapped_sets(*case) / perturbation_bound(*case) - 1) for case in cases)
+    worst = max(
+        abs(swapped_sets(*case) / perturbation_bound(*case) - 1)
+        for case in cases
+    )
     exact = 12e-13 + sum((12 - l) * 1e-13 for l in range(1, 12))
-    lost = [abs(f(*tiny) / exact - 1) for f in (closed_form, perturbation_bound)]
-    return finding(worst > 1e-9, worst < 1e-12 and lost[1] < 1e-9, products_at_14_layers=2**14, steps_at_14_layers=14,
-                   relative_difference=worst, small_update_error_products=lost[0],
-                   small_update_error_recurrence=lost[1])
+    lost = [
+        abs(f(*tiny) / exact - 1) for f in (closed_form, perturbation_bound)
+    ]
+    return finding(
+        worst > 1e-9,
+        worst < 1e-12 and lost[1] < 1e-9,
+        products_at_14_layers=2**14,
+        steps_at_14_layers=14,
+        relative_difference=worst,
+        small_update_error_products=lost[0],
+        small_update_error_recurrence=lost[1],
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c20
 def _logistic(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-z))
 
 
-ACTIVATIONS = {"relu": (lambda z: np.maximum(z, 0), 1.0), "tanh": (np.tanh, 1.0), "sigmoid": (_logistic, 0.25),
-               "softplus": (lambda z: np.log1p(np.exp(z)), 1.0), "cos": (np.cos, 1.0),
-               "silu": (lambda z: z * _logistic(z), 1.1),
-               "affine": (lambda z: 2 * z + 1, 2.0), "shifted": (lambda z: np.maximum(z, 0) - 1, 1.0),
-               "sin": (np.sin, 1.0)}
+ACTIVATIONS = {
+    "relu": (lambda z: np.maximum(z, 0), 1.0),
+    "tanh": (np.tanh, 1.0),
+    "sigmoid": (_logistic, 0.25),
+    "softplus": (lambda z: np.log1p(np.exp(z)), 1.0),
+    "cos": (np.cos, 1.0),
+    "silu": (lambda z: z * _logistic(z), 1.1),
+    "affine": (lambda z: 2 * z + 1, 2.0),
+    "shifted": (lambda z: np.maximum(z, 0) - 1, 1.0),
+    "sin": (np.sin, 1.0),
+}
 
 
 def network(weights: list, activation, x: np.ndarray) -> np.ndarray:
@@ -198,87 +353,179 @@ def network(weights: list, activation, x: np.ndarray) -> np.ndarray:
     return x
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c21
-def random_change(rng: np.random.Generator, activation, slope: float) -> tuple[float, tuple]:
-    "The actual change of a random network's output, and the norms that bound it."
+def random_change(
+    rng: np.random.Generator, activation, slope: float
+) -> tuple[float, tuple]:
+    """The actual change of a random network's output, and the norms that bound
+    it.
+    """
     sizes = rng.integers(1, 6, rng.integers(2, 6))
-    base, new = ([rng.standard_normal((n, m)) * rng.choice([0.1, 1]) for m, n in zip(sizes, sizes[1:])]
-                 for _ in range(2))
+    base, new = (
+        [
+            rng.standard_normal((n, m)) * rng.choice([0.1, 1])
+            for m, n in zip(sizes, sizes[1:])
+        ]
+        for _ in range(2)
+    )
     x = rng.standard_normal(sizes[0])
-    change = network([a + b for a, b in zip(base, new)], activation, x) - network(base, activation, x)
+    change = network(
+        [a + b for a, b in zip(base, new)], activation, x
+    ) - network(base, activation, x)
     w, d = ([np.linalg.norm(W, 2) for W in weights] for weights in (base, new))
-    offsets = [float(np.linalg.norm(activation(np.zeros(n)))) for n in sizes[1:]]
-    return float(np.linalg.norm(change)), (w, d, [slope] * len(w), offsets, float(np.linalg.norm(x)))
+    offsets = [
+        float(np.linalg.norm(activation(np.zeros(n)))) for n in sizes[1:]
+    ]
+    return float(np.linalg.norm(change)), (
+        w,
+        d,
+        [slope] * len(w),
+        offsets,
+        float(np.linalg.norm(x)),
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c22
 @check("B7", "holds", "P2", "Theorem 1, appendix C.1.2", "sec-generalization")
 def b7_the_bound() -> Finding:
-    """|f_(W0 + dW)(x) - f_W0(x)| is at most e_L for |x| <= C and any activations.
+    """|f_(W0 + dW)(x) - f_W0(x)| is at most e_L for |x| <= C and any
+    activations.
 
-    True of the corrected formula, and attained; the printed one is violated."""
+    True of the corrected formula, and attained; the printed one is violated.
+    """
     rng = np.random.default_rng(0)
-    trials = [random_change(rng, *act) for act in ACTIVATIONS.values() for _ in range(40)]
+    trials = [
+        random_change(rng, *act)
+        for act in ACTIVATIONS.values()
+        for _ in range(40)
+    ]
     above = max(change / perturbation_bound(*c) for change, c in trials)
-    broken = sum(change > printed_bound(*c) * (1 + 1e-9) for change, c in trials)
+    broken = sum(
+        change > printed_bound(*c) * (1 + 1e-9) for change, c in trials
+    )
     scalars = [norms(rng, L) for L in (1, 2, 3, 4, 5) for _ in range(20)]
-    equal = max(abs(scalar_change(*c) / perturbation_bound(*c) - 1) for c in scalars)
-    broken_scalars = sum(scalar_change(*c) > printed_bound(*c) * (1 + 1e-9) for c in scalars)
-    return finding(above < 1 + 1e-9 and equal < 1e-9, broken + broken_scalars > 0, networks=len(trials),
-                   largest_ratio=above, scalar_networks_off_equality=equal, printed_violated=broken,
-                   printed_violated_scalar=broken_scalars)
+    equal = max(
+        abs(scalar_change(*c) / perturbation_bound(*c) - 1) for c in scalars
+    )
+    broken_scalars = sum(
+        scalar_change(*c) > printed_bound(*c) * (1 + 1e-9) for c in scalars
+    )
+    return finding(
+        above < 1 + 1e-9 and equal < 1e-9,
+        broken + broken_scalars > 0,
+        networks=len(trials),
+        largest_ratio=above,
+        scalar_networks_off_equality=equal,
+        printed_violated=broken,
+        printed_violated_scalar=broken_scalars,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c24
 @check("B8", "amended", "P2", "appendix C.1.2, end", "sec-generalization")
 def b8_transfer_to_the_gap() -> Finding:
-    """|G(W0 + dW) - G(W0)| <= 2 L e_L, with sample means written as (1/L) times a sum over L.
+    """|G(W0 + dW) - G(W0)| <= 2 L e_L, with sample means written as (1/L)
+    times a sum over L.
 
-    True for each sample, with means over the |N| examples; the constant 2 is sharp."""
+    True for each sample, with means over the |N| examples; the constant 2 is
+    sharp.
+    """
     rng, worst = np.random.default_rng(0), 0.0
     for _ in range(200):
         x, y = rng.uniform(-1, 1, 1000), rng.uniform(-1, 1, 1000)
         w, d = rng.uniform(-1, 1, 2)
-        gap = [np.abs(v * x - y).mean() - np.abs(v * x - y)[:20].mean() for v in (w, w + d)]
-        worst = max(worst, abs(gap[1] - gap[0]) / (2 * perturbation_bound([abs(w)], [abs(d)], [1.0], [0.0], 1.0)))
+        gap = [
+            np.abs(v * x - y).mean() - np.abs(v * x - y)[:20].mean()
+            for v in (w, w + d)
+        ]
+        worst = max(
+            worst,
+            abs(gap[1] - gap[0])
+            / (2 * perturbation_bound([abs(w)], [abs(d)], [1.0], [0.0], 1.0)),
+        )
     rare = 1e-3
     sharp = ((1 - rare) * 1 + rare * -1 - -1) / 2
     layers, examples = 3, 20
-    return finding(layers == examples, worst <= 1 and sharp > 0.998, largest_ratio=worst, ratio_of_a_rare_event=sharp,
-                   printed_mean_over_true_mean=examples / layers)
+    return finding(
+        layers == examples,
+        worst <= 1 and sharp > 0.998,
+        largest_ratio=worst,
+        ratio_of_a_rare_event=sharp,
+        printed_mean_over_true_mean=examples / layers,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c26
 @check("B9", "holds", "P2", "appendix C.1.3", "sec-generalization")
 def b9_linear_networks() -> Finding:
-    """Without activations Phi = 2 C L [prod(w + d) - prod w]; with one layer 2 C L |dW|.
+    """Without activations Phi = 2 C L [prod(w + d) - prod w]; with one layer 2
+    C L |dW|.
 
-    True; with an activation the one-layer case is multiplied by its Lipschitz constant."""
+    True; with an activation the one-layer case is multiplied by its Lipschitz
+    constant.
+    """
     rng, worst, closed = np.random.default_rng(0), 0.0, 0.0
     for L in (1, 2, 3, 4) * 25:
         W, D = rng.standard_normal((2, L, 4, 4))
         w, d = ([float(np.linalg.norm(M, 2)) for M in X] for X in (W, D))
         bound = perturbation_bound(w, d, [1.0] * L, [0.0] * L, 1.0)
-        actual = np.linalg.multi_dot([np.eye(4), *(W + D)]) - np.linalg.multi_dot([np.eye(4), *W])
+        actual = np.linalg.multi_dot(
+            [np.eye(4), *(W + D)]
+        ) - np.linalg.multi_dot([np.eye(4), *W])
         worst = max(worst, np.linalg.norm(actual, 2) / bound)
-        closed = max(closed, abs(bound / (prod(a + b for a, b in zip(w, d)) - prod(w)) - 1))
-    return finding(worst <= 1 + 1e-12 and closed < 1e-9, largest_ratio=worst, formula_error=closed)
+        closed = max(
+            closed,
+            abs(bound / (prod(a + b for a, b in zip(w, d)) - prod(w)) - 1),
+        )
+    return finding(
+        worst <= 1 + 1e-12 and closed < 1e-9,
+        largest_ratio=worst,
+        formula_error=closed,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c28
-@check("B10", "false", "P2", "section 3.1 and appendix C.1.4", "sec-generalization")
+@check(
+    "B10",
+    "false",
+    "P2",
+    "section 3.1 and appendix C.1.4",
+    "sec-generalization",
+)
 def b10_tightness() -> Finding:
     """The bound is tight, because Phi_dW = 0 at dW = 0.
 
-    The printed Phi isn't 0 there. The corrected e_L is attained by networks with one unit a layer, for all norms."""
+    The printed Phi isn't 0 there. The corrected e_L is attained by networks
+    with one unit a layer, for all norms.
+    """
     still = ([1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], 1.0)
     rng, ratios = np.random.default_rng(0), []
-    attained = min(scalar_change(*c) / perturbation_bound(*c) for c in (norms(rng, L) for L in range(1, 7)))
+    attained = min(
+        scalar_change(*c) / perturbation_bound(*c)
+        for c in (norms(rng, L) for L in range(1, 7))
+    )
     for _ in range(5):
         W = rng.standard_normal((6, 64, 64)) / 8
-        D = rng.standard_normal((6, 64, 4)) @ rng.standard_normal((6, 4, 64)) / 64
+        D = (
+            rng.standard_normal((6, 64, 4))
+            @ rng.standard_normal((6, 4, 64))
+            / 64
+        )
         x = rng.standard_normal(64)
-        change = np.linalg.norm(network(W + D, ACTIVATIONS["relu"][0], x) - network(W, ACTIVATIONS["relu"][0], x))
+        change = np.linalg.norm(
+            network(W + D, ACTIVATIONS["relu"][0], x)
+            - network(W, ACTIVATIONS["relu"][0], x)
+        )
         w, d = (np.linalg.norm(X, 2, axis=(1, 2)).tolist() for X in (W, D))
-        ratios.append(perturbation_bound(w, d, [1.0] * 6, [0.0] * 6, float(np.linalg.norm(x))) / change)
-    return finding(printed_bound(*still) == 0, perturbation_bound(*still) == 0 and attained > 1 - 1e-9,
-                   printed_at_zero=printed_bound(*still), mended_at_zero=perturbation_bound(*still),
-                   attained_ratio=attained, bound_over_actual_on_relu=np.median(ratios))
+        ratios.append(
+            perturbation_bound(
+                w, d, [1.0] * 6, [0.0] * 6, float(np.linalg.norm(x))
+            )
+            / change
+        )
+    return finding(
+        printed_bound(*still) == 0,
+        perturbation_bound(*still) == 0 and attained > 1 - 1e-9,
+        printed_at_zero=printed_bound(*still),
+        mended_at_zero=perturbation_bound(*still),
+        attained_ratio=attained,
+        bound_over_actual_on_relu=np.median(ratios),
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c30
 @check("B11", "holds", "P2", "Theorem 1 and Table 16", "sec-generalization")
@@ -287,47 +534,95 @@ def b11_which_norm() -> Finding:
 
     True; the spectral statement is the sharper one."""
     rng = np.random.default_rng(0)
-    W, D = rng.standard_normal((4, 64, 64)), rng.standard_normal((4, 64, 4)) @ rng.standard_normal((4, 4, 64))
+    W, D = (
+        rng.standard_normal((4, 64, 64)),
+        rng.standard_normal((4, 64, 4)) @ rng.standard_normal((4, 4, 64)),
+    )
     bounds = []
     for order in ("fro", 2):
         w, d = (np.linalg.norm(X, order, axis=(1, 2)).tolist() for X in (W, D))
         bounds.append(perturbation_bound(w, d, [1.0] * 4, [0.0] * 4, 1.0))
     x = rng.standard_normal(64)
-    actual = np.linalg.norm(network(W + D, np.tanh, x / np.linalg.norm(x)) - network(W, np.tanh, x / np.linalg.norm(x)))
-    return finding(actual <= bounds[1] <= bounds[0], frobenius_over_spectral=bounds[0] / bounds[1],
-                   actual_change=actual)
+    actual = np.linalg.norm(
+        network(W + D, np.tanh, x / np.linalg.norm(x))
+        - network(W, np.tanh, x / np.linalg.norm(x))
+    )
+    return finding(
+        actual <= bounds[1] <= bounds[0],
+        frobenius_over_spectral=bounds[0] / bounds[1],
+        actual_change=actual,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c33
-@check("B12", "amended", "P2", "appendix C.1.5, Theorem 3", "sec-generalization")
+@check(
+    "B12", "amended", "P2", "appendix C.1.5, Theorem 3", "sec-generalization"
+)
 def b12_quoted_theorem() -> Finding:
     """For any network the PAC-Bayes bound holds with probability 1 - 2 delta.
 
-    Add: activations are 1-Lipschitz with sigma(0) = 0, or multiply the norms by their Lipschitz constants."""
-    places, examples, tiny, rng = 200_000, 2000, 1e-12, np.random.default_rng(0)
-    labels, seen = rng.integers(0, 2, places), rng.choice(places, examples, replace=False)
+    Add: activations are 1-Lipschitz with sigma(0) = 0, or multiply the norms
+    by their Lipschitz constants.
+    """
+    places, examples, tiny, rng = (
+        200_000,
+        2000,
+        1e-12,
+        np.random.default_rng(0),
+    )
+    labels, seen = (
+        rng.integers(0, 2, places),
+        rng.choice(places, examples, replace=False),
+    )
     update = np.zeros(places)
     update[seen] = tiny * labels[seen]
     losses = np.abs(np.clip(update / tiny, 0, 1) - labels)
     gap = losses.mean() - losses[seen].mean()
-    options = dict(epsilon=0.01, base_norms=[1.01], distances=[float(np.linalg.norm(update))], width=places)
+    options = dict(
+        epsilon=0.01,
+        base_norms=[1.01],
+        distances=[float(np.linalg.norm(update))],
+        width=places,
+    )
     printed = pac_bayes_bound(examples, 0.05, 1.0, **options)
-    mended = pac_bayes_bound(examples, 0.05, 1.0, lipschitz=[1 / tiny], **options)
-    return finding(printed >= gap, mended >= gap, gap=gap, printed=printed, mended=mended)
+    mended = pac_bayes_bound(
+        examples, 0.05, 1.0, lipschitz=[1 / tiny], **options
+    )
+    return finding(
+        printed >= gap, mended >= gap, gap=gap, printed=printed, mended=mended
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c35
-@check("B13", "amended", "P2", "section 3.1(i) and Theorem 4", "sec-generalization")
+@check(
+    "B13",
+    "amended",
+    "P2",
+    "section 3.1(i) and Theorem 4",
+    "sec-generalization",
+)
 def b13_zero_distance() -> Finding:
-    """G(W0) <= eps + C2 sqrt((3 ln(|N| / delta) + 8) / |N|) is the price of the pre-trained weight.
+    """G(W0) <= eps + C2 sqrt((3 ln(|N| / delta) + 8) / |N|) is the price of
+    the pre-trained weight.
 
-    True, but weaker than Hoeffding's inequality for one fixed network, C2 sqrt(ln(1 / (2 delta)) / (2 |N|))."""
+    True, but weaker than Hoeffding's inequality for one fixed network, C2
+    sqrt(ln(1 / (2 delta)) / (2 |N|)).
+    """
     sizes, delta = (2490, 3668, 8551, 50_000), 0.05
-    ratios = [pac_bayes_bound(N, delta, 1.0) / hoeffding_bound(N, 2 * delta, 1.0) for N in sizes]
+    ratios = [
+        pac_bayes_bound(N, delta, 1.0) / hoeffding_bound(N, 2 * delta, 1.0)
+        for N in sizes
+    ]
     coins = np.random.default_rng(0).binomial(3668, 0.5, 20_000)
     quantile = np.quantile(0.5 - coins / 3668, 1 - 2 * delta)
     hoeffding = hoeffding_bound(3668, 2 * delta, 1.0)
-    return finding(min(ratios) < 1, quantile <= hoeffding, smallest_ratio=min(ratios), largest_ratio=max(ratios),
-                   theorem_at_3668=pac_bayes_bound(3668, delta, 1.0), hoeffding_at_3668=hoeffding,
-                   coin_quantile=quantile)
+    return finding(
+        min(ratios) < 1,
+        quantile <= hoeffding,
+        smallest_ratio=min(ratios),
+        largest_ratio=max(ratios),
+        theorem_at_3668=pac_bayes_bound(3668, delta, 1.0),
+        hoeffding_at_3668=hoeffding,
+        coin_quantile=quantile,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c37
 def information(joint: np.ndarray) -> float:
@@ -348,14 +643,34 @@ def b14_data_processing() -> Finding:
     merged = np.vstack([joint[0] + joint[1], joint[2:]])
     independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     best = np.log(joint / independent)
-    variational = (joint * best).sum() - log((independent * np.exp(best)).sum())
-    whole, injective, less = information(joint), information(into_larger), information(merged)
+    variational = (joint * best).sum() - log(
+        (independent * np.exp(best)).sum()
+    )
+    whole, injective, less = (
+        information(joint),
+        information(into_larger),
+        information(merged),
+    )
     needs_bijection = not np.isclose(injective, whole)
-    return finding(needs_bijection, np.isclose(injective, whole) and less < whole and np.isclose(variational, whole),
-                   information=whole, injective=injective, two_values_merged=less, donsker_varadhan=variational)
+    return finding(
+        needs_bijection,
+        np.isclose(injective, whole)
+        and less < whole
+        and np.isclose(variational, whole),
+        information=whole,
+        injective=injective,
+        two_values_merged=less,
+        donsker_varadhan=variational,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c39
-@check("B15", "false", "P2", "appendix C.1.5, Theorem 5, Table 1", "sec-generalization")
+@check(
+    "B15",
+    "false",
+    "P2",
+    "appendix C.1.5, Theorem 5, Table 1",
+    "sec-generalization",
+)
 def b15_expected_gap() -> Finding:
     """G <= sqrt(2 sigma^2 I / |N|) for the gap of the trained network.
 
@@ -363,22 +678,47 @@ def b15_expected_gap() -> Finding:
     share = np.array([comb(10, heads) for heads in range(11)]) / 2**10
     gaps = 0.5 - np.arange(11) / 10
     positive, zero = share[gaps > 0].sum(), share[gaps == 0].sum()
-    return finding(positive == 0, abs(share @ gaps) < 1e-12, bound=0.0, probability_above=positive,
-                   probability_nonzero=1 - zero, expected_gap=share @ gaps)
+    return finding(
+        positive == 0,
+        abs(share @ gaps) < 1e-12,
+        bound=0.0,
+        probability_above=positive,
+        probability_nonzero=1 - zero,
+        expected_gap=share @ gaps,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c41
-@check("B16", "amended", "P2", "section 3.1(ii), Table 1, appendix C.1.5", "sec-generalization")
+@check(
+    "B16",
+    "amended",
+    "P2",
+    "section 3.1(ii), Table 1, appendix C.1.5",
+    "sec-generalization",
+)
 def b16_superfluous_term() -> Finding:
     """G(W0 + dW) <= Phi_W0 + sqrt(2 r q sigma^2 ln 2 (...) / |N|).
 
-    |E G(W0 + dW)| <= the square root alone; Phi_W0 doesn't vanish with |N|, nor with dW."""
-    still = 2 * perturbation_bound([0.0] * 3, [2.0] * 3, [1.0] * 3, [0.0] * 3, 1.0)
+    |E G(W0 + dW)| <= the square root alone; Phi_W0 doesn't vanish with |N|,
+    nor with dW.
+    """
+    still = 2 * perturbation_bound(
+        [0.0] * 3, [2.0] * 3, [1.0] * 3, [0.0] * 3, 1.0
+    )
     N = 400
     tail = np.cumsum([comb(N, k) / 2**N for k in range(N, -1, -1)])[::-1]
     expected = 0.5 - sum(p * p for p in tail[1:]) / N
-    direct, table = sqrt(2 * 0.25 * log(2) / N), 2 * perturbation_bound([0.0], [1.5], [1.0], [0.0], 1.0)
-    return finding(still == 0 and table < 1, expected <= direct, phi_without_update=still,
-                   expected_gap_of_one_bit=expected, direct_bound=direct, table_bound=table + direct)
+    direct, table = (
+        sqrt(2 * 0.25 * log(2) / N),
+        2 * perturbation_bound([0.0], [1.5], [1.0], [0.0], 1.0),
+    )
+    return finding(
+        still == 0 and table < 1,
+        expected <= direct,
+        phi_without_update=still,
+        expected_gap_of_one_bit=expected,
+        direct_bound=direct,
+        table_bound=table + direct,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c43
 @check("B17", "amended", "P2", "Table 1", "sec-generalization")
@@ -392,12 +732,20 @@ def b17_size_of_the_bounds() -> Finding:
     cifar = mi_bound("asymmetric", base, 16, 1, 32, 0.5, 50_000)
     best = mi_bound("asymmetric", small, 16, 1, 8, 0.5, 50_000)
     needed = 0.5 * 8 * log(2) * numbers_stored("asymmetric", small, 16)
-    return finding(best < 1, mi_bound("asymmetric", small, 16, 1, 8, 0.5, int(needed) + 1) <= 1, lora_on_mrpc=mrpc,
-                   asymmetric_on_cifar10=cifar, smallest_of_all=best, examples_needed=needed)
+    return finding(
+        best < 1,
+        mi_bound("asymmetric", small, 16, 1, 8, 0.5, int(needed) + 1) <= 1,
+        lora_on_mrpc=mrpc,
+        asymmetric_on_cifar10=cifar,
+        smallest_of_all=best,
+        examples_needed=needed,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c46
 def map_rank(stack: np.ndarray, n: int) -> int:
-    "Rank of the linear map B -> B A, as a map of the numbers of B (n, rows of A)."
+    """Rank of the linear map B -> B A, as a map of the numbers of B (n, rows
+    of A).
+    """
     return int(np.linalg.matrix_rank(np.kron(stack.T, np.eye(n))))
 
 
@@ -405,69 +753,115 @@ def map_rank(stack: np.ndarray, n: int) -> int:
 def b18_cheap_update_keeps_information() -> Finding:
     """I(B [I_r | 0]; N) = I(B; N), since [I_r | 0] is orthogonal.
 
-    Equal, since B -> B [I_r | 0] is injective; the matrix has orthonormal rows, not columns."""
+    Equal, since B -> B [I_r | 0] is injective; the matrix has orthonormal
+    rows, not columns.
+    """
     n, m, r = 2, 7, 3
     A = np.eye(r, m)
     rank = map_rank(A, n)
-    rows, columns = np.linalg.norm(A @ A.T - np.eye(r)), np.linalg.norm(A.T @ A - np.eye(m))
-    return finding(rank == n * r and rows == 0, map_rank=rank, numbers_of_B=n * r, row_defect=rows,
-                   column_defect=columns)
+    rows, columns = (
+        np.linalg.norm(A @ A.T - np.eye(r)),
+        np.linalg.norm(A.T @ A - np.eye(m)),
+    )
+    return finding(
+        rank == n * r and rows == 0,
+        map_rank=rank,
+        numbers_of_B=n * r,
+        row_defect=rows,
+        column_defect=columns,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c48
 def chain_stack(m: int, r: int, starts: list[int]) -> np.ndarray:
-    "The selectors of a chain's links on top of each other, (links r, m), with wrap-around."
-    return np.vstack([np.eye(m)[(start + np.arange(r)) % m] for start in starts])
+    """The selectors of a chain's links on top of each other, (links r, m),
+    with wrap-around.
+    """
+    return np.vstack(
+        [np.eye(m)[(start + np.arange(r)) % m] for start in starts]
+    )
 
 
 @check("B19", "amended", "P2", "appendix C.1.5(c)", "sec-c3la")
 def b19_rank_and_injectivity() -> Finding:
-    """The update of k circulant links has rank at most k r, thus the map from its B's is injective.
+    """The update of k circulant links has rank at most k r, thus the map from
+    its B's is injective.
 
     Injective if and only if the stacked selectors have full row
-    rank, that is k r <= m; the rank of dW is no reason."""
+    rank, that is k r <= m; the rank of dW is no reason.
+    """
     m, r, n = 6, 2, 3
-    disjoint, wrapped, equal = (chain_stack(m, r, starts) for starts in ([0, 2, 4], [0, 2, 4, 6], [0, 0]))
+    disjoint, wrapped, equal = (
+        chain_stack(m, r, starts)
+        for starts in ([0, 2, 4], [0, 2, 4, 6], [0, 0])
+    )
     ranks = [map_rank(stack, n) // n for stack in (disjoint, wrapped, equal)]
     B = np.random.default_rng(0).standard_normal((n, r))
     low = np.linalg.matrix_rank(np.hstack([B, B]) @ chain_stack(m, r, [0, 2]))
-    return finding(ranks[2] == 2 * r, ranks == [6, 6, 2] and low < 2 * r, rank_3_links=ranks[0], rank_4_links=ranks[1],
-                   rank_equal_links=ranks[2], rank_of_injective_update=low)
+    return finding(
+        ranks[2] == 2 * r,
+        ranks == [6, 6, 2] and low < 2 * r,
+        rank_3_links=ranks[0],
+        rank_4_links=ranks[1],
+        rank_equal_links=ranks[2],
+        rank_of_injective_update=low,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c50
 @check("B20", "amended", "P2", "appendix C.1.5(e)", "sec-rac")
 def b20_random_chain_inverts() -> Finding:
-    """The update of RAC is [B^1 | ... | B^k] [Q^1 | ... | Q^k]^T and can be inverted since the Q^j are orthogonal.
+    """The update of RAC is [B^1 | ... | B^k] [Q^1 | ... | Q^k]^T and can be
+    inverted since the Q^j are orthogonal.
 
     The Q^j are stacked upright, (k r, m); invertible if and only if
-    the stack has full row rank, which needs k r <= m."""
+    the stack has full row rank, which needs k r <= m.
+    """
     m, r, n, rng = 8, 3, 2, np.random.default_rng(0)
     Q = [np.linalg.qr(rng.standard_normal((m, r)))[0].T for _ in range(3)]
     ranks = [np.linalg.matrix_rank(np.vstack(Q[:k])) for k in (1, 2, 3)]
     printed = np.hstack(Q[:2]).T
     B = rng.standard_normal((n, 2 * r))
-    error = np.abs(B @ np.vstack(Q[:2]) @ np.linalg.pinv(np.vstack(Q[:2])) - B).max()
-    return finding(printed.shape == (2 * r, m), ranks == [3, 6, 8] and error < 1e-12, printed_rows=printed.shape[0],
-                   printed_columns=printed.shape[1], needed_rows=2 * r, needed_columns=m, rank_1=ranks[0],
-                   rank_2=ranks[1], rank_3=ranks[2])
+    error = np.abs(
+        B @ np.vstack(Q[:2]) @ np.linalg.pinv(np.vstack(Q[:2])) - B
+    ).max()
+    return finding(
+        printed.shape == (2 * r, m),
+        ranks == [3, 6, 8] and error < 1e-12,
+        printed_rows=printed.shape[0],
+        printed_columns=printed.shape[1],
+        needed_rows=2 * r,
+        needed_columns=m,
+        rank_1=ranks[0],
+        rank_2=ranks[1],
+        rank_3=ranks[2],
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c52
 @check("B21", "amended", "P2", "appendix C.1.5(d)", "sec-cola")
 def b21_long_chains() -> Finding:
     """I <= q r k ln 2 times the sum of m + n for the chain of LoRA.
 
-    True; sharper with min(r k (m + n), m n), since the merged weight holds no more than m n numbers."""
+    True; sharper with min(r k (m + n), m n), since the merged weight holds no
+    more than m n numbers.
+    """
     n = m = 768
     r = 16
     longest = max(k for k in range(1, 100) if k * r * (n + m) <= n * m)
     freedom = 24 * r * (n + m - 24 * r)
     stored = numbers_stored("cola", [(n, m)], r, 60)
-    return finding(longest == 99, stored == n * m and freedom <= numbers_stored("cola", [(n, m)], r, 24),
-                   longest_useful_chain=longest, printed_count_at_60_links=60 * r * (n + m),
-                   numbers_of_the_weight=n * m, freedom_at_24_links=freedom)
+    return finding(
+        longest == 99,
+        stored == n * m and freedom <= numbers_stored("cola", [(n, m)], r, 24),
+        longest_useful_chain=longest,
+        printed_count_at_60_links=60 * r * (n + m),
+        numbers_of_the_weight=n * m,
+        freedom_at_24_links=freedom,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c54
 def one_step_information(rate: float, grid: float = 0.0) -> float:
-    "I(A; N) in nats for A = 1 + rate N, N = +-1 with equal probability, stored exactly or on a grid."
+    """I(A; N) in nats for A = 1 + rate N, N = +-1 with equal probability,
+    stored exactly or on a grid.
+    """
     stored = [1 + rate * sign for sign in (-1, 1)]
     stored = [round(a / grid) * grid for a in stored] if grid else stored
     return information(np.eye(2) / 2) if stored[0] != stored[1] else 0.0
@@ -475,21 +869,43 @@ def one_step_information(rate: float, grid: float = 0.0) -> float:
 
 @check("B22", "amended", "P2", "appendix C.1.5(a)", "sec-lora-plus")
 def b22_vanishing_rate() -> Finding:
-    """As the learning rate of A tends to 0, LoRA+ takes the bound of asymmetric LoRA.
+    """As the learning rate of A tends to 0, LoRA+ takes the bound of
+    asymmetric LoRA.
 
-    Only at rate 0, or when the updates fall below the q-bit grid; the information jumps."""
-    small, none, quantised = one_step_information(1e-12), one_step_information(0.0), one_step_information(1e-6, 2**-10)
-    return finding(np.isclose(small, none), small > 0.69 and none == 0 and quantised == 0,
-                   at_rate_1=one_step_information(1.0), at_rate_1e_12=small, at_rate_0=none,
-                   at_rate_1e_6_on_a_grid=quantised)
+    Only at rate 0, or when the updates fall below the q-bit grid; the
+    information jumps.
+    """
+    small, none, quantised = (
+        one_step_information(1e-12),
+        one_step_information(0.0),
+        one_step_information(1e-6, 2**-10),
+    )
+    return finding(
+        np.isclose(small, none),
+        small > 0.69 and none == 0 and quantised == 0,
+        at_rate_1=one_step_information(1.0),
+        at_rate_1e_12=small,
+        at_rate_0=none,
+        at_rate_1e_6_on_a_grid=quantised,
+    )
 
 # %% ../../nbs/theory/claims_generalization.ipynb #c56
 @check("B23", "amended", "P2", "section 4.2(iii)", "sec-rac")
 def b23_ratio_of_bounds() -> Finding:
-    """The bound of asymmetric LoRA is smaller than RAC's by the factor sqrt(k).
+    """The bound of asymmetric LoRA is smaller than RAC's by the factor
+    sqrt(k).
 
-    True of the mutual-information terms alone, as long as k r <= m."""
+    True of the mutual-information terms alone, as long as k r <= m.
+    """
     k, phi, shapes = 5, 2.0, [(768, 768)] * 24
-    one, chain = (mi_bound(method, shapes, 16, k, 8, 0.5, 10**9) for method in ("asymmetric", "rac"))
-    return finding(np.isclose((phi + chain) / (phi + one), sqrt(k)), np.isclose(chain / one, sqrt(k)),
-                   ratio_of_terms=chain / one, ratio_of_entries=(phi + chain) / (phi + one), root_of_k=sqrt(k))
+    one, chain = (
+        mi_bound(method, shapes, 16, k, 8, 0.5, 10**9)
+        for method in ("asymmetric", "rac")
+    )
+    return finding(
+        np.isclose((phi + chain) / (phi + one), sqrt(k)),
+        np.isclose(chain / one, sqrt(k)),
+        ratio_of_terms=chain / one,
+        ratio_of_entries=(phi + chain) / (phi + one),
+        root_of_k=sqrt(k),
+    )

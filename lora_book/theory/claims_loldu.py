@@ -21,30 +21,62 @@ SIX = ("FGVC", "StanfordCars", "CIFAR-10", "CIFAR-100", "EuroSAT", "Flowers")
 
 def gaussian(n: int, m: int, seed: int = 0, std: float = 1.0) -> torch.Tensor:
     "A random (n, m) matrix in float64 with entries of standard deviation std."
-    return std * torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return std * torch.randn(
+        n,
+        m,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
 
 
 def mean_errors(number: str, columns: tuple) -> dict[str, float]:
-    """Row -> mean of the columns minus the printed average, for the rows of a P4 table that aren't differences."""
+    """Row -> mean of the columns minus the printed average, for the rows of a
+    P4 table that aren't differences.
+    """
     printed = table("P4", number)
     names = [row for row in printed.names("row") if "delta" not in row]
     rows = {row: row_values(printed, row) for row in names}
-    return {row: sum(by[c] for c in columns) / len(columns) - by["average"] for row, by in rows.items()}
+    return {
+        row: sum(by[c] for c in columns) / len(columns) - by["average"]
+        for row, by in rows.items()
+    }
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c06
-@check("E1", "false", "P4", "sections I, III-A, III-C, Table II, conclusion", "sec-ldu")
+@check(
+    "E1",
+    "false",
+    "P4",
+    "sections I, III-A, III-C, Table II, conclusion",
+    "sec-ldu",
+)
 def e1_orthogonal_factors() -> Finding:
     """The lower and upper factors are orthogonal.
 
-    Only P is; with partial pivoting |L_ij| <= 1. Unit triangular and orthogonal means the identity."""
+    Only P is; with partial pivoting |L_ij| <= 1. Unit triangular and
+    orthogonal means the identity.
+    """
+
     def defect(M):
-        return float(torch.linalg.matrix_norm(M.T @ M - torch.eye(M.shape[1], dtype=M.dtype)))
-    _, small, _, _ = ldu(torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=torch.float64))
+        return float(
+            torch.linalg.matrix_norm(
+                M.T @ M - torch.eye(M.shape[1], dtype=M.dtype)
+            )
+        )
+
+    _, small, _, _ = ldu(
+        torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    )
     p, L, z, U = ldu(gaussian(256, 256))
     P = torch.eye(256, dtype=torch.float64)[p]
-    return finding(defect(small) == 0, defect(P) == 0 and float(L.abs().max()) <= 1, defect_of_2x2=defect(small),
-                   defect_of_L=defect(L), defect_of_U=defect(U.T), condition_of_L=float(torch.linalg.cond(L)),
-                   largest_of_L=float(L.abs().max()))
+    return finding(
+        defect(small) == 0,
+        defect(P) == 0 and float(L.abs().max()) <= 1,
+        defect_of_2x2=defect(small),
+        defect_of_L=defect(L),
+        defect_of_U=defect(U.T),
+        condition_of_L=float(torch.linalg.cond(L)),
+        largest_of_L=float(L.abs().max()),
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c08
 @check("E2", "amended", "P4", "sections III-A and III-D", "sec-ldu")
@@ -58,11 +90,21 @@ def e2_conditioning() -> Finding:
         PL, z, U = leading(gaussian(n, n), r)
         J = torch.einsum("ni,im->nmi", PL, U).reshape(-1, r)
         eigenvalues = torch.linalg.eigvalsh(z_gram(PL, U))
-        extremes[n] = [float(eigenvalues[-1]), float(eigenvalues[0]), float((J.T @ J - z_gram(PL, U)).abs().max())]
+        extremes[n] = [
+            float(eigenvalues[-1]),
+            float(eigenvalues[0]),
+            float((J.T @ J - z_gram(PL, U)).abs().max()),
+        ]
     exact = max(e[2] / e[0] for e in extremes.values())
-    return finding(all(np.isclose(e[0], 1) for e in extremes.values()), exact < 1e-12, largest_64_8=extremes[64][0],
-                   smallest_64_8=extremes[64][1], largest_256_32=extremes[256][0], smallest_256_32=extremes[256][1],
-                   formula_error=exact)
+    return finding(
+        all(np.isclose(e[0], 1) for e in extremes.values()),
+        exact < 1e-12,
+        largest_64_8=extremes[64][0],
+        smallest_64_8=extremes[64][1],
+        largest_256_32=extremes[256][0],
+        smallest_256_32=extremes[256][1],
+        formula_error=exact,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c10
 @check("E3", "false", "P4", "section III-A, Eq. (1), Algorithm 1", "sec-ldu")
@@ -75,10 +117,18 @@ def e3_existence() -> Finding:
     P, L, R = torch.linalg.lu(W)
     divided = R / R.diagonal().unsqueeze(1)
     first_row = min(float(W[i].abs().sum()) for i in (0, 1))
-    errors = [float((W - reconstruct(*ldu(W))).abs().max()) for W in (gaussian(9, 5), gaussian(5, 9), gaussian(7, 7))]
-    return finding(bool(divided.isfinite().all()) or first_row == 0, max(errors) < 1e-12,
-                   entries_not_finite=int((~divided.isfinite()).sum()), forced_first_pivot=float(W[:, 0].abs().max()),
-                   left_in_each_row=first_row, error_of_full_rank=max(errors))
+    errors = [
+        float((W - reconstruct(*ldu(W))).abs().max())
+        for W in (gaussian(9, 5), gaussian(5, 9), gaussian(7, 7))
+    ]
+    return finding(
+        bool(divided.isfinite().all()) or first_row == 0,
+        max(errors) < 1e-12,
+        entries_not_finite=int((~divided.isfinite()).sum()),
+        forced_first_pivot=float(W[:, 0].abs().max()),
+        left_in_each_row=first_row,
+        error_of_full_rank=max(errors),
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c12
 @check("E5", "holds", "P4", "sections II and III-E", "sec-ldu")
@@ -86,29 +136,61 @@ def e5_cost_of_elimination() -> Finding:
     """The decomposition costs m n^2 - n^3 / 3 operations for m >= n.
 
     True to leading order."""
+
     def counted(m, n):
         return sum((m - k) + 2 * (m - k) * (n - k) for k in range(1, n + 1))
-    ratios = [counted(m, n) / lu_flops(m, n) for m, n in ((60, 60), (120, 60), (600, 600), (1200, 600))]
-    return finding(max(abs(r - 1) for r in ratios[2:]) < 0.01 and abs(ratios[2] - 1) < abs(ratios[0] - 1),
-                   ratio_60_60=ratios[0], ratio_120_60=ratios[1], ratio_600_600=ratios[2], ratio_1200_600=ratios[3])
+
+    ratios = [
+        counted(m, n) / lu_flops(m, n)
+        for m, n in ((60, 60), (120, 60), (600, 600), (1200, 600))
+    ]
+    return finding(
+        max(abs(r - 1) for r in ratios[2:]) < 0.01
+        and abs(ratios[2] - 1) < abs(ratios[0] - 1),
+        ratio_60_60=ratios[0],
+        ratio_120_60=ratios[1],
+        ratio_600_600=ratios[2],
+        ratio_1200_600=ratios[3],
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c14
 @check("E9", "false", "P4", "section III-B", "sec-ldu")
 def e9_first_components() -> Finding:
     """The first r components capture the essential structure of W0.
 
-    They reproduce its first r columns; the best rank-r approximation is the SVD's."""
+    They reproduce its first r columns; the best rank-r approximation is the
+    SVD's.
+    """
     W, r, n = gaussian(128, 128), 32, 128
-    Q = torch.linalg.qr(gaussian(n, n, 1))[0], torch.linalg.qr(gaussian(n, n, 2))[0]
-    decaying = Q[0] @ torch.diag(1 / torch.arange(1.0, n + 1, dtype=torch.float64)) @ Q[1]
+    Q = (
+        torch.linalg.qr(gaussian(n, n, 1))[0],
+        torch.linalg.qr(gaussian(n, n, 2))[0],
+    )
+    decaying = (
+        Q[0]
+        @ torch.diag(1 / torch.arange(1.0, n + 1, dtype=torch.float64))
+        @ Q[1]
+    )
     figures = {}
     for name, M in (("gaussian", W), ("decaying", decaying)):
         PL, z, U = leading(M, r)
         rest, S = M - (PL * z) @ U, torch.linalg.svdvals(M)
-        figures |= {f"ldu_{name}": float(rest.norm() / M.norm()), f"svd_{name}": float(S[r:].norm() / S.norm()),
-                    f"first_columns_{name}": float(rest[:, :r].norm() / M.norm())}
-    close = all(figures[f"ldu_{k}"] < 1.1 * figures[f"svd_{k}"] for k in ("gaussian", "decaying"))
-    exact = max(figures["first_columns_gaussian"], figures["first_columns_decaying"]) < 1e-9
+        figures |= {
+            f"ldu_{name}": float(rest.norm() / M.norm()),
+            f"svd_{name}": float(S[r:].norm() / S.norm()),
+            f"first_columns_{name}": float(rest[:, :r].norm() / M.norm()),
+        }
+    close = all(
+        figures[f"ldu_{k}"] < 1.1 * figures[f"svd_{k}"]
+        for k in ("gaussian", "decaying")
+    )
+    exact = (
+        max(
+            figures["first_columns_gaussian"],
+            figures["first_columns_decaying"],
+        )
+        < 1e-9
+    )
     return finding(close, figures["ldu_gaussian"] > 1 and exact, **figures)
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c17
@@ -125,8 +207,15 @@ def e4_parameters_and_cost() -> Finding:
     rank = int(torch.linalg.matrix_rank(torch.cat([in_z, in_sigma], 1)))
     big, k = 768, 64
     factored, printed = big * big + k * (big + big) + k, big * big * k
-    return finding(rank == r + 1 and factored == printed, rank == r, trained=r + 1, degrees_of_freedom=rank,
-                   operations_factored=factored, operations_printed=printed, frozen_numbers=k * 2 * big + big)
+    return finding(
+        rank == r + 1 and factored == printed,
+        rank == r,
+        trained=r + 1,
+        degrees_of_freedom=rank,
+        operations_factored=factored,
+        operations_printed=printed,
+        frozen_numbers=k * 2 * big + big,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c19
 @check("E6", "amended", "P4", "section III-C, Eqs. (7) to (10)", "sec-loldu")
@@ -138,25 +227,49 @@ def e6_what_is_the_update() -> Finding:
     PL, z, U = leading(W, 16)
     dsm = (PL * z) @ U
     rsm = W - dsm
-    at_start, as_printed = float((rsm + dsm - W).norm() / W.norm()), float(((W + dsm) - (rsm + dsm)).norm() / W.norm())
+    at_start, as_printed = (
+        float((rsm + dsm - W).norm() / W.norm()),
+        float(((W + dsm) - (rsm + dsm)).norm() / W.norm()),
+    )
     moved = (PL * (z + 1)) @ U
     mended = float((rsm + moved - (W + (moved - dsm))).norm() / W.norm())
-    return finding(as_printed < 1e-12, at_start < 1e-12 and mended < 1e-12, change_at_start=at_start,
-                   change_printed=as_printed, change_mended=mended)
+    return finding(
+        as_printed < 1e-12,
+        at_start < 1e-12 and mended < 1e-12,
+        change_at_start=at_start,
+        change_printed=as_printed,
+        change_mended=mended,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c21
-def starts(z: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def starts(
+    z: torch.Tensor, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     "The starts of z in P4's Table V, by the book's names."
-    u, g = (draw(len(z), generator=generator, dtype=z.dtype) for draw in (torch.rand, torch.randn))
-    return {"regular": z, "zeros": 0 * z, "ones": 0 * z + 1, "constant": 0 * z + z.mean(), "uniform": 2 * u - 1,
-            "uniform_mean": (u - 0.5) * z.mean(), "normal": g, "normal_mean": z.mean() + z.std() * g}
+    u, g = (
+        draw(len(z), generator=generator, dtype=z.dtype)
+        for draw in (torch.rand, torch.randn)
+    )
+    return {
+        "regular": z,
+        "zeros": 0 * z,
+        "ones": 0 * z + 1,
+        "constant": 0 * z + z.mean(),
+        "uniform": 2 * u - 1,
+        "uniform_mean": (u - 0.5) * z.mean(),
+        "normal": g,
+        "normal_mean": z.mean() + z.std() * g,
+    }
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c22
 @check("E7", "false", "P4", "Algorithm 1, section III-C", "sec-loldu")
 def e7_heuristic_start() -> Finding:
-    """Re-initialising z (uniform, normal, constant) preserves the pre-trained knowledge.
+    """Re-initialising z (uniform, normal, constant) preserves the pre-trained
+    knowledge.
 
-    Only the regular start does; the others do if the residual is computed after the re-initialisation."""
+    Only the regular start does; the others do if the residual is computed
+    after the re-initialisation.
+    """
     W = gaussian(256, 256, std=0.02)
     PL, z, U = leading(W, 64)
     rsm, jumps, kept = W - (PL * z) @ U, {}, []
@@ -165,113 +278,223 @@ def e7_heuristic_start() -> Finding:
         jumps[name] = float((rsm + dsm - W).norm() / W.norm())
         kept.append(float(((W - dsm) + dsm - W).norm() / W.norm()))
     others = [jump for name, jump in jumps.items() if name != "regular"]
-    return finding(max(others) < 1e-6, min(others) > 0.1 and jumps["regular"] < 1e-12 and max(kept) < 1e-12, **jumps,
-                   mended=max(kept))
+    return finding(
+        max(others) < 1e-6,
+        min(others) > 0.1 and jumps["regular"] < 1e-12 and max(kept) < 1e-12,
+        **jumps,
+        mended=max(kept),
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c24
-@check("E8", "amended", "P4", "section III-A, Eq. (10), Algorithm 1", "sec-loldu")
+@check(
+    "E8", "amended", "P4", "section III-A, Eq. (10), Algorithm 1", "sec-loldu"
+)
 def e8_constraints() -> Finding:
-    """Projected descent keeps 0 < sigma <= 1 and |D_r|_F <= eps, from sigma = alpha / r.
+    """Projected descent keeps 0 < sigma <= 1 and |D_r|_F <= eps, from sigma =
+    alpha / r.
 
     sigma in [sigma_min, 1], alpha <= r, eps at least |D_r| of the
-    start; then the two projections are separate and exact."""
+    start; then the two projections are separate and exact.
+    """
     scales = {r: 768 / r for r in (64, 256, 768)}
     start = leading(gaussian(256, 256, std=0.02), 256)[1]
     eps = float(start.norm()) / 2
     projected = start * min(1.0, eps / float(start.norm()))
     nearest = [abs(-0.1 - s) for s in (1e-3, 1e-6, 1e-9)]
-    return finding(max(scales.values()) <= 1,
-                   np.isclose(float(projected.norm()), eps) and scales[768] == 1 and min(nearest) > 0.1,
-                   sigma_at_rank_64=scales[64], sigma_at_rank_256=scales[256], sigma_at_rank_768=scales[768],
-                   norm_of_start=float(start.norm()))
+    return finding(
+        max(scales.values()) <= 1,
+        np.isclose(float(projected.norm()), eps)
+        and scales[768] == 1
+        and min(nearest) > 0.1,
+        sigma_at_rank_64=scales[64],
+        sigma_at_rank_256=scales[256],
+        sigma_at_rank_768=scales[768],
+        norm_of_start=float(start.norm()),
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c27
 @check("E10", "typo", "P4", "Figure 1, Table XII", "sec-loldu")
 def e10_counts_by_rank() -> Finding:
-    """Over 24 matrices LoLDU trains 24 numbers at rank 1, 192 at rank 8, 18456 at rank 768.
+    """Over 24 matrices LoLDU trains 24 numbers at rank 1, 192 at rank 8, 18456
+    at rank 768.
 
-    24 (r + 1): 48, 216, 18456; rows up to rank 512 count 24 r."""
-    printed = {int(row): by["parameters"] for row in table("P4", "XII").names("row") if row.isdigit()
-               for by in [row_values(table("P4", "XII"), row)]}
+    24 (r + 1): 48, 216, 18456; rows up to rank 512 count 24 r.
+    """
+    printed = {
+        int(row): by["parameters"]
+        for row in table("P4", "XII").names("row")
+        if row.isdigit()
+        for by in [row_values(table("P4", "XII"), row)]
+    }
     with_sigma = [r for r, count in printed.items() if count == 24 * (r + 1)]
     without = [r for r, count in printed.items() if count == 24 * r]
-    return finding(len(with_sigma) == len(printed), with_sigma == [768] and len(without) == len(printed) - 1,
-                   rows=len(printed), rows_with_sigma=len(with_sigma), rows_without=len(without), rank_1_with_sigma=48)
+    return finding(
+        len(with_sigma) == len(printed),
+        with_sigma == [768] and len(without) == len(printed) - 1,
+        rows=len(printed),
+        rows_with_sigma=len(with_sigma),
+        rows_without=len(without),
+        rank_1_with_sigma=48,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c29
 def llama_counts() -> dict[str, float]:
-    "Trained numbers on the query and value maps of the 32 layers of LLaMA2-7B, of size 4096."
+    """Trained numbers on the query and value maps of the 32 layers of
+    LLaMA2-7B, of size 4096.
+    """
     maps, size = 64, 4096
-    return {"rank_256": maps * (256 + 1), "rank_1024": maps * (1024 + 1), "lora": maps * 64 * (size + size),
-            "model": 6_738_415_616}
+    return {
+        "rank_256": maps * (256 + 1),
+        "rank_1024": maps * (1024 + 1),
+        "lora": maps * 64 * (size + size),
+        "model": 6_738_415_616,
+    }
 
 
-@check("E11", "amended", "P4", "abstract, section I, Tables III and VIII", "sec-loldu")
+@check(
+    "E11",
+    "amended",
+    "P4",
+    "abstract, section I, Tables III and VIII",
+    "sec-loldu",
+)
 def e11_share_of_llama() -> Finding:
     """LoLDU trains 0.00025 % of LLaMA2-7B, 0.016M numbers, 0.05 % of LoRA's.
 
     True at rank 256; Table VIII says rank 1024, with four times as many."""
-    counts, rank = llama_counts(), table("P4", "VIII").cell("rank", "value").value
+    counts, rank = (
+        llama_counts(),
+        table("P4", "VIII").cell("rank", "value").value,
+    )
     printed = table("P4", "III").cell("LoLDU", "parameters").value
-    share = {r: 100 * counts[f"rank_{r}"] / counts["model"] for r in (256, 1024)}
-    of_lora = {r: 100 * counts[f"rank_{r}"] / counts["lora"] for r in (256, 1024)}
-    return finding(abs(share[int(rank)] - 0.00025) < 1e-5,
-                   round(counts["rank_256"], -3) == printed and abs(of_lora[256] - 0.05) < 0.005, rank_of_table_8=rank,
-                   percent_at_256=share[256], percent_at_1024=share[1024], of_lora_at_256=of_lora[256],
-                   of_lora_at_1024=of_lora[1024])
+    share = {
+        r: 100 * counts[f"rank_{r}"] / counts["model"] for r in (256, 1024)
+    }
+    of_lora = {
+        r: 100 * counts[f"rank_{r}"] / counts["lora"] for r in (256, 1024)
+    }
+    return finding(
+        abs(share[int(rank)] - 0.00025) < 1e-5,
+        round(counts["rank_256"], -3) == printed
+        and abs(of_lora[256] - 0.05) < 0.005,
+        rank_of_table_8=rank,
+        percent_at_256=share[256],
+        percent_at_1024=share[1024],
+        of_lora_at_256=of_lora[256],
+        of_lora_at_1024=of_lora[1024],
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c31
 @check("E12", "false", "P4", "abstract", "sec-loldu")
 def e12_2600_times_fewer() -> Finding:
     """LoLDU trains 2600 times fewer parameters than regular methods.
 
-    No pair of numbers in the tables gives it; the nearest is LLaMA at rank 256, about 2000 times."""
-    numbers = {n: {row: table("P4", n).cell(row, "parameters").value for row in table("P4", n).names("row")}
-               for n in ("I", "III", "IV")}
-    ratios = {"llama": numbers["III"]["LoRA"] / numbers["III"]["LoLDU"],
-              "llama_exact": llama_counts()["lora"] / llama_counts()["rank_256"],
-              "llama_rank_1024": llama_counts()["lora"] / llama_counts()["rank_1024"]}
-    ratios |= {f"glue_{m}": numbers["I"][m] / numbers["I"]["LoLDU"] for m in ("LoRA", "PiSSA", "VeRA")}
-    ratios |= {f"images_{m}": numbers["IV"]["LoRA r16"] / numbers["IV"][f"LoLDU {m}"] for m in ("r64", "r768")}
+    No pair of numbers in the tables gives it; the nearest is LLaMA at rank
+    256, about 2000 times.
+    """
+    numbers = {
+        n: {
+            row: table("P4", n).cell(row, "parameters").value
+            for row in table("P4", n).names("row")
+        }
+        for n in ("I", "III", "IV")
+    }
+    ratios = {
+        "llama": numbers["III"]["LoRA"] / numbers["III"]["LoLDU"],
+        "llama_exact": llama_counts()["lora"] / llama_counts()["rank_256"],
+        "llama_rank_1024": (
+            llama_counts()["lora"] / llama_counts()["rank_1024"]
+        ),
+    }
+    ratios |= {
+        f"glue_{m}": numbers["I"][m] / numbers["I"]["LoLDU"]
+        for m in ("LoRA", "PiSSA", "VeRA")
+    }
+    ratios |= {
+        f"images_{m}": numbers["IV"]["LoRA r16"] / numbers["IV"][f"LoLDU {m}"]
+        for m in ("r64", "r768")
+    }
     ratios["images_r1"] = numbers["IV"]["LoRA r16"] / 24
     nearest = min(abs(x / 2600 - 1) for x in ratios.values())
-    return finding(nearest < 0.05, min(ratios, key=lambda k: abs(ratios[k] / 2600 - 1)) == "llama", **ratios)
+    return finding(
+        nearest < 0.05,
+        min(ratios, key=lambda k: abs(ratios[k] / 2600 - 1)) == "llama",
+        **ratios,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c32
 @check("E13", "typo", "P4", "Figure 1, Table IV, section IV-C", "sec-loldu")
 def e13_complement() -> Finding:
     """LoLDU uses 3.173 % of LoRA's parameters, 96.837 % fewer.
 
-    The complement is 96.827 %; with LoRA's exact count the share is 3.129 %."""
-    share, fewer = table("P4", "IV").cell("delta to LoRA", "parameters").value, 96.837
+    The complement is 96.827 %; with LoRA's exact count the share is 3.129 %.
+    """
+    share, fewer = (
+        table("P4", "IV").cell("delta to LoRA", "parameters").value,
+        96.837,
+    )
     exact = 100 * 24 * 769 / (24 * 16 * (768 + 768))
-    return finding(abs(share + fewer - 100) < 5e-4, abs(share + 96.827 - 100) < 5e-4, sum_minus_100=share + fewer - 100,
-                   complement=100 - share, exact_share=exact)
+    return finding(
+        abs(share + fewer - 100) < 5e-4,
+        abs(share + 96.827 - 100) < 5e-4,
+        sum_minus_100=share + fewer - 100,
+        complement=100 - share,
+        exact_share=exact,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c34
 @check("E14", "false", "P4", "Table II, section IV-E", "sec-loldu")
 def e14_table_2() -> Finding:
-    """LoRA trains 6.77 %, FourierFT 2.79 %, LoLDU 0.21 % of the parameters; full fine-tuning has mean accuracy 88.20.
+    """LoRA trains 6.77 %, FourierFT 2.79 %, LoLDU 0.21 % of the parameters;
+    full fine-tuning has mean accuracy 88.20.
 
-    A tenth of each; and 87.23, the average of Table IV."""
+    A tenth of each; and 87.23, the average of Table IV.
+    """
     second, fourth = table("P4", "II"), table("P4", "IV")
-    rows = {"LoRA": "LoRA r16", "FourierFT": "FourierFT 10000", "LoLDU": "LoLDU r768"}
+    rows = {
+        "LoRA": "LoRA r16",
+        "FourierFT": "FourierFT 10000",
+        "LoLDU": "LoLDU r768",
+    }
     total = fourth.cell("FT", "parameters").value
-    factor = {name: second.cell(name, "parameters percent").value / (100 * fourth.cell(row,
-                                                                                       "parameters").value / total)
-              for name, row in rows.items()}
-    mean, printed = sum(fourth.cell("FT", c).value for c in SIX) / 6, second.cell("FullFT", "mean accuracy").value
-    right = all(abs(f - 1) < 0.05 for f in factor.values()) and abs(mean - printed) < 0.01
+    factor = {
+        name: (
+            second.cell(name, "parameters percent").value
+            / (100 * fourth.cell(row, "parameters").value / total)
+        )
+        for name, row in rows.items()
+    }
+    mean, printed = (
+        sum(fourth.cell("FT", c).value for c in SIX) / 6,
+        second.cell("FullFT", "mean accuracy").value,
+    )
+    right = (
+        all(abs(f - 1) < 0.05 for f in factor.values())
+        and abs(mean - printed) < 0.01
+    )
     tenfold = all(abs(f - 10) < 0.2 for f in factor.values())
-    return finding(right, tenfold and abs(mean - fourth.cell("FT", "average").value) < 0.01,
-                   **{f"factor_{name}": f for name, f in factor.items()}, mean_of_table_4=mean, mean_printed=printed)
+    return finding(
+        right,
+        tenfold and abs(mean - fourth.cell("FT", "average").value) < 0.01,
+        **{f"factor_{name}": f for name, f in factor.items()},
+        mean_of_table_4=mean,
+        mean_printed=printed,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c37
-def deltas(number: str, columns: tuple, best: str = "LoLDU", base: str = "LoRA") -> float:
-    "Largest distance between the printed difference row of a P4 table and the difference of two rows."
+def deltas(
+    number: str, columns: tuple, best: str = "LoLDU", base: str = "LoRA"
+) -> float:
+    """Largest distance between the printed difference row of a P4 table and
+    the difference of two rows.
+    """
     printed = table("P4", number)
     rows = [row_values(printed, row) for row in ("delta to LoRA", best, base)]
-    return max(abs(delta[c] - (high[c] - low[c])) for delta, high, low in [rows] for c in columns)
+    return max(
+        abs(delta[c] - (high[c] - low[c]))
+        for delta, high, low in [rows]
+        for c in columns
+    )
 
 
 @check("E15", "holds", "P4", "Tables I and III", "sec-tables")
@@ -281,26 +504,51 @@ def e15_tables_1_and_3() -> Finding:
     True to the rounding; the differences are points, not percentages."""
     tasks = ("SST-2", "MRPC", "CoLA", "QNLI", "RTE", "STS-B")
     means = max(map(abs, mean_errors("I", tasks).values()))
-    first, third = deltas("I", tasks + ("average",)), deltas("III", ("MMLU", "DROP", "HumanEval", "BBH"))
-    return finding(means < 0.051 and max(first, third) < 1e-9, largest_mean_error=means, difference_error_1=first,
-                   difference_error_3=third)
+    first, third = (
+        deltas("I", tasks + ("average",)),
+        deltas("III", ("MMLU", "DROP", "HumanEval", "BBH")),
+    )
+    return finding(
+        means < 0.051 and max(first, third) < 1e-9,
+        largest_mean_error=means,
+        difference_error_1=first,
+        difference_error_3=third,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c39
 @check("E16", "amended", "P4", "Table IV, section IV-C", "sec-tables")
 def e16_table_4() -> Finding:
-    """Table IV's averages; LoLDU surpasses LoRA by 15.28 % on FGVC and 16.99 % on StanfordCars.
+    """Table IV's averages; LoLDU surpasses LoRA by 15.28 % on FGVC and 16.99 %
+    on StanfordCars.
 
     The averages hold; the differences are 16.99 and 21.28 points. Flowers
-    98.92 is 98.63 in Tables V and XII; the row r64 differs from XII."""
+    98.92 is 98.63 in Tables V and XII; the row r64 differs from XII.
+    """
     fourth, twelfth = table("P4", "IV"), table("P4", "XII")
     means = max(map(abs, mean_errors("IV", SIX).values()))
     differences = deltas("IV", SIX + ("average",), "LoLDU r768", "LoRA r16")
-    fgvc, cars = (fourth.cell("LoLDU r768", c).value - fourth.cell("LoRA r16", c).value for c in SIX[:2])
-    flowers = fourth.cell("LoLDU r768", "Flowers").value - twelfth.cell("768", "Flowers").value
-    rank_64 = max(abs(fourth.cell("LoLDU r64", c).value - twelfth.cell("64", c).value) for c in SIX)
-    return finding(abs(fgvc - 15.28) < 0.01 and abs(cars - 16.99) < 0.01 and flowers == 0,
-                   means < 0.006 and differences < 0.006, largest_mean_error=means, difference_error=differences,
-                   fgvc=fgvc, cars=cars, flowers_off=flowers, rank_64_off=rank_64)
+    fgvc, cars = (
+        fourth.cell("LoLDU r768", c).value - fourth.cell("LoRA r16", c).value
+        for c in SIX[:2]
+    )
+    flowers = (
+        fourth.cell("LoLDU r768", "Flowers").value
+        - twelfth.cell("768", "Flowers").value
+    )
+    rank_64 = max(
+        abs(fourth.cell("LoLDU r64", c).value - twelfth.cell("64", c).value)
+        for c in SIX
+    )
+    return finding(
+        abs(fgvc - 15.28) < 0.01 and abs(cars - 16.99) < 0.01 and flowers == 0,
+        means < 0.006 and differences < 0.006,
+        largest_mean_error=means,
+        difference_error=differences,
+        fgvc=fgvc,
+        cars=cars,
+        flowers_off=flowers,
+        rank_64_off=rank_64,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c41
 @check("E17", "amended", "P4", "Table V, section IV-E", "sec-loldu")
@@ -308,16 +556,34 @@ def e17_starts_and_scale() -> Finding:
     """Table V's averages; the uniform start consistently
     outperforms, and training without the scale consistently loses.
 
-    The averages hold; uniform is best on most data sets, not all, and without the scale some cells are better."""
+    The averages hold; uniform is best on most data sets, not all, and without
+    the scale some cells are better.
+    """
     fifth = table("P4", "V")
     means = max(map(abs, mean_errors("V", SIX).values()))
-    names = [row.split(" / ")[0] for row in fifth.names("row") if row.endswith("with")]
-    best = [max(names, key=lambda name: fifth.cell(f"{name} / with", c).value) for c in SIX]
-    gains = [fifth.cell(f"{name} / without", c).value - fifth.cell(f"{name} / with", c).value for name in names
-             for c in SIX]
-    return finding(best.count("uniform") == 6 and max(gains) < 0, means < 0.006 and best.count("uniform") > 3,
-                   largest_mean_error=means, uniform_best=best.count("uniform"),
-                   better_without_scale=sum(g > 0 for g in gains), cells=len(gains))
+    names = [
+        row.split(" / ")[0]
+        for row in fifth.names("row")
+        if row.endswith("with")
+    ]
+    best = [
+        max(names, key=lambda name: fifth.cell(f"{name} / with", c).value)
+        for c in SIX
+    ]
+    gains = [
+        fifth.cell(f"{name} / without", c).value
+        - fifth.cell(f"{name} / with", c).value
+        for name in names
+        for c in SIX
+    ]
+    return finding(
+        best.count("uniform") == 6 and max(gains) < 0,
+        means < 0.006 and best.count("uniform") > 3,
+        largest_mean_error=means,
+        uniform_best=best.count("uniform"),
+        better_without_scale=sum(g > 0 for g in gains),
+        cells=len(gains),
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c43
 @check("E18", "false", "P4", "Table VI", "sec-tables")
@@ -327,11 +593,19 @@ def e18_table_6() -> Finding:
     It is 0.624; the ranking stays, the margin over DreamBooth shrinks."""
     errors = mean_errors("VI", ("DINO", "CLIP-T", "CLIP-I"))
     sixth = table("P4", "VI")
-    means = {row: sixth.cell(row, "average").value + error for row, error in errors.items()}
+    means = {
+        row: sixth.cell(row, "average").value + error
+        for row, error in errors.items()
+    }
     others = max(abs(error) for row, error in errors.items() if row != "LoLDU")
-    return finding(abs(errors["LoLDU"]) < 0.001, others < 0.001 and max(means, key=means.get) == "LoLDU",
-                   mean=means["LoLDU"], printed=sixth.cell("LoLDU", "average").value,
-                   margin=means["LoLDU"] - means["DreamBooth"], other_errors=others)
+    return finding(
+        abs(errors["LoLDU"]) < 0.001,
+        others < 0.001 and max(means, key=means.get) == "LoLDU",
+        mean=means["LoLDU"],
+        printed=sixth.cell("LoLDU", "average").value,
+        margin=means["LoLDU"] - means["DreamBooth"],
+        other_errors=others,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c45
 @check("E19", "holds", "P4", "Table XI", "sec-tables")
@@ -340,10 +614,17 @@ def e19_table_11() -> Finding:
 
     True; the best average is at 5e-3, the paper trains with 3e-3."""
     errors, eleventh = mean_errors("XI", SIX), table("P4", "XI")
-    best = max(eleventh.names("row"), key=lambda row: eleventh.cell(row, "average").value)
-    return finding(max(map(abs, errors.values())) < 0.006, best == "5e-3",
-                   largest_mean_error=max(map(abs, errors.values())), best_rate=float(best),
-                   used_rate=table("P4", "IX").cell("learning rate", "value").value)
+    best = max(
+        eleventh.names("row"),
+        key=lambda row: eleventh.cell(row, "average").value,
+    )
+    return finding(
+        max(map(abs, errors.values())) < 0.006,
+        best == "5e-3",
+        largest_mean_error=max(map(abs, errors.values())),
+        best_rate=float(best),
+        used_rate=table("P4", "IX").cell("learning rate", "value").value,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c47
 @check("E20", "false", "P4", "section IV-E, Table XII", "sec-loldu")
@@ -353,40 +634,84 @@ def e20_more_rank() -> Finding:
     Three decreases; the largest gain on FGVC is the step from 512 to 768."""
     twelfth = table("P4", "XII")
     ranks = [row for row in twelfth.names("row") if row.isdigit()]
-    steps = {c: np.diff([twelfth.cell(r, c).value for r in ranks]) for c in SIX}
+    steps = {
+        c: np.diff([twelfth.cell(r, c).value for r in ranks]) for c in SIX
+    }
     falls = sum(int((step < 0).sum()) for step in steps.values())
-    average = {r: np.mean([twelfth.cell(r, c).value for c in SIX]) for r in ("256", "768")}
+    average = {
+        r: np.mean([twelfth.cell(r, c).value for c in SIX])
+        for r in ("256", "768")
+    }
     stable = steps["FGVC"][-2:].max() < steps["FGVC"][:-2].max()
-    return finding(falls == 0 and stable, falls == 3 and int(steps["FGVC"].argmax()) == len(ranks) - 2,
-                   decreases=falls, last_fgvc_step=steps["FGVC"][-1], largest_earlier_step=steps["FGVC"][:-1].max(),
-                   average_256=average["256"], average_768=average["768"])
+    return finding(
+        falls == 0 and stable,
+        falls == 3 and int(steps["FGVC"].argmax()) == len(ranks) - 2,
+        decreases=falls,
+        last_fgvc_step=steps["FGVC"][-1],
+        largest_earlier_step=steps["FGVC"][:-1].max(),
+        average_256=average["256"],
+        average_768=average["768"],
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c50
-@check("E21", "typo", "P4", "section IV-A, Tables VI, VII, X, abstract", "sec-loldu")
+@check(
+    "E21",
+    "typo",
+    "P4",
+    "section IV-A, Tables VI, VII, X, abstract",
+    "sec-loldu",
+)
 def e21_settings() -> Finding:
     """LoLDU adapts four attention maps of RoBERTa, is tested on 8
     image data sets, and generates with Stable Diffusion 1.4.
 
-    Two maps (Table VII and the count), 6 data sets (Table IV), version 1.5 (text and Table X)."""
+    Two maps (Table VII and the count), 6 data sets (Table IV), version 1.5
+    (text and Table X).
+    """
     printed = table("P4", "I").cell("LoLDU", "parameters").value
     two, four = 24 * 768, 48 * 768
     sets = len(table("P4", "IV").names("column")) - 2
-    versions = table("P4", "VI").cell("LoLDU", "model").value, table("P4", "X").cell("base model", "value").value
+    versions = (
+        table("P4", "VI").cell("LoLDU", "model").value,
+        table("P4", "X").cell("base model", "value").value,
+    )
     same = versions[0][-3:].replace(".", "-") == versions[1][-3:]
-    return finding(abs(printed - four) < 100 and sets == 8 and same, abs(printed - two) < 100 and sets == 6,
-                   parameters=printed, two_maps=two, four_maps=four, image_data_sets=sets, versions_agree=same)
+    return finding(
+        abs(printed - four) < 100 and sets == 8 and same,
+        abs(printed - two) < 100 and sets == 6,
+        parameters=printed,
+        two_maps=two,
+        four_maps=four,
+        image_data_sets=sets,
+        versions_agree=same,
+    )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c52
 @check("E22", "false", "P4", "section I, abstract, section III-E", "sec-loldu")
 def e22_others_need_squares() -> Finding:
-    """Other methods need O(n^2) parameters, LoLDU the fewest of all, LoRA stores m r + m numbers.
+    """Other methods need O(n^2) parameters, LoLDU the fewest of all, LoRA
+    stores m r + m numbers.
 
-    LoRA r (m + n), VeRA m + r, BitFit n: all linear in the width; full-rank LoLDU has n + 1."""
-    counts = {"lora": lambda n: 8 * 2 * n, "vera": lambda n: n + 256, "bitfit": lambda n: n,
-              "loldu_full_rank": lambda n: n + 1}
-    growth = {name: count(2 * 768) / count(768) for name, count in counts.items()}
+    LoRA r (m + n), VeRA m + r, BitFit n: all linear in the width; full-rank
+    LoLDU has n + 1.
+    """
+    counts = {
+        "lora": lambda n: 8 * 2 * n,
+        "vera": lambda n: n + 256,
+        "bitfit": lambda n: n,
+        "loldu_full_rank": lambda n: n + 1,
+    }
+    growth = {
+        name: count(2 * 768) / count(768) for name, count in counts.items()
+    }
     others = min(counts[name](768) for name in ("lora", "vera", "bitfit"))
-    return finding(min(growth[m] for m in ("lora", "vera", "bitfit")) > 3 or counts["loldu_full_rank"](768) < others,
-                   max(growth.values()) <= 2, **{f"growth_{name}": g for name, g in growth.items()},
-                   fewest_of_others=others, loldu=counts["loldu_full_rank"](768), lora_at_rank_8=counts["lora"](768),
-                   lora_printed=768 * 8 + 768)
+    return finding(
+        min(growth[m] for m in ("lora", "vera", "bitfit")) > 3
+        or counts["loldu_full_rank"](768) < others,
+        max(growth.values()) <= 2,
+        **{f"growth_{name}": g for name, g in growth.items()},
+        fewest_of_others=others,
+        loldu=counts["loldu_full_rank"](768),
+        lora_at_rank_8=counts["lora"](768),
+        lora_printed=768 * 8 + 768,
+    )

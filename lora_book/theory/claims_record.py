@@ -16,22 +16,32 @@ CLASSES = ("holds", "amended", "false", "typo")
 
 
 class Finding(NamedTuple):
-    "What a check found: whether the printed and the mended statement pass, and the figures that say so."
+    """What a check found: whether the printed and the mended statement pass,
+    and the figures that say so.
+    """
+
     printed: bool
     mended: bool
     figures: dict[str, float]
 
 
-def finding(printed: bool, mended: bool = True, /, **figures: float) -> Finding:
+def finding(
+    printed: bool, mended: bool = True, /, **figures: float
+) -> Finding:
     """A Finding with plain Python numbers; truth values count as 0 and
     1. Raises TypeError for a figure that is no number."""
-    return Finding(bool(printed), bool(mended), {name: float(figure) for name, figure in figures.items()})
+    return Finding(
+        bool(printed),
+        bool(mended),
+        {name: float(figure) for name, figure in figures.items()},
+    )
 
 # %% ../../nbs/theory/claims_record.ipynb #c06
 @dataclass(frozen=True)
 class Claim:
     """A claim: where it stands, what it says, its class, the amended
     statement, the section that treats it, and its check."""
+
     id: str
     paper: str
     location: str
@@ -44,7 +54,9 @@ class Claim:
 
 # %% ../../nbs/theory/claims_record.ipynb #c07
 def _shown(x: float) -> str:
-    "A figure as text: whole numbers in full, rounding errors as a bound, others to four digits."
+    """A figure as text: whole numbers in full, rounding errors as a bound,
+    others to four digits.
+    """
     if x and abs(x) < 1e-12:
         return "below 1e-12"
     return f"{x:.0f}" if x.is_integer() and abs(x) < 1e9 else f"{x:.4g}"
@@ -54,6 +66,7 @@ def _shown(x: float) -> str:
 class Result:
     """A verdict recomputed: `holds` for the printed statement,
     `mended` for the corrected one, and the figures behind both."""
+
     id: str
     verdict: str
     holds: bool
@@ -63,11 +76,16 @@ class Result:
     @property
     def details(self) -> str:
         "The figures in one line; rounding errors are shown as such."
-        return ", ".join(f"{name.replace('_', ' ')} {_shown(x)}" for name, x in self.figures.items())
+        return ", ".join(
+            f"{name.replace('_', ' ')} {_shown(x)}"
+            for name, x in self.figures.items()
+        )
 
 # %% ../../nbs/theory/claims_record.ipynb #c08
 def judge(finding: Finding, kind: str) -> str:
-    "The verdict of a finding, for a claim whose mistakes, if there are any, are of class `kind`."
+    """The verdict of a finding, for a claim whose mistakes, if there are any,
+    are of class `kind`.
+    """
     if finding.printed:
         return "holds"
     return kind if finding.mended and kind != "holds" else "false"
@@ -76,28 +94,51 @@ def judge(finding: Finding, kind: str) -> str:
 def recompute(claim: Claim) -> Result:
     "Run the check of a claim; the verdict is computed from what it finds."
     found = claim.check()
-    return Result(claim.id, judge(found, claim.verdict), found.printed, found.mended, found.figures)
+    return Result(
+        claim.id,
+        judge(found, claim.verdict),
+        found.printed,
+        found.mended,
+        found.figures,
+    )
 
 # %% ../../nbs/theory/claims_record.ipynb #c10
 REGISTRY: dict[str, Claim] = {}
 
 
-def check(id: str, verdict: str, paper: str, location: str, chapter: str) -> Callable:
+def check(
+    id: str, verdict: str, paper: str, location: str, chapter: str
+) -> Callable:
     """Register a function as the check of claim `id`; its docstring is
     the claim and, after an empty line, the amended statement."""
     check_choice("verdict", verdict, CLASSES)
 
     def register(function: Callable[[], Finding]) -> Callable[[], Finding]:
-        claim, _, amended = (" ".join(part.split()) for part in inspect.getdoc(function).partition("\n\n"))
+        claim, _, amended = (
+            " ".join(part.split())
+            for part in inspect.getdoc(function).partition("\n\n")
+        )
         title = function.__name__.partition("_")[2].replace("_", " ")
-        REGISTRY[id] = Claim(id, paper, location, title, claim, verdict, amended, chapter, function)
+        REGISTRY[id] = Claim(
+            id,
+            paper,
+            location,
+            title,
+            claim,
+            verdict,
+            amended,
+            chapter,
+            function,
+        )
         return function
 
     return register
 
 # %% ../../nbs/theory/claims_record.ipynb #c11
 def show(*ids: str) -> None:
-    "Print the verdicts of some claims and the figures behind them, one claim a line."
+    """Print the verdicts of some claims and the figures behind them, one claim
+    a line.
+    """
     for id in ids:
         result = recompute(REGISTRY[id])
         print(f"{id:4s}{result.verdict:8s}{result.details}")

@@ -11,8 +11,12 @@ import numpy as np
 from .claims_record import Finding, check, finding
 
 # %% ../../nbs/theory/claims_related.ipynb #c05
-def after_steps(goal: np.ndarray, r: int, alpha: float, eta: float, steps: int) -> float:
-    "0.5 |s B A - goal|^2 after gradient descent from B = 0 and a Gaussian A, with s = alpha / r; inf if it diverges."
+def after_steps(
+    goal: np.ndarray, r: int, alpha: float, eta: float, steps: int
+) -> float:
+    """0.5 |s B A - goal|^2 after gradient descent from B = 0 and a Gaussian A,
+    with s = alpha / r; inf if it diverges.
+    """
     rng, s = np.random.default_rng(r), alpha / r
     B, A = np.zeros((len(goal), r)), rng.standard_normal((r, goal.shape[1]))
     for _ in range(steps):
@@ -32,21 +36,44 @@ def f1_double_descent_in_rank() -> Finding:
     goal = np.random.default_rng(0).standard_normal((16, 16))
     S = np.linalg.svd(goal, compute_uv=False)
     best = np.array([0.5 * (S[r:] ** 2).sum() for r in range(17)])
-    run = {r: after_steps(goal, r, alpha=16, eta=0.02, steps=60) for r in (1, 8, 16)}
-    calm = [after_steps(goal, r, alpha=r, eta=0.02, steps=4000) for r in (1, 2, 4, 8, 16)]
+    run = {
+        r: after_steps(goal, r, alpha=16, eta=0.02, steps=60)
+        for r in (1, 8, 16)
+    }
+    calm = [
+        after_steps(goal, r, alpha=r, eta=0.02, steps=4000)
+        for r in (1, 2, 4, 8, 16)
+    ]
     falls = bool((np.diff(best) <= 1e-12).all())
-    return finding(not falls, falls and np.isinf(run[1]) and (np.diff(calm) < 0).all(), best_falls=falls,
-                   rank_1_diverges=np.isinf(run[1]), rank_8_after_60_steps=run[8], rank_16_after_60_steps=run[16],
-                   trained_long_falls=(np.diff(calm) < 0).all())
+    return finding(
+        not falls,
+        falls and np.isinf(run[1]) and (np.diff(calm) < 0).all(),
+        best_falls=falls,
+        rank_1_diverges=np.isinf(run[1]),
+        rank_8_after_60_steps=run[8],
+        rank_16_after_60_steps=run[16],
+        trained_long_falls=(np.diff(calm) < 0).all(),
+    )
 
 # %% ../../nbs/theory/claims_related.ipynb #c08
-def alignment(eta: float, steps: int = 200, beta: float = 0.9) -> tuple[float, float]:
-    "Share of steps with a negative cosine between momentum and gradient, and the mean cosine, on a diagonal quadratic."
-    lam, w, m, cosines = np.array([1.0, 0.1, 0.01]), np.ones(3), np.zeros(3), []
+def alignment(
+    eta: float, steps: int = 200, beta: float = 0.9
+) -> tuple[float, float]:
+    """Share of steps with a negative cosine between momentum and gradient, and
+    the mean cosine, on a diagonal quadratic.
+    """
+    lam, w, m, cosines = (
+        np.array([1.0, 0.1, 0.01]),
+        np.ones(3),
+        np.zeros(3),
+        [],
+    )
     for _ in range(steps):
         g = lam * w
         if m.any():
-            cosines.append(float(m @ g / (np.linalg.norm(m) * np.linalg.norm(g))))
+            cosines.append(
+                float(m @ g / (np.linalg.norm(m) * np.linalg.norm(g)))
+            )
         m = beta * m + (1 - beta) * g
         w = w - eta * m
     return float(np.mean(np.array(cosines) < 0)), float(np.mean(cosines))
@@ -54,63 +81,110 @@ def alignment(eta: float, steps: int = 200, beta: float = 0.9) -> tuple[float, f
 # %% ../../nbs/theory/claims_related.ipynb #c09
 @check("F2", "amended", "P1", "abstract", "sec-mgpo")
 def f2_momentum_for_a_gradient() -> Finding:
-    """Reusing momentum removes SAM's second gradient and keeps its preference for flat minima.
+    """Reusing momentum removes SAM's second gradient and keeps its preference
+    for flat minima.
 
     One gradient a step: true. The preference is kept where momentum and
-    gradient are aligned; where it oscillates the sign turns."""
-    lam, w, rho, calls = np.array([1.0, 0.1, 0.01]), np.array([0.3, -1.0, 2.0]), 0.05, []
+    gradient are aligned; where it oscillates the sign turns.
+    """
+    lam, w, rho, calls = (
+        np.array([1.0, 0.1, 0.01]),
+        np.array([0.3, -1.0, 2.0]),
+        0.05,
+        [],
+    )
+
     def grad(v):
         calls.append(1)
         return lam * v
+
     g = grad(w)
     sam, sam_calls = grad(w + rho * g / np.linalg.norm(g)), len(calls)
     momentum = 2 * g
-    mgpo, mgpo_calls = grad(w + rho * momentum / np.linalg.norm(momentum)), len(calls) - sam_calls
+    mgpo, mgpo_calls = (
+        grad(w + rho * momentum / np.linalg.norm(momentum)),
+        len(calls) - sam_calls,
+    )
     share = {eta: alignment(eta) for eta in (0.5, 1.8, 3.5)}
     aligned = np.abs(sam - mgpo).max()
-    return finding(max(s for s, _ in share.values()) == 0, mgpo_calls == 1 and sam_calls == 2 and aligned < 1e-12,
-                   gradients_of_SAM=sam_calls, gradients_of_MGPO=mgpo_calls, difference_when_aligned=aligned,
-                   opposed_small_step=share[0.5][0], opposed_large_step=share[3.5][0],
-                   mean_cosine_large_step=share[3.5][1])
+    return finding(
+        max(s for s, _ in share.values()) == 0,
+        mgpo_calls == 1 and sam_calls == 2 and aligned < 1e-12,
+        gradients_of_SAM=sam_calls,
+        gradients_of_MGPO=mgpo_calls,
+        difference_when_aligned=aligned,
+        opposed_small_step=share[0.5][0],
+        opposed_large_step=share[3.5][0],
+        mean_cosine_large_step=share[3.5][1],
+    )
 
 # %% ../../nbs/theory/claims_related.ipynb #c11
 WEIGHTS, TARGET = np.array([[1.0, 3.0], [3.0, 1.0]]), np.diag([1.0, 0.9])
 
 
-def weighted(u: np.ndarray, v: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    "0.5 sum of WEIGHTS (U V^T - TARGET)^2 for U, V of shape (2, r), and its gradients."
+def weighted(
+    u: np.ndarray, v: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """0.5 sum of WEIGHTS (U V^T - TARGET)^2 for U, V of shape (2, r), and its
+    gradients.
+    """
     R = WEIGHTS * (u @ v.T - TARGET)
     return float(0.5 * (R * (u @ v.T - TARGET)).sum()), R @ v, R.T @ u
 
 
-def weighted_hessian(u: np.ndarray, v: np.ndarray, h: float = 1e-5) -> np.ndarray:
+def weighted_hessian(
+    u: np.ndarray, v: np.ndarray, h: float = 1e-5
+) -> np.ndarray:
     "Its Hessian in (U, V) by central differences of the gradient."
+
     def gradient(x):
-        _, gu, gv = weighted(x[:u.size].reshape(u.shape), x[u.size:].reshape(v.shape))
+        _, gu, gv = weighted(
+            x[: u.size].reshape(u.shape), x[u.size :].reshape(v.shape)
+        )
         return np.concatenate([gu.ravel(), gv.ravel()])
+
     x = np.concatenate([u.ravel(), v.ravel()])
-    return np.array([(gradient(x + h * e) - gradient(x - h * e)) / (2 * h) for e in np.eye(len(x))])
+    return np.array(
+        [
+            (gradient(x + h * e) - gradient(x - h * e)) / (2 * h)
+            for e in np.eye(len(x))
+        ]
+    )
 
 # %% ../../nbs/theory/claims_related.ipynb #c12
 @check("F3", "false", "P3", "related work", "sec-landscape")
 def f3_rank_and_spurious_minima() -> Finding:
-    """LoRA in the NTK regime has no spurious local minima if the rank is O(sqrt N).
+    """LoRA in the NTK regime has no spurious local minima if the rank is
+    O(sqrt N).
 
-    If it is Omega(sqrt N): r (r + 1) / 2 > K N; small ranks can have them."""
+    If it is Omega(sqrt N): r (r + 1) / 2 > K N; small ranks can have them.
+    """
     u = np.array([[0.0], [0.9**0.5]])
     loss, gu, gv = weighted(u, u)
     eigenvalues = np.linalg.eigvalsh(weighted_hessian(u, u))
     other = weighted(np.array([[1.0], [0.0]]), np.array([[1.0], [0.0]]))[0]
-    minimum = np.abs([gu, gv]).max() < 1e-9 and eigenvalues.min() > -1e-6 and (eigenvalues > 1e-6).sum() == 3
+    minimum = (
+        np.abs([gu, gv]).max() < 1e-9
+        and eigenvalues.min() > -1e-6
+        and (eigenvalues > 1e-6).sum() == 3
+    )
     spurious = minimum and loss > other
     rng = np.random.default_rng(0)
-    U, V = (np.hstack([u, 0.1 * rng.standard_normal((2, 1))]) for _ in range(2))
+    U, V = (
+        np.hstack([u, 0.1 * rng.standard_normal((2, 1))]) for _ in range(2)
+    )
     for _ in range(3000):
         _, gU, gV = weighted(U, V)
         U, V = U - 0.1 * gU, V - 0.1 * gV
-    return finding(not spurious, weighted(U, V)[0] < 1e-12, loss_at_minimum=loss, loss_of_a_better_point=other,
-                   smallest_eigenvalue=eigenvalues[0], next_eigenvalue=eigenvalues[1],
-                   loss_at_rank_2=weighted(U, V)[0])
+    return finding(
+        not spurious,
+        weighted(U, V)[0] < 1e-12,
+        loss_at_minimum=loss,
+        loss_of_a_better_point=other,
+        smallest_eigenvalue=eigenvalues[0],
+        next_eigenvalue=eigenvalues[1],
+        loss_at_rank_2=weighted(U, V)[0],
+    )
 
 # %% ../../nbs/theory/claims_related.ipynb #c14
 @check("F4", "holds", "P3", "related work", "sec-landscape")
@@ -125,10 +199,17 @@ def f4_factors_for_rank() -> Finding:
     for _ in range(1500):
         R = U @ V.T - goal
         U, V = U - 0.05 * R @ V, V - 0.05 * R.T @ U
-    factors, rank = 0.5 * ((U @ V.T - goal) ** 2).sum(), 0.5 * (S[r:] ** 2).sum()
-    return finding(np.isclose(factors, rank, rtol=1e-9) and np.linalg.matrix_rank(U @ V.T) == r,
-                   minimum_over_rank=rank, minimum_over_factors=factors,
-                   rank_of_product=np.linalg.matrix_rank(U @ V.T))
+    factors, rank = (
+        0.5 * ((U @ V.T - goal) ** 2).sum(),
+        0.5 * (S[r:] ** 2).sum(),
+    )
+    return finding(
+        np.isclose(factors, rank, rtol=1e-9)
+        and np.linalg.matrix_rank(U @ V.T) == r,
+        minimum_over_rank=rank,
+        minimum_over_factors=factors,
+        rank_of_product=np.linalg.matrix_rank(U @ V.T),
+    )
 
 # %% ../../nbs/theory/claims_related.ipynb #c16
 def first_change(scale: float, r: int, rng: np.random.Generator) -> float:
@@ -143,12 +224,31 @@ def first_change(scale: float, r: int, rng: np.random.Generator) -> float:
 def f5_square_root_scale() -> Finding:
     """rsLoRA scales by the square root of the rank.
 
-    True: with alpha / sqrt(r) the first step's effect doesn't depend on r, with alpha / r it falls like 1 / r."""
+    True: with alpha / sqrt(r) the first step's effect doesn't depend on r,
+    with alpha / r it falls like 1 / r.
+    """
     ranks, changes = (4, 16, 64, 256), {}
-    for name, scale in (("plain", lambda r: 16 / r), ("root", lambda r: 16 / r**0.5)):
-        changes[name] = [np.mean([first_change(scale(r), r, np.random.default_rng(seed)) for seed in range(100)])
-                         for r in ranks]
-    slopes = {name: np.polyfit(np.log(ranks), np.log(values), 1)[0] for name, values in changes.items()}
-    return finding(abs(slopes["root"]) < 0.1 and abs(slopes["plain"] + 1) < 0.1, exponent_alpha_over_r=slopes["plain"],
-                   exponent_alpha_over_root=slopes["root"], effect_at_4=changes["root"][0],
-                   effect_at_256=changes["root"][-1])
+    for name, scale in (
+        ("plain", lambda r: 16 / r),
+        ("root", lambda r: 16 / r**0.5),
+    ):
+        changes[name] = [
+            np.mean(
+                [
+                    first_change(scale(r), r, np.random.default_rng(seed))
+                    for seed in range(100)
+                ]
+            )
+            for r in ranks
+        ]
+    slopes = {
+        name: np.polyfit(np.log(ranks), np.log(values), 1)[0]
+        for name, values in changes.items()
+    }
+    return finding(
+        abs(slopes["root"]) < 0.1 and abs(slopes["plain"] + 1) < 0.1,
+        exponent_alpha_over_r=slopes["plain"],
+        exponent_alpha_over_root=slopes["root"],
+        effect_at_4=changes["root"][0],
+        effect_at_256=changes["root"][-1],
+    )

@@ -14,20 +14,35 @@ from .smoothness import check_matrix, plain
 
 # %% ../../nbs/theory/convergence.ipynb #c12
 def _slope(grad: Callable, W: torch.Tensor) -> torch.Tensor:
-    "grad(W) of a copy of W, detached, in W's dtype; BadType or BadValue unless it is a finite matrix of W's shape."
+    """grad(W) of a copy of W, detached, in W's dtype; BadType or BadValue
+    unless it is a finite matrix of W's shape.
+    """
     G = grad(W.clone())
     check_matrix("grad(W)", G)
     if G.shape != W.shape:
-        raise BadValue(f"grad(W) must have the shape of W, {tuple(W.shape)}, not {tuple(G.shape)}")
+        raise BadValue(
+            f"grad(W) must have the shape of W, {tuple(W.shape)}, not"
+            f" {tuple(G.shape)}"
+        )
     return G.detach().to(W)
 
 
-def chained_gd(grad: Callable, W0: torch.Tensor, law: str, r: int, step: float, links: int, inner: int = 1,
-               generator: torch.Generator | None = None) -> torch.Tensor:
-    """W ← W − step · grad(W) H for links · inner steps, H = projector(A) drawn anew at each link; W0 (n, m) first.
+def chained_gd(
+    grad: Callable,
+    W0: torch.Tensor,
+    law: str,
+    r: int,
+    step: float,
+    links: int,
+    inner: int = 1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """W ← W − step · grad(W) H for links · inner steps, H = projector(A) drawn
+    anew at each link; W0 (n, m) first.
 
-    Returns the links · inner + 1 iterates as one tensor, (links · inner + 1, n, m).
-    Raises UnknownName, BadType or BadValue for bad arguments, and BadValue where grad(W) isn't finite.
+    Returns the links · inner + 1 iterates as one tensor, (links · inner + 1,
+    n, m). Raises UnknownName, BadType or BadValue for bad arguments, and
+    BadValue where grad(W) isn't finite.
     Source: Eq. (9), §3.2 and Algorithms 3, 4 of beyondlora, ledger C8 to C10.
     """
     if not callable(grad):
@@ -46,26 +61,45 @@ def chained_gd(grad: Callable, W0: torch.Tensor, law: str, r: int, step: float, 
     return torch.stack(path)
 
 # %% ../../nbs/theory/convergence.ipynb #c13
-def projected_gd(grad: Callable, W0: torch.Tensor, law: str, r: int, step: float, steps: int,
-                 generator: torch.Generator | None = None) -> torch.Tensor:
-    """W ← W − step · grad(W) H^t with H^t drawn anew at every step: steps + 1 iterates, (steps + 1, n, m), W0 first.
+def projected_gd(
+    grad: Callable,
+    W0: torch.Tensor,
+    law: str,
+    r: int,
+    step: float,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """W ← W − step · grad(W) H^t with H^t drawn anew at every step: steps + 1
+    iterates, (steps + 1, n, m), W0 first.
 
-    `grad` maps W (n, m) to the gradient (n, m); `law` is one of projections.LAWS; `fixed`, `cyclic` need no generator.
-    Raises UnknownName, BadType or BadValue for bad arguments, and BadValue where grad(W) isn't finite.
-    Source: the update of Theorem 2, §3.2 of beyondlora (ledger C6); @thm-convergence-fresh.
+    `grad` maps W (n, m) to the gradient (n, m); `law` is one of
+    projections.LAWS; `fixed`, `cyclic` need no generator. Raises UnknownName,
+    BadType or BadValue for bad arguments, and BadValue where grad(W) isn't
+    finite.
+    Source: the update of Theorem 2, §3.2 of beyondlora (ledger C6);
+    @thm-convergence-fresh.
     """
     check_count("steps", steps, least=0)
     return chained_gd(grad, W0, law, r, step, steps, 1, generator)
 
 # %% ../../nbs/theory/convergence.ipynb #c18
-def theorem2_bound(loss_gap: float, lambda_min: float, step: float, steps: int) -> float:
-    """2 (L(W0) − L*) / (λ_min · step · steps): bounds the mean over t < steps of E‖∇L(W^t)‖_F².
+def theorem2_bound(
+    loss_gap: float, lambda_min: float, step: float, steps: int
+) -> float:
+    """2 (L(W0) − L*) / (λ_min · step · steps): bounds the mean over t < steps
+    of E‖∇L(W^t)‖_F².
 
-    Needs fresh draws, step <= 1/L_G, 0 < lambda_min <= 1, steps >= 1; it cannot see the first two.
-    Raises BadType or BadValue for other numbers: with lambda_min = 0 the theorem doesn't apply.
+    Needs fresh draws, step <= 1/L_G, 0 < lambda_min <= 1, steps >= 1; it
+    cannot see the first two. Raises BadType or BadValue for other numbers:
+    with lambda_min = 0 the theorem doesn't apply.
     Source: Theorem 2 of beyondlora, ledger C6; @eq-convergence-bound.
     """
-    loss_gap, lambda_min, step = plain(loss_gap), plain(lambda_min), plain(step)
+    loss_gap, lambda_min, step = (
+        plain(loss_gap),
+        plain(lambda_min),
+        plain(step),
+    )
     check_number("loss_gap", loss_gap, least=0)
     check_number("lambda_min", lambda_min, above=0, most=1 + 1e-9)
     check_number("step", step, above=0)
@@ -73,17 +107,35 @@ def theorem2_bound(loss_gap: float, lambda_min: float, step: float, steps: int) 
     return float(2 * loss_gap / (lambda_min * step * steps))
 
 # %% ../../nbs/theory/convergence.ipynb #c43
-def cycle_bound(loss_gap: float, L_G: float, step: float, cycles: int, blocks: int, inner: int = 1) -> float:
-    """2 (1 + step·L_G·√(inner·(blocks − 1)))² (L(W0) − L*) / (step · cycles): bounds mean ‖∇L‖_F² over cycle starts.
+def cycle_bound(
+    loss_gap: float,
+    L_G: float,
+    step: float,
+    cycles: int,
+    blocks: int,
+    inner: int = 1,
+) -> float:
+    """2 (1 + step·L_G·√(inner·(blocks − 1)))² (L(W0) − L*) / (step · cycles):
+    bounds mean ‖∇L‖_F² over cycle starts.
 
-    For `blocks` blocks in a fixed order, `inner` steps each, `cycles` times round.
-    Raises BadType or BadValue for bad numbers and for step > 1/L_G.
-    Source: Theorem 2 of beyondlora for c³LA, amended as in ledger C8; @thm-convergence-cycle.
+    For `blocks` blocks in a fixed order, `inner` steps each, `cycles` times
+    round. Raises BadType or BadValue for bad numbers and for step > 1/L_G.
+    Source: Theorem 2 of beyondlora for c³LA, amended as in ledger C8;
+    @thm-convergence-cycle.
     """
     loss_gap, L_G, step = plain(loss_gap), plain(L_G), plain(step)
     check_number("loss_gap", loss_gap, least=0)
     check_number("L_G", L_G, above=0)
     check_number("step", step, above=0, most=(1 + 1e-12) / L_G)
-    for kind, count in (("cycles", cycles), ("blocks", blocks), ("inner", inner)):
+    for kind, count in (
+        ("cycles", cycles),
+        ("blocks", blocks),
+        ("inner", inner),
+    ):
         check_count(kind, count)
-    return float(2 * (1 + step * L_G * (inner * (blocks - 1)) ** 0.5) ** 2 * loss_gap / (step * cycles))
+    return float(
+        2
+        * (1 + step * L_G * (inner * (blocks - 1)) ** 0.5) ** 2
+        * loss_gap
+        / (step * cycles)
+    )

@@ -12,11 +12,19 @@ from numbers import Real
 import numpy as np
 import torch
 
-from ..core.errors import BadType, BadValue, check_count, check_number, unknown
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_count,
+    check_number,
+    unknown,
+)
 
 # %% ../../nbs/theory/generalization.ipynb #c06
 def _scaled(value: float) -> tuple:
-    "A float as (mantissa, exponent); products of such pairs neither overflow nor underflow."
+    """A float as (mantissa, exponent); products of such pairs neither overflow
+    nor underflow.
+    """
     return math.frexp(value)
 
 
@@ -30,7 +38,9 @@ def _plus(x: tuple, y: tuple) -> tuple:
     if not x[0] or not y[0]:
         return x if x[0] else y
     top = max(x[1], y[1])
-    mantissa, shift = math.frexp(math.ldexp(x[0], x[1] - top) + math.ldexp(y[0], y[1] - top))
+    mantissa, shift = math.frexp(
+        math.ldexp(x[0], x[1] - top) + math.ldexp(y[0], y[1] - top)
+    )
     return mantissa, top + shift
 
 
@@ -42,148 +52,262 @@ def _unscaled(x: tuple) -> float:
 
 # %% ../../nbs/theory/generalization.ipynb #c07
 def _number(value: object) -> object:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return (
+        value.item()
+        if isinstance(value, torch.Tensor) and value.numel() == 1
+        else value
+    )
 
 
 def _series(kind: str, values: object, length: int | None = None) -> list:
-    "`values` as a list of finite numbers >= 0. A single number stands for `length` equal ones."
-    listed = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+    """`values` as a list of finite numbers >= 0. A single number stands for
+    `length` equal ones.
+    """
+    listed = (
+        values.tolist()
+        if isinstance(values, (torch.Tensor, np.ndarray))
+        else values
+    )
     if length is not None and isinstance(listed, Real):
         listed = [listed] * length
     if not isinstance(listed, Sequence) or isinstance(listed, str):
-        raise BadType(f"{kind} must be a sequence of numbers, one a layer, not {values!r}")
+        raise BadType(
+            f"{kind} must be a sequence of numbers, one a layer, not"
+            f" {values!r}"
+        )
     listed = [_number(value) for value in listed]
     for value in listed:
         check_number(f"each of {kind}", value, least=0)
     if not listed or len(listed) != (length or len(listed)):
-        raise BadValue(f"{kind} must have {length or 'at least one'} entries, one a layer, not {len(listed)}")
+        raise BadValue(
+            f"{kind} must have {length or 'at least one'} entries, one a"
+            f" layer, not {len(listed)}"
+        )
     return [float(value) for value in listed]
 
 
 def _layers(w, d, lipschitz, sigma0, C) -> tuple:
-    "The checked arguments of this section: four lists of equal length and a number."
+    """The checked arguments of this section: four lists of equal length and a
+    number.
+    """
     w, C = _series("w", w), _number(C)
     check_number("C", C, least=0)
-    lists = (_series(kind, values, len(w)) for kind, values in (("d", d), ("lipschitz", lipschitz), ("sigma0", sigma0)))
+    lists = (
+        _series(kind, values, len(w))
+        for kind, values in (
+            ("d", d),
+            ("lipschitz", lipschitz),
+            ("sigma0", sigma0),
+        )
+    )
     return w, *lists, float(C)
 
 # %% ../../nbs/theory/generalization.ipynb #c08
 def _displacement(w, d, lipschitz, sigma0, C, total=None) -> tuple:
     "e_L of @eq-generalization-recurrence as a (mantissa, exponent) pair."
     w, d, lipschitz, sigma0, C = _layers(w, d, lipschitz, sigma0, C)
-    total = [None] * len(w) if total is None else _series("total", total, len(w))
+    total = (
+        [None] * len(w) if total is None else _series("total", total, len(w))
+    )
     u, e = _scaled(C), _scaled(0.0)
     for wl, dl, slope, offset, whole in zip(w, d, lipschitz, sigma0, total):
         moved = _times(u, dl)
         e = _times(_plus(moved, _times(e, wl)), slope)
-        size = _plus(moved, _times(u, wl)) if whole is None else _times(u, whole)
+        size = (
+            _plus(moved, _times(u, wl)) if whole is None else _times(u, whole)
+        )
         u = _plus(_times(size, slope), _scaled(offset))
     return e
 
 
 def perturbation_bound(w, d, lipschitz, sigma0, C, total=None) -> float:
-    """e_L, a bound on |f_{W0+dW}(x) - f_{W0}(x)| for |x| <= C, in O(L): e_l = l_l (d_l u_{l-1} + w_l e_{l-1}), u_l =
-    l_l (w_l + d_l) u_{l-1} + s_l. `w`, `d`: spectral norms of W0 and dW, first layer first; `lipschitz`, `sigma0`:
-    Lipschitz constant and |sigma(0)| of each activation (one number stands for all layers). `total`: the norms of
-    W0 + dW, if known, replace w + d in u and never make the bound weaker. Returns inf beyond the range of floats,
-    never nan. Raises BadValue for negative, non-finite or unequal lists, BadType for other types. Source: P2 App.
-    C.1.2, ledger B6, B7; @eq-generalization-recurrence."""
+    """e_L, a bound on |f_{W0+dW}(x) - f_{W0}(x)| for |x| <= C, in O(L): e_l =
+    l_l (d_l u_{l-1} + w_l e_{l-1}), u_l = l_l (w_l + d_l) u_{l-1} + s_l. `w`,
+    `d`: spectral norms of W0 and dW, first layer first; `lipschitz`, `sigma0`:
+    Lipschitz constant and |sigma(0)| of each activation (one number stands for
+    all layers). `total`: the norms of W0 + dW, if known, replace w + d in u
+    and never make the bound weaker. Returns inf beyond the range of floats,
+    never nan. Raises BadValue for negative, non-finite or unequal lists,
+    BadType for other types. Source: P2 App. C.1.2, ledger B6, B7;
+    @eq-generalization-recurrence.
+    """
     return _unscaled(_displacement(w, d, lipschitz, sigma0, C, total))
 
 # %% ../../nbs/theory/generalization.ipynb #c17
 def path_term(i: int, w: list, d: list) -> float:
-    "prod_j P(i, j): the i-th word over {W0, dW}, last layer first; ledger B1, @eq-generalization-words."
+    """prod_j P(i, j): the i-th word over {W0, dW}, last layer first; ledger
+    B1, @eq-generalization-words.
+    """
     L = len(w)
-    return math.prod((w if (i - 1) >> (L - j) & 1 else d)[L - j] for j in range(1, L + 1))
+    return math.prod(
+        (w if (i - 1) >> (L - j) & 1 else d)[L - j] for j in range(1, L + 1)
+    )
 
 
-def offset_term(i: int, w: list, d: list, lipschitz: list, sigma0: list) -> float:
-    "F(i): |sigma(0)| of layer L - psi(i), carried to the output along the i-th word; ledger B2."
+def offset_term(
+    i: int, w: list, d: list, lipschitz: list, sigma0: list
+) -> float:
+    """F(i): |sigma(0)| of layer L - psi(i), carried to the output along the
+    i-th word; ledger B2.
+    """
     L, psi = len(w), i.bit_length() - 1
-    path = (lipschitz[L - j] * (w if i >> (psi - j) & 1 else d)[L - j] for j in range(1, psi + 1))
+    path = (
+        lipschitz[L - j] * (w if i >> (psi - j) & 1 else d)[L - j]
+        for j in range(1, psi + 1)
+    )
     return sigma0[L - psi - 1] * math.prod(path)
 
 
 def correction_sum(w, d, lipschitz, sigma0, C, loss_lipschitz) -> float:
-    """Theorem 1's correction term by its 2^L words, as a reference for `correction_term`; at most 20 layers (BadValue
-    beyond). Arguments as there. Source: P2 Theorem 1 with the index functions of ledger B1-B3."""
+    """Theorem 1's correction term by its 2^L words, as a reference for
+    `correction_term`; at most 20 layers (BadValue beyond). Arguments as there.
+    Source: P2 Theorem 1 with the index functions of ledger B1-B3.
+    """
     w, d, lipschitz, sigma0, C = _layers(w, d, lipschitz, sigma0, C)
     slope = _number(loss_lipschitz)
     check_number("loss_lipschitz", slope, least=0)
     check_count("the number of layers", len(w), most=20)
     paths = math.fsum(path_term(i, w, d) for i in range(1, 2 ** len(w)))
-    offsets = math.fsum(offset_term(i, w, d, lipschitz, sigma0) for i in range(2, 2 ** len(w) - 1) if i & (i + 1))
+    offsets = math.fsum(
+        offset_term(i, w, d, lipschitz, sigma0)
+        for i in range(2, 2 ** len(w) - 1)
+        if i & (i + 1)
+    )
     return 2 * float(slope) * (C * math.prod(lipschitz) * paths + offsets)
 
 # %% ../../nbs/theory/generalization.ipynb #c19
 def correction_term(w, d, lipschitz, sigma0, C, loss_lipschitz) -> float:
-    """Phi_dW of Theorem 1, corrected: 2 L_loss e_L, so |G(W0 + dW) - G(W0)| <= Phi_dW for every sample; O(L), inf
-    beyond the range of floats. `w`, `d`: spectral norms of W0 and dW per layer, first layer first; `lipschitz`,
-    `sigma0`: of the activations; `C` >= |x|; `loss_lipschitz` of the loss in the network's output. Exchange `w` and
-    `d` for Phi_W0. Raises BadValue, BadType. Source: P2 Theorem 1, ledger B2, B6, B8;
-    @eq-generalization-recurrence."""
+    """Phi_dW of Theorem 1, corrected: 2 L_loss e_L, so |G(W0 + dW) - G(W0)| <=
+    Phi_dW for every sample; O(L), inf beyond the range of floats. `w`, `d`:
+    spectral norms of W0 and dW per layer, first layer first; `lipschitz`,
+    `sigma0`: of the activations; `C` >= |x|; `loss_lipschitz` of the loss in
+    the network's output. Exchange `w` and
+    `d` for Phi_W0. Raises BadValue, BadType. Source: P2 Theorem 1, ledger B2,
+    B6, B8; @eq-generalization-recurrence.
+    """
     slope = _number(loss_lipschitz)
     check_number("loss_lipschitz", slope, least=0)
-    return _unscaled(_times(_displacement(w, d, lipschitz, sigma0, C), 2 * float(slope)))
+    return _unscaled(
+        _times(_displacement(w, d, lipschitz, sigma0, C), 2 * float(slope))
+    )
 
 # %% ../../nbs/theory/generalization.ipynb #c32
-def pac_bayes_bound(n_samples: int, delta: float, loss_bound: float, *, epsilon: float = 0.0, base_norms=(1.0,),
-                    distances=0.0, lipschitz=1.0, C: float = 1.0, width: int = 1, correction: float = 0.0) -> float:
-    """The right side of P2's Theorem 3, which holds with probability 1 - 2 delta for activations with sigma(0) = 0,
-    plus `correction`; with distances = 0 and correction = `correction_term(...)` it is Theorem 4. `loss_bound`: C_2
-    >= loss; `base_norms`, `distances`: bounds a_i on |W0| and Q_i on |dW| per layer, both multiplied by `lipschitz`
-    (a_i below 1 counts as 1); `C` >= |x|, at least 1; `width`: V, the largest layer. `epsilon` > 0 is needed when a
-    distance is. inf beyond the range of floats. Raises BadValue, BadType. Source: P2 Theorems 3, 4; Li and Zhang,
-    NeurIPS 2021, Theorem 4.1, not re-derived; ledger B12, B13; @eq-generalization-pac."""
+def pac_bayes_bound(
+    n_samples: int,
+    delta: float,
+    loss_bound: float,
+    *,
+    epsilon: float = 0.0,
+    base_norms=(1.0,),
+    distances=0.0,
+    lipschitz=1.0,
+    C: float = 1.0,
+    width: int = 1,
+    correction: float = 0.0,
+) -> float:
+    """The right side of P2's Theorem 3, which holds with probability 1 - 2
+    delta for activations with sigma(0) = 0, plus `correction`; with distances
+    = 0 and correction = `correction_term(...)` it is Theorem 4. `loss_bound`:
+    C_2
+    >= loss; `base_norms`, `distances`: bounds a_i on |W0| and Q_i on |dW| per
+    layer, both multiplied by `lipschitz` (a_i below 1 counts as 1); `C` >=
+    |x|, at least 1; `width`: V, the largest layer. `epsilon` > 0 is needed
+    when a distance is. inf beyond the range of floats. Raises BadValue,
+    BadType. Source: P2 Theorems 3, 4; Li and Zhang, NeurIPS 2021, Theorem 4.1,
+    not re-derived; ledger B12, B13; @eq-generalization-pac.
+    """
     _check_sample(n_samples, delta, loss_bound, correction)
     check_number("epsilon", epsilon, least=0)
     check_number("C", C, least=1)
     check_count("width", width)
     a = _series("base_norms", base_norms)
-    Q, slopes = _series("distances", distances, len(a)), _series("lipschitz", lipschitz, len(a))
-    a, Q = [max(1.0, slope * x) for slope, x in zip(slopes, a)], [slope * x for slope, x in zip(slopes, Q)]
+    Q, slopes = (
+        _series("distances", distances, len(a)),
+        _series("lipschitz", lipschitz, len(a)),
+    )
+    a, Q = (
+        [max(1.0, slope * x) for slope, x in zip(slopes, a)],
+        [slope * x for slope, x in zip(slopes, Q)],
+    )
     spread = _spread(a, Q, epsilon, loss_bound, C, width) if any(Q) else 0.0
-    return epsilon + loss_bound * math.sqrt((spread + 3 * math.log(n_samples / delta) + 8) / n_samples) + correction
+    return (
+        epsilon
+        + loss_bound
+        * math.sqrt((spread + 3 * math.log(n_samples / delta) + 8) / n_samples)
+        + correction
+    )
 
 # %% ../../nbs/theory/generalization.ipynb #c33
-def _check_sample(n_samples: int, delta: float, loss_bound: float, correction: float) -> None:
+def _check_sample(
+    n_samples: int, delta: float, loss_bound: float, correction: float
+) -> None:
     check_count("n_samples", n_samples)
     check_number("delta", delta, above=0, below=1)
     check_number("loss_bound", loss_bound, least=0)
     check_number("correction", correction, least=0)
 
 
-def _spread(a: list, Q: list, epsilon: float, loss_bound: float, C: float, width: int) -> float:
+def _spread(
+    a: list, Q: list, epsilon: float, loss_bound: float, C: float, width: int
+) -> float:
     "The term of @eq-generalization-pac that depends on the distances Q."
     check_number("epsilon, when a distance is positive,", epsilon, above=0)
-    check_number("4 L V loss_bound, inside the logarithm,", 4.0 * len(a) * width * loss_bound, above=1)
+    check_number(
+        "4 L V loss_bound, inside the logarithm,",
+        4.0 * len(a) * width * loss_bound,
+        above=1,
+    )
     whole = [x + y for x, y in zip(a, Q)]
-    products = sum(math.prod(whole[:i] + whole[i + 1:]) for i in range(len(whole)))
-    scale = 36 * width * math.log(4 * len(a) * width * loss_bound) * sum(y * y for y in Q)
+    products = sum(
+        math.prod(whole[:i] + whole[i + 1 :]) for i in range(len(whole))
+    )
+    scale = (
+        36
+        * width
+        * math.log(4 * len(a) * width * loss_bound)
+        * sum(y * y for y in Q)
+    )
     return scale * (C / epsilon) * (C / epsilon) * products * products
 
 
-def hoeffding_bound(n_samples: int, delta: float, loss_bound: float, correction: float = 0.0) -> float:
-    """C_2 sqrt(ln(1/delta) / (2|N|)) + `correction`: with probability 1 - delta the gap of W0 + dW for a W0
-    independent of the sample, a loss in [0, C_2 = `loss_bound`] and correction = `correction_term(...)`. Raises
-    BadValue, BadType. Source: Hoeffding 1963; P2 Theorem 4 as amended in ledger B13; @eq-generalization-hoeffding."""
+def hoeffding_bound(
+    n_samples: int, delta: float, loss_bound: float, correction: float = 0.0
+) -> float:
+    """C_2 sqrt(ln(1/delta) / (2|N|)) + `correction`: with probability 1 -
+    delta the gap of W0 + dW for a W0 independent of the sample, a loss in [0,
+    C_2 = `loss_bound`] and correction = `correction_term(...)`. Raises
+    BadValue, BadType. Source: Hoeffding 1963; P2 Theorem 4 as amended in
+    ledger B13; @eq-generalization-hoeffding.
+    """
     _check_sample(n_samples, delta, loss_bound, correction)
-    return loss_bound * math.sqrt(math.log(1 / delta) / (2 * n_samples)) + correction
+    return (
+        loss_bound * math.sqrt(math.log(1 / delta) / (2 * n_samples))
+        + correction
+    )
 
 # %% ../../nbs/theory/generalization.ipynb #c43
-_ROWS = {("full",): lambda n, m, r, k: n * m,
-         ("lora", "lora_plus"): lambda n, m, r, k: r * (n + m),
-         ("asymmetric", "cla", "random_cla"): lambda n, m, r, k: r * n,
-         ("cola",): lambda n, m, r, k: min(k * r * (n + m), n * m),
-         ("rac", "c3la", "random_c3la"): lambda n, m, r, k: n * min(k * r, m)}
-COUNTS = {method: count for methods, count in _ROWS.items() for method in methods}
+_ROWS = {
+    ("full",): lambda n, m, r, k: n * m,
+    ("lora", "lora_plus"): lambda n, m, r, k: r * (n + m),
+    ("asymmetric", "cla", "random_cla"): lambda n, m, r, k: r * n,
+    ("cola",): lambda n, m, r, k: min(k * r * (n + m), n * m),
+    ("rac", "c3la", "random_c3la"): lambda n, m, r, k: n * min(k * r, m),
+}
+COUNTS = {
+    method: count for methods, count in _ROWS.items() for method in methods
+}
 
 
 def _shapes(shapes: object, r: int) -> list:
     "`shapes` as a list of (n, m), checked against the rank."
     listed = list(shapes) if isinstance(shapes, Sequence) else []
-    if not listed or any(not isinstance(shape, Sequence) or len(shape) != 2 for shape in listed):
-        raise BadValue(f"shapes must be a list of at least one pair (out, in), not {shapes!r}")
+    if not listed or any(
+        not isinstance(shape, Sequence) or len(shape) != 2 for shape in listed
+    ):
+        raise BadValue(
+            "shapes must be a list of at least one pair (out, in), not"
+            f" {shapes!r}"
+        )
     for n, m in listed:
         check_count("a layer's output size", n)
         check_count("a layer's input size", m)
@@ -192,10 +316,12 @@ def _shapes(shapes: object, r: int) -> list:
 
 
 def numbers_stored(method: str, shapes: list, r: int, k: int = 1) -> int:
-    """How many numbers an update of `method` holds, all layers together: the p of I <= q p ln 2. `shapes`: (n, m) =
-    (out, in) per layer; `r` <= min(n, m); `k` links, used by chains alone, whose links are merged (hence the
-    minimum with n m). Raises UnknownName for a method outside P2's Table 1, BadValue, BadType. Source: P2 Table 1
-    and App. C.1.5, ledger B17-B21."""
+    """How many numbers an update of `method` holds, all layers together: the p
+    of I <= q p ln 2. `shapes`: (n, m) = (out, in) per layer; `r` <= min(n, m);
+    `k` links, used by chains alone, whose links are merged (hence the minimum
+    with n m). Raises UnknownName for a method outside P2's Table 1, BadValue,
+    BadType. Source: P2 Table 1 and App. C.1.5, ledger B17-B21.
+    """
     if not isinstance(method, str) or method not in COUNTS:
         raise unknown("method in Table 1", method, COUNTS)
     check_count("r", r)
@@ -203,12 +329,24 @@ def numbers_stored(method: str, shapes: list, r: int, k: int = 1) -> int:
     return sum(COUNTS[method](n, m, r, k) for n, m in _shapes(shapes, r))
 
 # %% ../../nbs/theory/generalization.ipynb #c46
-def mi_bound(method: str, shapes: list, r: int, k: int, q: float, sigma: float, n_samples: int) -> float:
-    """sqrt(2 sigma^2 q ln2 p / |N|), a bound on |E gap| of the fine-tuned network: the mutual-information term of P2's
-    Table 1, without its Phi_W0. p = `numbers_stored(method, shapes, r, k)`; `shapes`: (n, m) = (out, in) per layer;
-    `q`: bits a number; `sigma`: sub-Gaussian constant of the loss (half its range if bounded); `n_samples` = |N|.
-    Raises UnknownName, BadValue, BadType. Source: P2 Theorem 5, Lemma 1, Table 1; Xu and Raginsky 2017; ledger
-    B15-B21; @thm-generalization-information."""
+def mi_bound(
+    method: str,
+    shapes: list,
+    r: int,
+    k: int,
+    q: float,
+    sigma: float,
+    n_samples: int,
+) -> float:
+    """sqrt(2 sigma^2 q ln2 p / |N|), a bound on |E gap| of the fine-tuned
+    network: the mutual-information term of P2's Table 1, without its Phi_W0. p
+    = `numbers_stored(method, shapes, r, k)`; `shapes`: (n, m) = (out, in) per
+    layer;
+    `q`: bits a number; `sigma`: sub-Gaussian constant of the loss (half its
+    range if bounded); `n_samples` = |N|. Raises UnknownName, BadValue,
+    BadType. Source: P2 Theorem 5, Lemma 1, Table 1; Xu and Raginsky 2017;
+    ledger B15-B21; @thm-generalization-information.
+    """
     p = numbers_stored(method, shapes, r, k)
     check_number("q", q, above=0)
     check_number("sigma", sigma, least=0)
@@ -216,31 +354,61 @@ def mi_bound(method: str, shapes: list, r: int, k: int, q: float, sigma: float, 
     return sigma * math.sqrt(2 * q * math.log(2) * p / n_samples)
 
 
-def samples_needed(method: str, shapes: list, r: int, k: int, q: float, sigma: float, level: float) -> int:
-    """The smallest |N| at which `mi_bound` is at most `level`: 2 sigma^2 q ln2 p / level^2, rounded up, at least 1.
-    Arguments and errors as there; `level` > 0. Source: ledger B17."""
+def samples_needed(
+    method: str,
+    shapes: list,
+    r: int,
+    k: int,
+    q: float,
+    sigma: float,
+    level: float,
+) -> int:
+    """The smallest |N| at which `mi_bound` is at most `level`: 2 sigma^2 q ln2
+    p / level^2, rounded up, at least 1. Arguments and errors as there; `level`
+    > 0. Source: ledger B17.
+    """
     check_number("level", level, above=0)
-    return max(1, math.ceil((mi_bound(method, shapes, r, k, q, sigma, 1) / level) ** 2))
+    return max(
+        1,
+        math.ceil((mi_bound(method, shapes, r, k, q, sigma, 1) / level) ** 2),
+    )
 
 # %% ../../nbs/theory/generalization.ipynb #c53
 def _entries(values: object) -> list:
     if not isinstance(values, (torch.Tensor, np.ndarray, Sequence)):
-        raise BadType(f"bounds and gaps must be sequences of numbers, not {values!r}")
-    return [_number(value) for value in (values if isinstance(values, Sequence) else values.flatten().tolist())]
+        raise BadType(
+            f"bounds and gaps must be sequences of numbers, not {values!r}"
+        )
+    return [
+        _number(value)
+        for value in (
+            values
+            if isinstance(values, Sequence)
+            else values.flatten().tolist()
+        )
+    ]
 
 
 def rank_correlation(bounds, gaps) -> float:
-    """Kendall's tau_b between predicted and measured gaps, from -1 to 1: the sum over pairs of sign(bound difference)
-    sign(gap difference) over the geometric mean of the numbers of untied pairs. Raises BadValue for unequal
-    lengths, fewer than two entries, values that aren't finite and a list whose entries are all equal; BadType for
-    other types. Source: Kendall 1945; ledger D5."""
+    """Kendall's tau_b between predicted and measured gaps, from -1 to 1: the
+    sum over pairs of sign(bound difference) sign(gap difference) over the
+    geometric mean of the numbers of untied pairs. Raises BadValue for unequal
+    lengths, fewer than two entries, values that aren't finite and a list whose
+    entries are all equal; BadType for other types. Source: Kendall 1945;
+    ledger D5.
+    """
     bounds, gaps = _entries(bounds), _entries(gaps)
     for value in bounds + gaps:
         check_number("each bound and gap", value)
     if len(bounds) != len(gaps) or len(bounds) < 2:
-        raise BadValue(f"bounds and gaps must have one length, 2 or more, not {len(bounds)} and {len(gaps)}")
+        raise BadValue(
+            "bounds and gaps must have one length, 2 or more, not"
+            f" {len(bounds)} and {len(gaps)}"
+        )
     first, second = (np.sign(np.subtract.outer(x, x)) for x in (bounds, gaps))
     untied = np.abs(first).sum() * np.abs(second).sum()
     if untied == 0:
-        raise BadValue("a list whose entries are all equal has no order to compare")
+        raise BadValue(
+            "a list whose entries are all equal has no order to compare"
+        )
     return float((first * second).sum() / math.sqrt(untied))

@@ -19,19 +19,30 @@ from ..core.errors import BadType, BadValue, check_count, check_number
 
 # %% ../../nbs/theory/landscape.ipynb #c04
 def _matrix(kind: str, value: object, dims: int = 2) -> None:
-    "Raise unless `value` is a finite floating-point tensor with `dims` dimensions, none of them empty."
+    """Raise unless `value` is a finite floating-point tensor with `dims`
+    dimensions, none of them empty.
+    """
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise BadType(f"{kind} must be a floating-point tensor, not {type(value).__name__}")
+        raise BadType(
+            f"{kind} must be a floating-point tensor, not"
+            f" {type(value).__name__}"
+        )
     if value.dim() != dims or not value.numel():
-        raise BadValue(f"{kind} must have {dims} dimensions and no empty one, not the shape {tuple(value.shape)}")
+        raise BadValue(
+            f"{kind} must have {dims} dimensions and no empty one, not the"
+            f" shape {tuple(value.shape)}"
+        )
     if not bool(torch.isfinite(value).all()):
         raise BadValue(f"{kind} must be finite")
 
 
 @dataclass(frozen=True)
 class Sensing:
-    """Matrix sensing, f(X) = 1/2 sum_k (<M_k, X> - y_k)^2; calling it gives f. `maps`: (K, n, m), `y`: (K,).
-    Raises BadValue, BadType for other shapes. Source: Recht, Fazel, Parrilo 2010; @eq-landscape-sensing."""
+    """Matrix sensing, f(X) = 1/2 sum_k (<M_k, X> - y_k)^2; calling it gives f.
+    `maps`: (K, n, m), `y`: (K,). Raises BadValue, BadType for other shapes.
+    Source: Recht, Fazel, Parrilo 2010; @eq-landscape-sensing.
+    """
+
     maps: torch.Tensor
     y: torch.Tensor
 
@@ -39,99 +50,190 @@ class Sensing:
         _matrix("maps", self.maps, 3)
         _matrix("y", self.y, 1)
         if len(self.maps) != len(self.y):
-            raise BadValue(f"one measurement a map is needed, not {len(self.y)} for {len(self.maps)} maps")
+            raise BadValue(
+                f"one measurement a map is needed, not {len(self.y)} for"
+                f" {len(self.maps)} maps"
+            )
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor:
-        return 0.5 * (self.maps.flatten(1) @ X.flatten() - self.y).square().sum()
+        return (
+            0.5 * (self.maps.flatten(1) @ X.flatten() - self.y).square().sum()
+        )
 
 # %% ../../nbs/theory/landscape.ipynb #c05
-def sensing_problem(n: int, m: int, rank: int, measurements: int, seed: int, noise: float = 0.0) -> tuple:
-    """A random `Sensing` problem with Gaussian maps (E f(X) = |X - X_true|^2 / 2 without noise) and its (n, m) hidden
-    matrix of the given rank, in float64; the same `seed` gives the same bits. Raises BadValue, BadType. Source:
-    Bhojanapalli et al. 2016, section 2."""
+def sensing_problem(
+    n: int, m: int, rank: int, measurements: int, seed: int, noise: float = 0.0
+) -> tuple:
+    """A random `Sensing` problem with Gaussian maps (E f(X) = |X - X_true|^2 /
+    2 without noise) and its (n, m) hidden matrix of the given rank, in
+    float64; the same `seed` gives the same bits. Raises BadValue, BadType.
+    Source:
+    Bhojanapalli et al. 2016, section 2.
+    """
     check_count("rank", rank, most=min(n, m))
     check_count("measurements", measurements)
     check_number("noise", noise, least=0)
     gen = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)
+    rand = lambda *shape: torch.randn(
+        *shape, generator=gen, dtype=torch.float64
+    )
     hidden = rand(n, rank) @ rand(rank, m) / math.sqrt(n)
     maps = rand(measurements, n, m) / math.sqrt(measurements)
-    return Sensing(maps, torch.einsum("kij,ij->k", maps, hidden) + noise * rand(measurements)), hidden
+    return (
+        Sensing(
+            maps,
+            torch.einsum("kij,ij->k", maps, hidden)
+            + noise * rand(measurements),
+        ),
+        hidden,
+    )
 
 # %% ../../nbs/theory/landscape.ipynb #c09
-def _factors(B: torch.Tensor, A: torch.Tensor, decay: float, scaling: float) -> None:
+def _factors(
+    B: torch.Tensor, A: torch.Tensor, decay: float, scaling: float
+) -> None:
     _matrix("B", B)
     _matrix("A", A)
     if B.shape[1] != A.shape[0]:
-        raise BadValue(f"B (n, r) and A (r, m) must share r, not {tuple(B.shape)} and {tuple(A.shape)}")
+        raise BadValue(
+            f"B (n, r) and A (r, m) must share r, not {tuple(B.shape)} and"
+            f" {tuple(A.shape)}"
+        )
     check_number("decay", decay, least=0)
     check_number("scaling", scaling, above=0)
 
 
-def bm_loss(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0, scaling: float = 1.0) -> torch.Tensor:
-    """g(B, A) = f(s B A) + decay/2 (|B|^2 + |A|^2) with f = `loss` of an (n, m) tensor, B (n, r), A (r, m), s =
-    `scaling`. Raises BadValue, BadType. Source: Burer, Monteiro 2003; Kim, Kim, Ryu 2025; ledger F4;
-    @eq-landscape-factored."""
+def bm_loss(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """g(B, A) = f(s B A) + decay/2 (|B|^2 + |A|^2) with f = `loss` of an (n,
+    m) tensor, B (n, r), A (r, m), s =
+    `scaling`. Raises BadValue, BadType. Source: Burer, Monteiro 2003; Kim,
+    Kim, Ryu 2025; ledger F4; @eq-landscape-factored.
+    """
     _factors(B, A, decay, scaling)
     return _objective(loss, B, A, decay, scaling)
 
 
 def _objective(loss, B, A, decay, scaling):
-    return loss(scaling * (B @ A)) + decay / 2 * (B.square().sum() + A.square().sum())
+    return loss(scaling * (B @ A)) + decay / 2 * (
+        B.square().sum() + A.square().sum()
+    )
 
 # %% ../../nbs/theory/landscape.ipynb #c10
-def _flat(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float, scaling: float) -> tuple:
-    "g as a function of one vector (B by rows, then A by rows), that vector, and the way back to the factors."
+def _flat(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float,
+    scaling: float,
+) -> tuple:
+    """g as a function of one vector (B by rows, then A by rows), that vector,
+    and the way back to the factors.
+    """
     _factors(B, A, decay, scaling)
-    split = lambda z: (z[:B.numel()].view(B.shape), z[B.numel():].view(A.shape))
-    return lambda z: _objective(loss, *split(z), decay, scaling), torch.cat([B.flatten(), A.flatten()]).detach(), split
+    split = lambda z: (
+        z[: B.numel()].view(B.shape),
+        z[B.numel() :].view(A.shape),
+    )
+    return (
+        lambda z: _objective(loss, *split(z), decay, scaling),
+        torch.cat([B.flatten(), A.flatten()]).detach(),
+        split,
+    )
 
 
-def bm_gradient(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0, scaling: float = 1.0) -> tuple:
-    """The gradients of `bm_loss` in B, (n, r), and in A, (r, m). Arguments and errors as there;
-    @eq-landscape-derivatives."""
+def bm_gradient(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+) -> tuple:
+    """The gradients of `bm_loss` in B, (n, r), and in A, (r, m). Arguments and
+    errors as there; @eq-landscape-derivatives.
+    """
     value, point, split = _flat(loss, B, A, decay, scaling)
     point.requires_grad_()
     return split(torch.autograd.grad(value(point), point)[0])
 
 
-def bm_hessian(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0,
-               scaling: float = 1.0) -> torch.Tensor:
-    """The Hessian of `bm_loss`, ((n+m) r, (n+m) r), in the order B by rows, then A by rows. Arguments and errors as
-    there; @eq-landscape-derivatives."""
+def bm_hessian(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """The Hessian of `bm_loss`, ((n+m) r, (n+m) r), in the order B by rows,
+    then A by rows. Arguments and errors as there; @eq-landscape-derivatives.
+    """
     value, point, _ = _flat(loss, B, A, decay, scaling)
     return torch.autograd.functional.hessian(value, point)
 
 # %% ../../nbs/theory/landscape.ipynb #c14
 class SecondOrder(NamedTuple):
     "Norm of the gradient and smallest eigenvalue of the Hessian of `bm_loss`."
+
     gradient: float
     curvature: float
 
 
-def second_order(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0,
-                 scaling: float = 1.0) -> SecondOrder:
-    "The two numbers that decide whether (B, A) is a second-order point of `bm_loss`. Arguments and errors as there."
+def second_order(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+) -> SecondOrder:
+    """The two numbers that decide whether (B, A) is a second-order point of
+    `bm_loss`. Arguments and errors as there.
+    """
     gB, gA = bm_gradient(loss, B, A, decay, scaling)
-    curvature = torch.linalg.eigvalsh(bm_hessian(loss, B, A, decay, scaling))[0]
-    return SecondOrder(math.hypot(float(gB.norm()), float(gA.norm())), float(curvature))
+    curvature = torch.linalg.eigvalsh(bm_hessian(loss, B, A, decay, scaling))[
+        0
+    ]
+    return SecondOrder(
+        math.hypot(float(gB.norm()), float(gA.norm())), float(curvature)
+    )
 
 
-def is_second_order_point(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0, scaling: float = 1.0,
-                          tol: float = 1e-6) -> bool:
-    """Whether the gradient of `bm_loss` is at most `tol` in norm and every eigenvalue of its Hessian at least -`tol`
-    (absolute; scale the problem to order 1). Arguments and errors as there. Source: Ge, Lee, Ma 2016, Definition
-    2.1, with one tolerance for both."""
+def is_second_order_point(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+    tol: float = 1e-6,
+) -> bool:
+    """Whether the gradient of `bm_loss` is at most `tol` in norm and every
+    eigenvalue of its Hessian at least -`tol` (absolute; scale the problem to
+    order 1). Arguments and errors as there. Source: Ge, Lee, Ma 2016,
+    Definition 2.1, with one tolerance for both.
+    """
     check_number("tol", tol, above=0)
     gradient, curvature = second_order(loss, B, A, decay, scaling)
     return gradient <= tol and curvature >= -tol
 
 # %% ../../nbs/theory/landscape.ipynb #c15
-def minimise(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.0, scaling: float = 1.0,
-             steps: int = 5000, tol: float = 1e-8) -> tuple:
-    """Descend on `bm_loss` by L-BFGS in float64 from (B, A) until no entry of the gradient exceeds `tol`, at most
-    `steps` iterations; returns the last factors. The end is stationary; ask `is_second_order_point` for more.
-    Arguments and errors as in `bm_loss`."""
+def minimise(
+    loss: Callable,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    decay: float = 0.0,
+    scaling: float = 1.0,
+    steps: int = 5000,
+    tol: float = 1e-8,
+) -> tuple:
+    """Descend on `bm_loss` by L-BFGS in float64 from (B, A) until no entry of
+    the gradient exceeds `tol`, at most
+    `steps` iterations; returns the last factors. The end is stationary; ask
+    `is_second_order_point` for more. Arguments and errors as in `bm_loss`.
+    """
     check_count("steps", steps)
     check_number("tol", tol, above=0)
     value, point, split = _flat(loss, B, A, decay, scaling)
@@ -141,8 +243,19 @@ def minimise(loss: Callable, B: torch.Tensor, A: torch.Tensor, decay: float = 0.
         height = value(at)
         return height.item(), torch.autograd.grad(height, at)[0].numpy()
 
-    found = minimize(both, point.double().numpy(), jac=True, method="L-BFGS-B",
-                     options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-16, "gtol": tol, "maxcor": 20})
+    found = minimize(
+        both,
+        point.double().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxiter": steps,
+            "maxfun": 2 * steps,
+            "ftol": 1e-16,
+            "gtol": tol,
+            "maxcor": 20,
+        },
+    )
     return split(torch.from_numpy(found.x))
 
 # %% ../../nbs/theory/landscape.ipynb #c19
@@ -153,13 +266,18 @@ def nuclear_norm(X: torch.Tensor) -> float:
 
 
 def balanced(X: torch.Tensor, r: int) -> tuple:
-    """Factors B (n, r), A (r, m) with B A = X, B^T B = A A^T and |B|^2 + |A|^2 = 2 |X|_*, the least possible; BadValue
-    if rank X > r or r > min(n, m). Source: Srebro, Rennie, Jaakkola 2004; @lem-landscape-decay."""
+    """Factors B (n, r), A (r, m) with B A = X, B^T B = A A^T and |B|^2 + |A|^2
+    = 2 |X|_*, the least possible; BadValue if rank X > r or r > min(n, m).
+    Source: Srebro, Rennie, Jaakkola 2004; @lem-landscape-decay.
+    """
     _matrix("X", X)
     check_count("r", r, most=min(X.shape))
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     if r < len(S) and float(S[r]) > 1e-10 * float(S[0]):
-        raise BadValue(f"a matrix of rank above {r} has no factors of that size; its singular values are {S.tolist()}")
+        raise BadValue(
+            f"a matrix of rank above {r} has no factors of that size; its"
+            f" singular values are {S.tolist()}"
+        )
     return U[:, :r] * S[:r].sqrt(), S[:r].sqrt()[:, None] * Vh[:r]
 
 # %% ../../nbs/theory/landscape.ipynb #c26
@@ -170,9 +288,11 @@ def _gradient(loss: Callable, X: torch.Tensor) -> torch.Tensor:
 
 
 def certificate(loss: Callable, X: torch.Tensor, decay: float) -> tuple:
-    """(excess, misalignment): |G|_2 / decay - 1 and (|X|_* + <G, X> / decay) / max(1, |X|_*) with G = grad f(X). For
-    convex f, X minimises f + decay |.|_* over all matrices iff excess <= 0 and misalignment = 0. Raises BadValue,
-    BadType. Source: @thm-landscape-deficient, step 4."""
+    """(excess, misalignment): |G|_2 / decay - 1 and (|X|_* + <G, X> / decay) /
+    max(1, |X|_*) with G = grad f(X). For convex f, X minimises f + decay |.|_*
+    over all matrices iff excess <= 0 and misalignment = 0. Raises BadValue,
+    BadType. Source: @thm-landscape-deficient, step 4.
+    """
     check_number("decay", decay, above=0)
     G, size = _gradient(loss, X), nuclear_norm(X)
     excess = float(torch.linalg.matrix_norm(G, 2)) / decay - 1
@@ -185,29 +305,41 @@ def _curvatures(alpha: float, beta: float) -> None:
 
 
 def loud_threshold(alpha: float, beta: float, sigma: float) -> float:
-    """(alpha/beta) sigma_{r*}(X*): the least singular value that any spurious second-order point has. `alpha` <=
-    `beta`: restricted curvature of f; `sigma` = sigma_{r*}(X*). Raises BadValue, BadType. Source: after Kim, Kim,
-    Ryu 2025; constant of @thm-landscape-loud."""
+    """(alpha/beta) sigma_{r*}(X*): the least singular value that any spurious
+    second-order point has. `alpha` <=
+    `beta`: restricted curvature of f; `sigma` = sigma_{r*}(X*). Raises
+    BadValue, BadType. Source: after Kim, Kim, Ryu 2025; constant of
+    @thm-landscape-loud.
+    """
     _curvatures(alpha, beta)
     check_number("sigma", sigma, least=0)
     return alpha / beta * sigma
 
 
 def safe_rank(alpha: float, beta: float, rank: int) -> int:
-    """The smallest r that leaves no spurious second-order point, for a solution of the given rank r*: r* itself if
-    beta < 2 alpha, else the first r > (1 + beta^2 / (4 alpha^2)) r*. Raises BadValue, BadType. Source:
-    @thm-landscape-loud."""
+    """The smallest r that leaves no spurious second-order point, for a
+    solution of the given rank r*: r* itself if beta < 2 alpha, else the first
+    r > (1 + beta^2 / (4 alpha^2)) r*. Raises BadValue, BadType. Source:
+    @thm-landscape-loud.
+    """
     _curvatures(alpha, beta)
     check_count("rank", rank)
-    return rank if beta < 2 * alpha else math.floor((1 + (beta / alpha) ** 2 / 4) * rank) + 1
+    return (
+        rank
+        if beta < 2 * alpha
+        else math.floor((1 + (beta / alpha) ** 2 / 4) * rank) + 1
+    )
 
 # %% ../../nbs/theory/landscape.ipynb #c34
 def spurious_problem(r: int, gamma: float, decay: float = 0.0) -> tuple:
-    """(problem, trap, solution) on (r+1, r+1) matrices: a `Sensing` problem with curvature in [1-gamma, 1+gamma] whose
-    solution has rank 1 and whose trap diag(0, c, ..., c), c = gamma/sqrt(r) - decay, is a second-order point at
-    rank r once (1+gamma) c + decay >= 1 - gamma sqrt(r) c; for decay 0: gamma >= sqrt(r)/(1+sqrt(r)), condition
-    number >= 1 + 2 sqrt(r). 0 < gamma < 1; 0 <= decay < gamma/sqrt(r). Raises BadValue, BadType. Source: this
-    chapter; r = 1 after Zhang, Sojoudi, Lavaei 2019."""
+    """(problem, trap, solution) on (r+1, r+1) matrices: a `Sensing` problem
+    with curvature in [1-gamma, 1+gamma] whose solution has rank 1 and whose
+    trap diag(0, c, ..., c), c = gamma/sqrt(r) - decay, is a second-order point
+    at rank r once (1+gamma) c + decay >= 1 - gamma sqrt(r) c; for decay 0:
+    gamma >= sqrt(r)/(1+sqrt(r)), condition number >= 1 + 2 sqrt(r). 0 < gamma
+    < 1; 0 <= decay < gamma/sqrt(r). Raises BadValue, BadType. Source: this
+    chapter; r = 1 after Zhang, Sojoudi, Lavaei 2019.
+    """
     check_count("r", r)
     check_number("gamma", gamma, above=0, below=1)
     check_number("decay", decay, least=0, below=gamma / math.sqrt(r))
@@ -217,23 +349,30 @@ def spurious_problem(r: int, gamma: float, decay: float = 0.0) -> tuple:
     H[0, diagonal[1:]] = H[diagonal[1:], 0] = gamma / math.sqrt(r)
     values, vectors = torch.linalg.eigh(H)
     maps = (vectors * values.sqrt() @ vectors.T).view(-1, n, n)
-    solution, trap = torch.zeros(n, n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    solution, trap = (
+        torch.zeros(n, n, dtype=torch.float64),
+        torch.eye(n, dtype=torch.float64),
+    )
     trap = trap * (gamma / math.sqrt(r) - decay)
     trap[0, 0], solution[0, 0] = 0.0, 1.0 - decay
     return Sensing(maps, maps[:, 0, 0].clone()), trap, solution
 
 # %% ../../nbs/theory/landscape.ipynb #c39
 def kernel_rank(samples: int, outputs: int = 1) -> int:
-    """The smallest r with r (r+1) / 2 > K N, N = `samples`, K = `outputs`: enough rank to leave no spurious minimum in
-    the kernel regime. Raises BadValue, BadType. Source: Jang, Lee, Ryu, ICML 2024; ledger F3;
-    @thm-landscape-kernel."""
+    """The smallest r with r (r+1) / 2 > K N, N = `samples`, K = `outputs`:
+    enough rank to leave no spurious minimum in the kernel regime. Raises
+    BadValue, BadType. Source: Jang, Lee, Ryu, ICML 2024; ledger F3;
+    @thm-landscape-kernel.
+    """
     check_count("samples", samples)
     check_count("outputs", outputs)
     return (1 + math.isqrt(1 + 8 * samples * outputs)) // 2
 
 
 def _stepped(maps: torch.Tensor, X: torch.Tensor, r: int) -> torch.Tensor:
-    "X of rank r, moved along B (I + t T) A, T invisible to the maps, until the rank falls."
+    """X of rank r, moved along B (I + t T) A, T invisible to the maps, until
+    the rank falls.
+    """
     B, A = balanced(X, r)
     rows, cols = torch.triu_indices(r, r)
     seen = B.T @ maps @ A.T
@@ -245,16 +384,25 @@ def _stepped(maps: torch.Tensor, X: torch.Tensor, r: int) -> torch.Tensor:
     return B @ (vectors * shift @ vectors.T) @ A
 
 # %% ../../nbs/theory/landscape.ipynb #c39x
-def reduce_rank(maps: torch.Tensor, X: torch.Tensor, tol: float = 1e-8) -> torch.Tensor:
-    """A matrix with the same measurements <M_k, X> as X and a rank r with r (r+1) / 2 <= K; if X minimises a loss of
-    the measurements plus a nuclear norm, so does the result. `maps`: (K, n, m), X: (n, m); singular values below
-    `tol` times the largest count as 0. Raises BadValue, BadType. Source: Barvinok 1995, Pataki 1998; Jang, Lee, Ryu
-    2024; @thm-landscape-kernel, (i)."""
+def reduce_rank(
+    maps: torch.Tensor, X: torch.Tensor, tol: float = 1e-8
+) -> torch.Tensor:
+    """A matrix with the same measurements <M_k, X> as X and a rank r with r
+    (r+1) / 2 <= K; if X minimises a loss of the measurements plus a nuclear
+    norm, so does the result. `maps`: (K, n, m), X: (n, m); singular values
+    below
+    `tol` times the largest count as 0. Raises BadValue, BadType. Source:
+    Barvinok 1995, Pataki 1998; Jang, Lee, Ryu 2024; @thm-landscape-kernel,
+    (i).
+    """
     _matrix("maps", maps, 3)
     _matrix("X", X)
     check_number("tol", tol, above=0)
     if maps.shape[1:] != X.shape:
-        raise BadValue(f"maps must be (K, {X.shape[0]}, {X.shape[1]}), not {tuple(maps.shape)}")
+        raise BadValue(
+            f"maps must be (K, {X.shape[0]}, {X.shape[1]}), not"
+            f" {tuple(maps.shape)}"
+        )
     while True:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
         r = int((S > tol * S[0]).sum())
@@ -267,26 +415,40 @@ def reduce_rank(maps: torch.Tensor, X: torch.Tensor, tol: float = 1e-8) -> torch
 def _chain(layers: list, target: torch.Tensor) -> torch.Tensor:
     "The product W_L ... W_1 of checked layers, first layer first."
     if not isinstance(layers, (list, tuple)) or not layers:
-        raise BadType(f"layers must be a non-empty list of matrices, not {layers!r}")
+        raise BadType(
+            f"layers must be a non-empty list of matrices, not {layers!r}"
+        )
     product = None
     for W in layers:
         _matrix("each layer", W)
         if product is not None and W.shape[1] != product.shape[0]:
-            raise BadValue(f"a layer of shape {tuple(W.shape)} can't follow one with {product.shape[0]} outputs")
+            raise BadValue(
+                f"a layer of shape {tuple(W.shape)} can't follow one with"
+                f" {product.shape[0]} outputs"
+            )
         product = W if product is None else W @ product
     _matrix("target", target)
     if target.shape != product.shape:
-        raise BadValue(f"the target must be {tuple(product.shape)}, not {tuple(target.shape)}")
+        raise BadValue(
+            f"the target must be {tuple(product.shape)}, not"
+            f" {tuple(target.shape)}"
+        )
     return product
 
 
 def expressive_error(layers: list, target: torch.Tensor, r: int) -> float:
-    """sigma_{rL+1}(target - W_L ... W_1): no updates of rank r, one a layer, come closer in spectral norm. `layers`:
-    first layer first. Raises BadValue, BadType. Source: Zeng, Lee, ICLR 2024, Theorem 1 (linear case);
-    @thm-landscape-expressive."""
+    """sigma_{rL+1}(target - W_L ... W_1): no updates of rank r, one a layer,
+    come closer in spectral norm. `layers`:
+    first layer first. Raises BadValue, BadType. Source: Zeng, Lee, ICLR 2024,
+    Theorem 1 (linear case); @thm-landscape-expressive.
+    """
     check_count("r", r)
     values = torch.linalg.svdvals(target - _chain(layers, target))
-    return float(values[r * len(layers)]) if r * len(layers) < len(values) else 0.0
+    return (
+        float(values[r * len(layers)])
+        if r * len(layers) < len(values)
+        else 0.0
+    )
 
 # %% ../../nbs/theory/landscape.ipynb #c46
 def _singular(M: torch.Tensor) -> bool:
@@ -295,21 +457,33 @@ def _singular(M: torch.Tensor) -> bool:
 
 
 def express(layers: list, target: torch.Tensor, r: int) -> list:
-    """Updates of rank at most r, one a layer, with which a chain of square invertible layers comes as near to the
-    target as possible, `expressive_error`. Raises BadValue where a layer or a partial product is singular, and for
-    other shapes; BadType. Source: Zeng, Lee, ICLR 2024; @thm-landscape-expressive."""
+    """Updates of rank at most r, one a layer, with which a chain of square
+    invertible layers comes as near to the target as possible,
+    `expressive_error`. Raises BadValue where a layer or a partial product is
+    singular, and for other shapes; BadType. Source: Zeng, Lee, ICLR 2024;
+    @thm-landscape-expressive.
+    """
     check_count("r", r)
     U, S, Vh = torch.linalg.svd(target - _chain(layers, target))
-    if any(W.shape != target.shape for W in layers) or target.shape[0] != target.shape[1]:
+    if (
+        any(W.shape != target.shape for W in layers)
+        or target.shape[0] != target.shape[1]
+    ):
         raise BadValue("the construction needs square layers of one size")
     updates, before = [], torch.eye(len(target), dtype=target.dtype)
     for j, W in enumerate(layers):
         after = torch.eye(len(target), dtype=target.dtype)
-        for later in layers[j + 1:]:
+        for later in layers[j + 1 :]:
             after = later @ after
         if any(_singular(M) for M in (after, before)):
-            raise BadValue(f"layer {j + 1} can't be corrected: the layers before or after it have a singular product")
+            raise BadValue(
+                f"layer {j + 1} can't be corrected: the layers before or after"
+                " it have a singular product"
+            )
         part = slice(j * r, (j + 1) * r)
-        updates.append(torch.linalg.solve(after, U[:, part] * S[part] @ Vh[part]) @ torch.linalg.inv(before))
+        updates.append(
+            torch.linalg.solve(after, U[:, part] * S[part] @ Vh[part])
+            @ torch.linalg.inv(before)
+        )
         before = (W + updates[-1]) @ before
     return updates

@@ -7,25 +7,44 @@ __all__ = ['z_gram', 'lu_flops', 'eliminate', 'ldu', 'leading', 'permutation', '
 import torch
 
 from ..core.errors import check_count
-from ..core.ldu import eliminate, ldu, leading, permutation, reconstruct, unpermute
+from lora_book.core.ldu import (
+    eliminate,
+    ldu,
+    leading,
+    permutation,
+    reconstruct,
+    unpermute,
+)
 
-_all_ = ["eliminate", "ldu", "leading", "permutation", "reconstruct", "unpermute"]
+_all_ = [
+    "eliminate",
+    "ldu",
+    "leading",
+    "permutation",
+    "reconstruct",
+    "unpermute",
+]
 
 # %% ../../nbs/theory/ldu.ipynb #c25
-def z_gram(L: torch.Tensor, U: torch.Tensor, sigma: float = 1.) -> torch.Tensor:
-    """K = sigma^2 (L^T L) * (U U^T), entry by entry, (..., r, r), from L (..., n, r), with or without P, and U (..., r, m).
+def z_gram(
+    L: torch.Tensor, U: torch.Tensor, sigma: float = 1.0
+) -> torch.Tensor:
+    """K = sigma^2 (L^T L) * (U U^T), entry by entry, (..., r, r), from L (...,
+    n, r), with or without P, and U (..., r, m).
 
-    If the gradient in M is beta-Lipschitz, the gradient in z at M = sigma P L diag(z) U is beta * lambda_max(K)-Lipschitz. Source: E2.
+    If the gradient in M is beta-Lipschitz, the gradient in z at M = sigma P L
+    diag(z) U is beta * lambda_max(K)-Lipschitz. Source: E2.
     """
-    return sigma ** 2 * (L.mT @ L) * (U @ U.mT)
+    return sigma**2 * (L.mT @ L) * (U @ U.mT)
 
 # %% ../../nbs/theory/ldu.ipynb #c38
 def lu_flops(n: int, m: int) -> float:
-    """Operations of eliminating an (n, m) matrix, to leading order: l s^2 - s^3 / 3 with s = min(n, m), l = max(n, m).
+    """Operations of eliminating an (n, m) matrix, to leading order: l s^2 -
+    s^3 / 3 with s = min(n, m), l = max(n, m).
 
     Raises BadType, BadValue for sizes below 1. Source: P4, section II; E5.
     """
     check_count("n", n)
     check_count("m", m)
     s, long = min(n, m), max(n, m)
-    return long * s ** 2 - s ** 3 / 3
+    return long * s**2 - s**3 / 3

@@ -12,23 +12,32 @@ from .smoothness import check_matrix
 
 # %% ../../nbs/theory/projections.ipynb #c10
 def projector(A: torch.Tensor) -> torch.Tensor:
-    """H = Aᵀ(AAᵀ)⁺A, the orthogonal projector (m, m) onto the rows of A (r, m), computed as A⁺A.
+    """H = Aᵀ(AAᵀ)⁺A, the orthogonal projector (m, m) onto the rows of A (r,
+    m), computed as A⁺A.
 
-    Raises BadType or BadValue unless A is a finite, floating, non-empty matrix.
-    Source: the update step of §3.2 of beyondlora (ledger C1); @eq-projections-h.
+    Raises BadType or BadValue unless A is a finite, floating, non-empty
+    matrix.
+    Source: the update step of §3.2 of beyondlora (ledger C1);
+    @eq-projections-h.
     """
     check_matrix("A", A)
     return torch.linalg.pinv(A) @ A
 
 # %% ../../nbs/theory/projections.ipynb #c15
-STARTS = {"block": lambda m, r: range(0, m - r + 1, r), "literal": lambda m, r: range(m // r),
-          "window": lambda m, r: range(m - r + 1), "fixed": lambda m, r: range(1),
-          "cyclic": lambda m, r: range(0, m, r)}
+STARTS = {
+    "block": lambda m, r: range(0, m - r + 1, r),
+    "literal": lambda m, r: range(m // r),
+    "window": lambda m, r: range(m - r + 1),
+    "fixed": lambda m, r: range(1),
+    "cyclic": lambda m, r: range(0, m, r),
+}
 LAWS = ("gaussian", *STARTS)
 
 
 def check_law(law: str, m: int, r: int) -> None:
-    "Raise unless `law` is one of `LAWS` (UnknownName, BadType) and 1 <= r <= m are ints (BadType, BadValue)."
+    """Raise unless `law` is one of `LAWS` (UnknownName, BadType) and 1 <= r <=
+    m are ints (BadType, BadValue).
+    """
     if not isinstance(law, str):
         raise BadType(f"law must be a name, not {law!r:.60}")
     if law not in LAWS:
@@ -38,18 +47,25 @@ def check_law(law: str, m: int, r: int) -> None:
 
 
 def starts(law: str, m: int, r: int) -> list[int]:
-    "The first columns, from 0, that a selector law chooses among. Raises BadValue for `gaussian`, which has none."
+    """The first columns, from 0, that a selector law chooses among. Raises
+    BadValue for `gaussian`, which has none.
+    """
     check_law(law, m, r)
     if law not in STARTS:
-        raise BadValue(f"law {law!r} selects no columns; those that do: {', '.join(STARTS)}")
+        raise BadValue(
+            f"law {law!r} selects no columns; those that do:"
+            f" {', '.join(STARTS)}"
+        )
     return list(STARTS[law](m, r))
 
 # %% ../../nbs/theory/projections.ipynb #c16
 def selector(m: int, r: int, start: int) -> torch.Tensor:
-    """A (r, m) whose row q is the unit vector of column (start + q) mod m, float64.
+    """A (r, m) whose row q is the unit vector of column (start + q) mod m,
+    float64.
 
     Raises BadType or BadValue unless 1 <= r <= m and 0 <= start < m.
-    Source: Eq. (6) and Algorithms 2 to 4 of beyondlora, with the wrap of ledger A2.
+    Source: Eq. (6) and Algorithms 2 to 4 of beyondlora, with the wrap of
+    ledger A2.
     """
     check_count("m", m)
     check_count("r", r, most=m)
@@ -59,10 +75,18 @@ def selector(m: int, r: int, start: int) -> torch.Tensor:
     return A
 
 
-def draw(law: str, m: int, r: int, generator: torch.Generator | None = None, step: int = 0) -> torch.Tensor:
-    """A (r, m) in float64 drawn from `law`; `fixed` and `cyclic` draw nothing, and take the step's turn instead.
+def draw(
+    law: str,
+    m: int,
+    r: int,
+    generator: torch.Generator | None = None,
+    step: int = 0,
+) -> torch.Tensor:
+    """A (r, m) in float64 drawn from `law`; `fixed` and `cyclic` draw nothing,
+    and take the step's turn instead.
 
-    Raises UnknownName, BadType or BadValue for a bad law, size or step, and for a random law without a generator.
+    Raises UnknownName, BadType or BadValue for a bad law, size or step, and
+    for a random law without a generator.
     Source: §2.3 and Algorithms 1 to 4 of beyondlora, ledger C3 to C5.
     """
     check_law(law, m, r)
@@ -70,18 +94,28 @@ def draw(law: str, m: int, r: int, generator: torch.Generator | None = None, ste
     if law in ("fixed", "cyclic"):
         return selector(m, r, starts(law, m, r)[step % len(starts(law, m, r))])
     if not isinstance(generator, torch.Generator):
-        raise BadType(f"law {law!r} is random and needs a torch.Generator, not {generator!r:.60}")
+        raise BadType(
+            f"law {law!r} is random and needs a torch.Generator, not"
+            f" {generator!r:.60}"
+        )
     if law == "gaussian":
         return torch.randn(r, m, generator=generator, dtype=torch.float64)
     choices = starts(law, m, r)
-    return selector(m, r, choices[int(torch.randint(len(choices), (1,), generator=generator))])
+    return selector(
+        m,
+        r,
+        choices[int(torch.randint(len(choices), (1,), generator=generator))],
+    )
 
 # %% ../../nbs/theory/projections.ipynb #c25
 def column_rates(law: str, m: int, r: int) -> torch.Tensor:
-    """The diagonal (m,) of E[H]: how often a law's projector covers each column, float64, exact.
+    """The diagonal (m,) of E[H]: how often a law's projector covers each
+    column, float64, exact.
 
-    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r <= m.
-    Source: §3.2 and Proposition 4 of beyondlora, ledger C1, C3, C4; @prp-projections-rates, @thm-projections-gaussian.
+    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r
+    <= m.
+    Source: §3.2 and Proposition 4 of beyondlora, ledger C1, C3, C4;
+    @prp-projections-rates, @thm-projections-gaussian.
     """
     check_law(law, m, r)
     if law == "gaussian":
@@ -92,27 +126,43 @@ def column_rates(law: str, m: int, r: int) -> torch.Tensor:
 
 
 def expected_projection(law: str, m: int, r: int) -> torch.Tensor:
-    """E[H] (m, m) over a law of A (r, m), float64, exact; for `cyclic` the average over one cycle.
+    """E[H] (m, m) over a law of A (r, m), float64, exact; for `cyclic` the
+    average over one cycle.
 
-    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r <= m.
-    Source: Proposition 4 and §3.2 of beyondlora, ledger C1, C3, C4; @prp-projections-rates, @thm-projections-gaussian.
+    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r
+    <= m.
+    Source: Proposition 4 and §3.2 of beyondlora, ledger C1, C3, C4;
+    @prp-projections-rates, @thm-projections-gaussian.
     """
     return torch.diag(column_rates(law, m, r))
 
 
 def lambda_min(law: str, m: int, r: int) -> float:
-    """The smallest eigenvalue of E[H], exact: the λ of Theorem 2, at most r/m, and 0 where columns are never reached.
+    """The smallest eigenvalue of E[H], exact: the λ of Theorem 2, at most r/m,
+    and 0 where columns are never reached.
 
-    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r <= m.
-    Source: Theorem 2 and Proposition 4 of beyondlora, ledger C1 to C4; @prp-projections-rates.
+    Raises UnknownName, BadType or BadValue for an unknown law or unless 1 <= r
+    <= m.
+    Source: Theorem 2 and Proposition 4 of beyondlora, ledger C1 to C4;
+    @prp-projections-rates.
     """
     return column_rates(law, m, r).min().item()
 
 # %% ../../nbs/theory/projections.ipynb #c29
-def sampled_projection(law: str, m: int, r: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """The mean (m, m) of H over `draws` draws from a law, a Monte Carlo estimate of `expected_projection`.
+def sampled_projection(
+    law: str, m: int, r: int, draws: int, generator: torch.Generator
+) -> torch.Tensor:
+    """The mean (m, m) of H over `draws` draws from a law, a Monte Carlo
+    estimate of `expected_projection`.
 
-    Raises UnknownName, BadType or BadValue as `draw` does, or for draws < 1. Source: ledger C1.
+    Raises UnknownName, BadType or BadValue as `draw` does, or for draws < 1.
+    Source: ledger C1.
     """
     check_count("draws", draws)
-    return sum(projector(draw(law, m, r, generator, step)) for step in range(draws)) / draws
+    return (
+        sum(
+            projector(draw(law, m, r, generator, step))
+            for step in range(draws)
+        )
+        / draws
+    )

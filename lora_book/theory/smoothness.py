@@ -13,52 +13,90 @@ from ..core.errors import BadType, BadValue, check_count, check_number
 
 # %% ../../nbs/theory/smoothness.ipynb #c11
 def check_matrix(kind: str, value: object) -> None:
-    "Raise unless `value` is a floating tensor with two non-empty axes and finite entries. Raises BadType or BadValue."
+    """Raise unless `value` is a floating tensor with two non-empty axes and
+    finite entries. Raises BadType or BadValue.
+    """
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise BadType(f"{kind} must be a tensor of real floating numbers, not {value!r:.60}")
+        raise BadType(
+            f"{kind} must be a tensor of real floating numbers, not"
+            f" {value!r:.60}"
+        )
     if value.dim() != 2 or not value.numel():
-        raise BadValue(f"{kind} must be a non-empty matrix, not of shape {tuple(value.shape)}")
+        raise BadValue(
+            f"{kind} must be a non-empty matrix, not of shape"
+            f" {tuple(value.shape)}"
+        )
     if not torch.isfinite(value).all():
-        raise BadValue(f"{kind} must be finite, not {value[~torch.isfinite(value)][0].item()}")
+        raise BadValue(
+            f"{kind} must be finite, not"
+            f" {value[~torch.isfinite(value)][0].item()}"
+        )
 
 
 def plain(value: object) -> object:
     "A tensor that holds one number as that number; anything else as it is."
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return (
+        value.item()
+        if isinstance(value, torch.Tensor) and value.numel() == 1
+        else value
+    )
 
 # %% ../../nbs/theory/smoothness.ipynb #c12
-def factor_gradients(G: torch.Tensor, B: torch.Tensor, A: torch.Tensor,
-                     scaling: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients s G Aᵀ of B (n, r) and s Bᵀ G of A (r, m), from the gradient G (n, m) of the weight.
+def factor_gradients(
+    G: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients s G Aᵀ of B (n, r) and s Bᵀ G of A (r, m), from the
+    gradient G (n, m) of the weight.
 
-    Raises BadType or BadValue for other types, shapes that don't fit, or numbers that aren't finite.
-    Source: proof of Theorem 6, App. C.2.3 of beyondlora, corrected as in ledger C15; @eq-smoothness-factors.
+    Raises BadType or BadValue for other types, shapes that don't fit, or
+    numbers that aren't finite.
+    Source: proof of Theorem 6, App. C.2.3 of beyondlora, corrected as in
+    ledger C15; @eq-smoothness-factors.
     """
     for kind, value in (("G", G), ("B", B), ("A", A)):
         check_matrix(kind, value)
     check_number("scaling", plain(scaling), above=0)
     if not G.dtype == B.dtype == A.dtype:
-        raise BadType(f"G, B and A must share a dtype, not {G.dtype}, {B.dtype} and {A.dtype}")
+        raise BadType(
+            f"G, B and A must share a dtype, not {G.dtype}, {B.dtype} and"
+            f" {A.dtype}"
+        )
     if G.shape != (B.shape[0], A.shape[1]) or B.shape[1] != A.shape[0]:
         shapes = ", ".join(str(tuple(part.shape)) for part in (G, B, A))
-        raise BadValue(f"G, B and A of shapes {shapes} don't fit as (n, m), (n, r), (r, m)")
+        raise BadValue(
+            f"G, B and A of shapes {shapes} don't fit as (n, m), (n, r),"
+            " (r, m)"
+        )
     return scaling * G @ A.mT, scaling * B.mT @ G
 
 # %% ../../nbs/theory/smoothness.ipynb #c15
 def spectral_norms(kind: str, factors: Sequence) -> list[float]:
-    "The largest singular value of each matrix of a list, in float64. Raises BadType or BadValue."
+    """The largest singular value of each matrix of a list, in float64. Raises
+    BadType or BadValue.
+    """
     if not isinstance(factors, (list, tuple)) or not factors:
-        raise BadType(f"{kind} must be a list with one matrix a layer, not {type(factors).__name__} {factors!r:.60}")
+        raise BadType(
+            f"{kind} must be a list with one matrix a layer, not"
+            f" {type(factors).__name__} {factors!r:.60}"
+        )
     for i, factor in enumerate(factors):
         check_matrix(f"{kind}[{i}]", factor)
-    return [torch.linalg.matrix_norm(factor.detach().double(), 2).item() for factor in factors]
+    return [
+        torch.linalg.matrix_norm(factor.detach().double(), 2).item()
+        for factor in factors
+    ]
 
 
-def frozen_smoothness(frozen: Sequence, L_G: float = 1.0, scaling: float = 1.0) -> float:
-    """The smoothness constant s² L_G max_i ‖A^i‖₂² of the trained factor, from the list of frozen ones; attained.
+def frozen_smoothness(
+    frozen: Sequence, L_G: float = 1.0, scaling: float = 1.0
+) -> float:
+    """The smoothness constant s² L_G max_i ‖A^i‖₂² of the trained factor, from
+    the list of frozen ones; attained.
 
-    Raises BadType or BadValue for anything but a non-empty list of finite matrices, L_G < 0 or scaling <= 0.
-    Source: Theorem 6(i), App. C.2.3 of beyondlora, without its √L (ledger C14); @thm-smoothness-frozen.
+    Raises BadType or BadValue for anything but a non-empty list of finite
+    matrices, L_G < 0 or scaling <= 0.
+    Source: Theorem 6(i), App. C.2.3 of beyondlora, without its √L (ledger
+    C14); @thm-smoothness-frozen.
     """
     L_G, scaling = plain(L_G), plain(scaling)
     check_number("L_G", L_G, least=0)
@@ -66,45 +104,79 @@ def frozen_smoothness(frozen: Sequence, L_G: float = 1.0, scaling: float = 1.0) 
     return float(scaling**2 * L_G * max(spectral_norms("frozen", frozen)) ** 2)
 
 # %% ../../nbs/theory/smoothness.ipynb #c22
-def _counterexample(k: float, n: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "One layer's factors B = kI (n, r), A = kI (r, n) and their gradients under ½‖BA‖², each pair as one vector."
-    B, A = k * torch.eye(n, r, dtype=torch.float64), k * torch.eye(r, n, dtype=torch.float64)
-    return tuple(torch.cat([part.flatten() for part in pair]) for pair in ((B, A), factor_gradients(B @ A, B, A)))
+def _counterexample(
+    k: float, n: int, r: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's factors B = kI (n, r), A = kI (r, n) and their gradients
+    under ½‖BA‖², each pair as one vector.
+    """
+    B, A = (
+        k * torch.eye(n, r, dtype=torch.float64),
+        k * torch.eye(r, n, dtype=torch.float64),
+    )
+    return tuple(
+        torch.cat([part.flatten() for part in pair])
+        for pair in ((B, A), factor_gradients(B @ A, B, A))
+    )
 
 
 def smoothness_ratio(k: float, n: int, r: int, L: int = 1) -> float:
-    """‖∇g(θ_k) − ∇g(θ_0)‖ / ‖θ_k − θ_0‖ over L layers, θ_k having A = B = kI of shapes (r, n), (n, r): k².
+    """‖∇g(θ_k) − ∇g(θ_0)‖ / ‖θ_k − θ_0‖ over L layers, θ_k having A = B = kI
+    of shapes (r, n), (n, r): k².
 
-    Raises BadType or BadValue unless 1e-50 <= k <= 1e50, 1 <= r <= n and L >= 1.
-    Source: Theorem 6(ii), App. C.2.3 of beyondlora, in the metric of ledger C16; @eq-smoothness-ratio.
+    Raises BadType or BadValue unless 1e-50 <= k <= 1e50, 1 <= r <= n and L >=
+    1.
+    Source: Theorem 6(ii), App. C.2.3 of beyondlora, in the metric of ledger
+    C16; @eq-smoothness-ratio.
     """
     check_number("k", plain(k), least=1e-50, most=1e50)
     check_count("n", n)
     check_count("r", r, most=n)
     check_count("L", L)
-    (theta, gradient), (origin, rest) = _counterexample(float(k), n, r), _counterexample(0.0, n, r)
-    gradients, distances = L * [(gradient - rest).norm()], L * [(theta - origin).norm()]
-    return (torch.stack(gradients).norm() / torch.stack(distances).norm()).item()
+    (theta, gradient), (origin, rest) = (
+        _counterexample(float(k), n, r),
+        _counterexample(0.0, n, r),
+    )
+    gradients, distances = (
+        L * [(gradient - rest).norm()],
+        L * [(theta - origin).norm()],
+    )
+    return (
+        torch.stack(gradients).norm() / torch.stack(distances).norm()
+    ).item()
 
 # %% ../../nbs/theory/smoothness.ipynb #c32
 def _largest_norm(grad_norm: object, layers: int) -> float:
-    "max_i of the gradients' spectral norms, given as one number (the maximum) or as a list with one a layer."
+    """max_i of the gradients' spectral norms, given as one number (the
+    maximum) or as a list with one a layer.
+    """
     if not isinstance(grad_norm, (list, tuple)):
         grad_norm = [grad_norm] * layers
     if len(grad_norm) != layers:
-        raise BadValue(f"grad_norm must have one number a layer, {layers}, not {len(grad_norm)}")
+        raise BadValue(
+            f"grad_norm must have one number a layer, {layers}, not"
+            f" {len(grad_norm)}"
+        )
     for norm in grad_norm:
         check_number("grad_norm", plain(norm), least=0)
     return float(max(map(plain, grad_norm)))
 
 
-def local_smoothness_bound(A: Sequence, B: Sequence, grad_norm: float | Sequence, L_G: float = 1.0,
-                           scaling: float = 1.0) -> float:
-    """s² L_G max_i(‖A^i‖₂² + ‖B^i‖₂²) + s max_i ‖∇_i L‖₂: bounds the Hessian of g(B, A) = L(W0 + sBA) at (B, A).
+def local_smoothness_bound(
+    A: Sequence,
+    B: Sequence,
+    grad_norm: float | Sequence,
+    L_G: float = 1.0,
+    scaling: float = 1.0,
+) -> float:
+    """s² L_G max_i(‖A^i‖₂² + ‖B^i‖₂²) + s max_i ‖∇_i L‖₂: bounds the Hessian
+    of g(B, A) = L(W0 + sBA) at (B, A).
 
-    `A`, `B`: lists per layer of (r, m) and (n, r); `grad_norm`: max_i ‖∇_i L‖₂, or a list of the norms per layer.
-    Raises BadType or BadValue for bad lists, shapes or numbers, a negative norm or L_G, or scaling <= 0.
-    Source: ledger C17, which makes Theorem 6(ii) of beyondlora quantitative; @thm-smoothness-local.
+    `A`, `B`: lists per layer of (r, m) and (n, r); `grad_norm`: max_i ‖∇_i
+    L‖₂, or a list of the norms per layer. Raises BadType or BadValue for bad
+    lists, shapes or numbers, a negative norm or L_G, or scaling <= 0.
+    Source: ledger C17, which makes Theorem 6(ii) of beyondlora quantitative;
+    @thm-smoothness-local.
     """
     L_G, scaling = plain(L_G), plain(scaling)
     check_number("L_G", L_G, least=0)
@@ -112,15 +184,20 @@ def local_smoothness_bound(A: Sequence, B: Sequence, grad_norm: float | Sequence
     norms = list(zip(spectral_norms("A", A), spectral_norms("B", B)))
     ranks = [(a.shape[0], b.shape[1]) for a, b in zip(A, B)]
     if len(A) != len(B) or any(rows != columns for rows, columns in ranks):
-        raise BadValue(f"A and B must pair up with equal ranks, not {len(A)} and {len(B)} layers of ranks {ranks}")
+        raise BadValue(
+            f"A and B must pair up with equal ranks, not {len(A)} and {len(B)}"
+            f" layers of ranks {ranks}"
+        )
     curvature = scaling**2 * L_G * max(a**2 + b**2 for a, b in norms)
     return float(curvature + scaling * _largest_norm(grad_norm, len(A)))
 
 # %% ../../nbs/theory/smoothness.ipynb #c47
 def factor_norm_bound(kappa: float, product_norm: float) -> float:
-    """√(κ/2 + √(κ²/4 + ‖BA‖₂²)): bounds ‖B‖₂ and ‖A‖₂, with κ = ‖BᵀB − AAᵀ‖₂, which gradient flow conserves.
+    """√(κ/2 + √(κ²/4 + ‖BA‖₂²)): bounds ‖B‖₂ and ‖A‖₂, with κ = ‖BᵀB − AAᵀ‖₂,
+    which gradient flow conserves.
 
-    Raises BadType or BadValue for a negative or non-finite number. Source: ledger C18; @eq-smoothness-balance.
+    Raises BadType or BadValue for a negative or non-finite number. Source:
+    ledger C18; @eq-smoothness-balance.
     """
     kappa, product_norm = plain(kappa), plain(product_norm)
     check_number("kappa", kappa, least=0)

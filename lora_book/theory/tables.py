@@ -17,6 +17,7 @@ from ..core.errors import unknown
 class Cell(NamedTuple):
     """One printed number with its address; `value` is None where the
     scan lost it, `ledger` a claim's id where it is wrong."""
+
     row: str
     column: str
     value: float | str | None
@@ -42,6 +43,7 @@ def _cell(line: dict) -> Cell:
 class Table:
     """A printed table: what it says, in which unit, what rows and columns
     are, where it stands, and its cells in order of print."""
+
     paper: str
     number: str
     title: str
@@ -60,46 +62,80 @@ class Table:
         "The cell at (row, column). Raises UnknownName with the nearest names."
         _check_name(self, "row", row)
         _check_name(self, "column", column)
-        found = [cell for cell in self.cells if (cell.row, cell.column) == (row, column)]
-        return found[0] if found else Cell(row, column, None, "", "", "the table has no such cell")
+        found = [
+            cell
+            for cell in self.cells
+            if (cell.row, cell.column) == (row, column)
+        ]
+        return (
+            found[0]
+            if found
+            else Cell(row, column, None, "", "", "the table has no such cell")
+        )
 
 # %% ../../nbs/theory/tables.ipynb #c09
 def _check_name(table: Table, axis: str, name: str) -> None:
     "Raise UnknownName unless the table has that row or column."
     if name not in table.names(axis):
-        raise unknown(f"{axis} of {table.paper} table {table.number}", name, table.names(axis))
+        raise unknown(
+            f"{axis} of {table.paper} table {table.number}",
+            name,
+            table.names(axis),
+        )
 
 
 def row_values(table: Table, row: str) -> dict[str, float | str]:
     "Column -> value of one row, the lost cells left out. Raises UnknownName."
     _check_name(table, "row", row)
-    return {cell.column: cell.value for cell in table.cells if cell.row == row and cell.value is not None}
+    return {
+        cell.column: cell.value
+        for cell in table.cells
+        if cell.row == row and cell.value is not None
+    }
 
 
 def column_values(table: Table, column: str) -> dict[str, float | str]:
     "Row -> value of one column, the lost cells left out. Raises UnknownName."
     _check_name(table, "column", column)
-    return {cell.row: cell.value for cell in table.cells if cell.column == column and cell.value is not None}
+    return {
+        cell.row: cell.value
+        for cell in table.cells
+        if cell.column == column and cell.value is not None
+    }
 
 # %% ../../nbs/theory/tables.ipynb #c11
 @cache
 def _index() -> dict[tuple[str, str], dict]:
     "What tables.json says of each table, by paper and number."
-    text = (files("lora_book") / "data" / "tables.json").read_text(encoding="utf-8")
-    return {(entry["paper"], entry["number"]): entry for entry in json.loads(text)}
+    text = (files("lora_book") / "data" / "tables.json").read_text(
+        encoding="utf-8"
+    )
+    return {
+        (entry["paper"], entry["number"]): entry for entry in json.loads(text)
+    }
 
 
 def tables() -> tuple[tuple[str, str], ...]:
-    "The (paper, number) of each table kept: P2 counts in Arabic numbers, P4 in Roman ones."
+    """The (paper, number) of each table kept: P2 counts in Arabic numbers, P4
+    in Roman ones.
+    """
     return tuple(_index())
 
 # %% ../../nbs/theory/tables.ipynb #c12
 @cache
 def table(paper: str, number: str | int) -> Table:
-    "The printed table `number` of `paper`, for example table('P2', 2) or table('P4', 'IV'). Raises UnknownName."
+    """The printed table `number` of `paper`, for example table('P2', 2) or
+    table('P4', 'IV'). Raises UnknownName.
+    """
     entry = _index().get((paper, str(number)))
     if entry is None:
-        raise unknown("table", f"{paper} {number}", [" ".join(key) for key in _index()])
-    lines = (files("lora_book") / "data" / entry["file"]).read_text(encoding="utf-8").splitlines()
+        raise unknown(
+            "table", f"{paper} {number}", [" ".join(key) for key in _index()]
+        )
+    lines = (
+        (files("lora_book") / "data" / entry["file"])
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     words = {key: value for key, value in entry.items() if key != "file"}
     return Table(cells=tuple(map(_cell, csv.DictReader(lines))), **words)

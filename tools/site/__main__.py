@@ -1,4 +1,7 @@
-"""`python -m tools.site [--root DIR] [--build DIR] [--out DIR] [--partial]`: render the book, or say why not."""
+"""`python -m tools.site [--root DIR] [--build DIR] [--out DIR] [--partial]`: render the book, or
+say why not.
+"""
+
 import argparse
 import sys
 import time
@@ -8,12 +11,22 @@ from .render import render
 
 
 def main(arguments: list | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.site", description="Render the book, without Quarto and network.")
+    parser = argparse.ArgumentParser(
+        prog="tools.site", description="Render the book, without Quarto and network."
+    )
     parser.add_argument("--root", type=Path, default=Path("."), help="the folder with _quarto.yml")
     parser.add_argument("--build", type=Path, help="the executed notebooks (default: the sources)")
-    parser.add_argument("--out", type=Path, help="where to write the site (default: _site in the root)")
-    parser.add_argument("--partial", action="store_true", help="take what isn't in the build folder from the sources")
-    parser.add_argument("--draft", action="store_true", help="write the site although something is wrong with it")
+    parser.add_argument(
+        "--out", type=Path, help="where to write the site (default: _site in the root)"
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="take what isn't in the build folder from the sources",
+    )
+    parser.add_argument(
+        "--draft", action="store_true", help="write the site although something is wrong with it"
+    )
     chosen = parser.parse_args(arguments)
     start = time.perf_counter()
     out = chosen.out or chosen.root / "_site"

@@ -1,4 +1,7 @@
-"""The last look at the pages as written: links, anchors, identifiers, alt texts, and nothing fetched from elsewhere."""
+"""The last look at the pages as written: links, anchors, identifiers, alt texts, and nothing
+fetched from elsewhere.
+"""
+
 import posixpath
 import re
 from html.parser import HTMLParser
@@ -8,8 +11,12 @@ from urllib.parse import unquote
 
 from .config import Problems
 
-FETCHING = {**dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src"),
-            "object": "data", "image": "href", "use": "href"}
+FETCHING = {
+    **dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src"),
+    "object": "data",
+    "image": "href",
+    "use": "href",
+}
 REMOTE = re.compile(r"^(?:[a-z]+:)?//", re.IGNORECASE)
 IN_CSS = re.compile(r"(?:url\(\s*['\"]?|@import\s*['\"])([^)'\"]+)")
 
@@ -58,7 +65,9 @@ def look(html: str) -> Seen:
 
 
 def audit(site: Path, pages: dict, sources: dict, problems: Problems) -> None:
-    "Judge every page by what was seen on it, both by address; `sources` has the files named in messages."
+    """Judge every page by what was seen on it, both by address; `sources` has the files named in
+    messages.
+    """
     for url, page in pages.items():
         where = sources[url]
         for name in sorted({name for name in page.ids if page.ids.count(name) > 1}):
@@ -68,24 +77,36 @@ def audit(site: Path, pages: dict, sources: dict, problems: Problems) -> None:
         for target in page.fetched:
             if REMOTE.match(target):
                 problems.add(where, target[:80], "the page would fetch this from elsewhere")
-            elif target and not target.startswith(("data:", "#")) and not (site / _path(url, target)).is_file():
+            elif (
+                target
+                and not target.startswith(("data:", "#"))
+                and not (site / _path(url, target)).is_file()
+            ):
                 problems.add(where, target[:80], "dead link: no such file")
         for target in page.links:
             _follow(site, url, target, pages, where, problems)
 
 
 def elsewhere(site: Path) -> list:
-    "What the pages and the styles of a site that another renderer wrote would fetch from other hosts, a line each."
+    """What the pages and the styles of a site that another renderer wrote would fetch from other
+    hosts, a line each.
+    """
     found = set()
     for path in (path for kind in ("*.html", "*.css") for path in site.rglob(kind)):
         text = path.read_text(encoding="utf-8")
         fetched = look(text).fetched if path.suffix == ".html" else IN_CSS.findall(text)
-        found |= {f"{path.relative_to(site).as_posix()}: {target[:80]}: would be fetched from elsewhere" for target in fetched if REMOTE.match(target)}
+        found |= {
+            f"{path.relative_to(site).as_posix()}: {target[:80]}: would be fetched from elsewhere"
+            for target in fetched
+            if REMOTE.match(target)
+        }
     return sorted(found)
 
 
 def _path(url: str, target: str) -> str:
-    return posixpath.normpath(posixpath.join(posixpath.dirname(url), unquote(re.split("[?#]", target)[0])))
+    return posixpath.normpath(
+        posixpath.join(posixpath.dirname(url), unquote(re.split("[?#]", target)[0]))
+    )
 
 
 def _follow(site: Path, url: str, target: str, pages: dict, where: str, problems: Problems) -> None:

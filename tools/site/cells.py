@@ -1,8 +1,11 @@
-"""A notebook as one markdown text, with a numbered place for each code cell, and those places filled in again.
+"""A notebook as one markdown text, with a numbered place for each code cell, and those places
+filled in again.
 
-The markdown cells are joined before pandoc reads them, so that a link definition or a box may span cells; captions and
-markdown outputs travel inside the places, so that references and formulas in them are read with the rest.
+The markdown cells are joined before pandoc reads them, so that a link definition or a box may span
+cells; captions and markdown outputs travel inside the places, so that references and formulas in
+them are read with the rest.
 """
+
 import base64
 import json
 import re
@@ -14,8 +17,28 @@ from .config import Page, Problems
 from .frames import marked
 from .tree import attr, div, plain, raw_block, read
 
-OPTIONS = {"label", "fig-cap", "fig-alt", "tbl-cap", "lst-label", "lst-cap", "echo", "output", "include", "eval",
-           "error", "warning", "code-fold", "code-summary", "export", "exporti", "default_exp", "slow", "gpu", "hide"}
+OPTIONS = {
+    "label",
+    "fig-cap",
+    "fig-alt",
+    "tbl-cap",
+    "lst-label",
+    "lst-cap",
+    "echo",
+    "output",
+    "include",
+    "eval",
+    "error",
+    "warning",
+    "code-fold",
+    "code-summary",
+    "export",
+    "exporti",
+    "default_exp",
+    "slow",
+    "gpu",
+    "hide",
+}
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 NOQA = re.compile(r"[ \t]+# noqa\b.*$", re.MULTILINE)
 DIRECTIVE = re.compile(r"^#\|\s?(.*)$")
@@ -24,6 +47,7 @@ DIRECTIVE = re.compile(r"^#\|\s?(.*)$")
 @dataclass
 class Cell:
     "One code cell: its source without directives, its directives and its outputs."
+
     number: int
     ident: str
     source: str
@@ -44,7 +68,9 @@ def assemble(page: Page, problems: Problems) -> tuple[str, list, list]:
     for position, entry in enumerate(json.loads(content)["cells"]):
         source = entry["source"]
         if isinstance(source, str) and "\n" in source:
-            message = "the source is one long string, not a list of lines: Quarto loses its newlines"
+            message = (
+                "the source is one long string, not a list of lines: Quarto loses its newlines"
+            )
             problems.add(page.path, f"cell {position}", message)
         source = "".join(source)
         if entry["cell_type"] == "markdown":
@@ -56,7 +82,9 @@ def assemble(page: Page, problems: Problems) -> tuple[str, list, list]:
                 cells.append(cell)
                 parts.append(_place(cell, len(cells) - 1))
         else:
-            problems.add(page.path, f"cell {position}", "raw cells aren't supported: use a markdown cell")
+            problems.add(
+                page.path, f"cell {position}", "raw cells aren't supported: use a markdown cell"
+            )
     return "\n\n".join(parts), cells, every
 
 
@@ -71,7 +99,9 @@ def parse(page: Page, position: int, entry: dict, source: str, problems: Problem
         options = yaml.safe_load("\n".join(head)) or {}
     except yaml.YAMLError as error:
         options = {}
-        problems.add(page.path, f"cell {position}", f"its #| lines aren't YAML: {str(error).splitlines()[0]}")
+        problems.add(
+            page.path, f"cell {position}", f"its #| lines aren't YAML: {str(error).splitlines()[0]}"
+        )
     if not isinstance(options, dict):
         wanted = f"write '#| {head[0]}' as YAML, such as '#| {head[0].split()[0]}: true'"
         problems.add(page.path, f"cell {position}", wanted)
@@ -91,7 +121,10 @@ def _place(cell: Cell, index: int) -> str:
             inner.append(f"::::::::::: {{.lora-{name}}}\n{cell.options[name]}\n:::::::::::")
     for k, output in enumerate(cell.outputs):
         words = None
-        if output.get("output_type") in ("display_data", "execute_result") and _kind(output["data"]) == "text/markdown":
+        if (
+            output.get("output_type") in ("display_data", "execute_result")
+            and _kind(output["data"]) == "text/markdown"
+        ):
             words = "".join(output["data"]["text/markdown"])
         elif output.get("output_type") == "stream" and cell.options.get("output") == "asis":
             words = "".join(output["text"])
@@ -103,13 +136,23 @@ def _place(cell: Cell, index: int) -> str:
 
 def _kind(data: dict) -> str:
     "The richest representation of an output that a page can show."
-    for mime in ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"):
+    for mime in (
+        "text/html",
+        "text/markdown",
+        "image/svg+xml",
+        "image/png",
+        "image/jpeg",
+        "text/latex",
+        "text/plain",
+    ):
         if mime in data:
             return mime
     return ""
 
 
-def fill(page: Page, blocks: list, cells: list, book_fold: str, problems: Problems) -> tuple[list, dict]:
+def fill(
+    page: Page, blocks: list, cells: list, book_fold: str, problems: Problems
+) -> tuple[list, dict]:
     "Put the code cells into their places; also the image files that the page needs, by address."
     files, seen = {}, set()
 
@@ -123,14 +166,19 @@ def fill(page: Page, blocks: list, cells: list, book_fold: str, problems: Proble
     filled = [new for block in blocks for new in one(block)]
     for index in set(range(len(cells))) - seen:
         where = f"cell {cells[index].number}"
-        problems.add(page.path, where, "swallowed by the text above it: is a fence or a comment left open?")
+        problems.add(
+            page.path, where, "swallowed by the text above it: is a fence or a comment left open?"
+        )
     return filled, files
 
 
 def _within(block: dict, one) -> dict:
     "The same block with `one` applied to the blocks inside a div or a quote."
     if block["t"] == "Div":
-        return {"t": "Div", "c": [block["c"][0], [new for inner in block["c"][1] for new in one(inner)]]}
+        return {
+            "t": "Div",
+            "c": [block["c"][0], [new for inner in block["c"][1] for new in one(inner)]],
+        }
     if block["t"] == "BlockQuote":
         return {"t": "BlockQuote", "c": [new for inner in block["c"] for new in one(inner)]}
     return block
@@ -139,8 +187,16 @@ def _within(block: dict, one) -> dict:
 class _Filler:
     "Makes the block of one code cell."
 
-    def __init__(self, page: Page, cell: Cell, inner: list, files: dict, book_fold: str, problems: Problems):
-        self.page, self.cell, self.files, self.fold, self.problems = page, cell, files, book_fold, problems
+    def __init__(
+        self, page: Page, cell: Cell, inner: list, files: dict, book_fold: str, problems: Problems
+    ):
+        self.page, self.cell, self.files, self.fold, self.problems = (
+            page,
+            cell,
+            files,
+            book_fold,
+            problems,
+        )
         self.pictures = 0
         self.captions = {}
         for (_, (name,), pairs), content in (block["c"] for block in inner):
@@ -150,7 +206,11 @@ class _Filler:
                 self.captions[name.removeprefix("lora-")] = content
 
     def problem(self, message: str) -> None:
-        self.problems.add(self.page.path, str(self.cell.options.get("label") or f"cell {self.cell.number}"), message)
+        self.problems.add(
+            self.page.path,
+            str(self.cell.options.get("label") or f"cell {self.cell.number}"),
+            message,
+        )
 
     def block(self) -> dict:
         cell = self.cell
@@ -173,11 +233,17 @@ class _Filler:
         if fold not in ("true", "show"):
             return [block]
         summary = plain([{"t": "Str", "c": str(options.get("code-summary", "Code"))}])
-        begin = '<details class="fold" open><summary>' if fold == "show" else '<details class="fold"><summary>'
+        begin = (
+            '<details class="fold" open><summary>'
+            if fold == "show"
+            else '<details class="fold"><summary>'
+        )
         return [raw_block(begin), summary, raw_block("</summary>"), block, raw_block("</details>")]
 
     def wrapped(self, label: str, outputs: list) -> list:
-        "Pictures (or tables) of a labelled cell become one numbered figure (or table); printed text stays outside it."
+        """Pictures (or tables) of a labelled cell become one numbered figure (or table); printed
+        text stays outside it.
+        """
         name = "tbl-cap" if label.startswith("tbl-") else "fig-cap"
         wanted = "tabular" if name == "tbl-cap" else "picture"
         if not label.startswith(("fig-", "tbl-")) and name not in self.captions:
@@ -187,12 +253,19 @@ class _Filler:
         outside = [block for kind, block in outputs if block not in inside]
         if not inside:
             self.problem("this cell is labelled as a figure or table but shows none")
-        elif label.startswith(("fig-", "tbl-")) and any(_kind(output.get("data", {})) == "text/plain" for output in self.cell.outputs):
-            self.problem("this cell returns a value beside its figure or table, which Quarto would number as another one: print it")
+        elif label.startswith(("fig-", "tbl-")) and any(
+            _kind(output.get("data", {})) == "text/plain" for output in self.cell.outputs
+        ):
+            self.problem(
+                "this cell returns a value beside its figure or table, which Quarto would number as"
+                " another one: print it"
+            )
         if label.startswith(("fig-", "tbl-")) and name not in self.captions:
             self.problem(f"a labelled figure or table needs #| {name}")
         classes = ("float", "tbl" if wanted == "tabular" else "fig")
-        return outside + [div(inside + [div(self.captions.get(name, []), "", ("caption",))], label, classes)]
+        return outside + [
+            div(inside + [div(self.captions.get(name, []), "", ("caption",))], label, classes)
+        ]
 
     def outputs(self) -> list:
         "Each output as (printed | picture | tabular | other, block)."
@@ -206,7 +279,9 @@ class _Filler:
             elif kind == "stream":
                 if output.get("name") == "stderr" and not self.cell.says("warning"):
                     continue
-                found.append(("printed", _text("".join(output["text"]), output.get("name", "stdout"))))
+                found.append(
+                    ("printed", _text("".join(output["text"]), output.get("name", "stdout")))
+                )
             elif kind == "error":
                 if not self.cell.says("error", False):
                     self.problem(f"a stored error: {output.get('ename')}")
@@ -220,10 +295,26 @@ class _Filler:
         if mime in ("image/png", "image/jpeg", "image/svg+xml"):
             return [("picture", self.image(k, mime, output))]
         if mime == "text/html":
-            html = marked(re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.DOTALL))
+            html = marked(
+                re.sub(r"<style scoped>.*?</style>", "", "".join(data[mime]), flags=re.DOTALL)
+            )
             tabular = "<table" in html
-            return [("tabular" if tabular else "picture" if "<svg" in html or "<script" in html else "other",
-                     div([raw_block(html)], "", ("output", "html", "scroll") if tabular else ("output", "html")))]
+            return [
+                (
+                    (
+                        "tabular"
+                        if tabular
+                        else "picture"
+                        if "<svg" in html or "<script" in html
+                        else "other"
+                    ),
+                    div(
+                        [raw_block(html)],
+                        "",
+                        ("output", "html", "scroll") if tabular else ("output", "html"),
+                    ),
+                )
+            ]
         if mime == "text/latex":
             return [("other", div(read("".join(data[mime]))[0], "", ("output",)))]
         return [("printed", _text("".join(data[mime]), "result"))] if mime else []
@@ -241,8 +332,13 @@ class _Filler:
         if not alt.strip():
             self.problem("image without alt text: add #| fig-alt")
         size = output.get("metadata", {}).get(mime, {})
-        pairs = [[key, str(size[key])] for key in ("width", "height") if key in size] or _pixels(self.files[name])
-        image = {"t": "Image", "c": [["", ["plot"], pairs], [{"t": "Str", "c": alt}], [self.page.up + name, ""]]}
+        pairs = [[key, str(size[key])] for key in ("width", "height") if key in size] or _pixels(
+            self.files[name]
+        )
+        image = {
+            "t": "Image",
+            "c": [["", ["plot"], pairs], [{"t": "Str", "c": alt}], [self.page.up + name, ""]],
+        }
         return div([plain([image])], "", ("output", "image"))
 
 
@@ -250,13 +346,16 @@ def _pixels(content: bytes) -> list:
     "Width and height of a PNG, so that the page doesn't jump while it loads."
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return []
-    width, height = (int.from_bytes(content[at:at + 4], "big") for at in (16, 20))
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
     return [["width", str(width)], ["height", str(height)]]
 
 
 def _text(words: str, kind: str) -> dict:
     "Printed text; a line that was overwritten (a progress bar) shows its last state."
-    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in ANSI.sub("", words).rstrip("\n").split("\n")]
+    lines = [
+        line.rstrip("\r").rsplit("\r", 1)[-1]
+        for line in ANSI.sub("", words).rstrip("\n").split("\n")
+    ]
     return {"t": "CodeBlock", "c": [attr("", ("printed", kind)), "\n".join(lines)]}
 
 
@@ -265,7 +364,12 @@ def _merged(outputs: list) -> list:
     merged = []
     for kind, block in outputs:
         last = merged[-1][1] if merged else None
-        if kind == "printed" and last and last["t"] == "CodeBlock" and last["c"][0] == block["c"][0]:
+        if (
+            kind == "printed"
+            and last
+            and last["t"] == "CodeBlock"
+            and last["c"][0] == block["c"][0]
+        ):
             last["c"][1] += "\n" + block["c"][1]
         else:
             merged.append((kind, block))

@@ -1,4 +1,7 @@
-"""Tables that pandas wrote: a column of words reads from the left, a column of numbers from the right."""
+"""Tables that pandas wrote: a column of words reads from the left, a column of numbers from the
+right.
+"""
+
 import re
 
 ROW = re.compile(r"<tr\b.*?</tr>", re.DOTALL)
@@ -6,28 +9,40 @@ CELL = re.compile(r"<t([dh])\b([^>]*)>(.*?)</t\1>", re.DOTALL)
 
 
 def marked(html: str) -> str:
-    "The same table with class words on the cells of each column of words; other tables stay as they are."
+    """The same table with class words on the cells of each column of words; other tables stay as
+    they are.
+    """
     if 'class="dataframe"' not in html and 'class="dataframe ' not in html:
         return html
     return re.sub(r"<table\b.*?</table>", lambda table: _table(table[0]), html, flags=re.DOTALL)
 
 
 def _table(html: str) -> str:
-    rows = [[cell[3] for cell in CELL.finditer(row[0]) if cell[1] == "d"] for row in ROW.finditer(html)]
+    rows = [
+        [cell[3] for cell in CELL.finditer(row[0]) if cell[1] == "d"] for row in ROW.finditer(html)
+    ]
     columns = list(zip(*filter(None, rows)))
     wordy = {at - len(columns) for at, column in enumerate(columns) if _says_words(column)}
     return ROW.sub(lambda row: _row(row[0], wordy, len(columns)), html) if wordy else html
 
 
 def _says_words(column: tuple) -> bool:
-    "Whether most cells that say anything begin with a letter; what pandas writes for no number isn't a word."
+    """Whether most cells that say anything begin with a letter; what pandas writes for no number
+    isn't a word.
+    """
     told = [text.strip() for text in column if re.search(r"\w", text)]
-    words = [text for text in told if text[0].isalpha() and text not in ("nan", "NaN", "NaT", "None", "inf")]
+    words = [
+        text
+        for text in told
+        if text[0].isalpha() and text not in ("nan", "NaN", "NaT", "None", "inf")
+    ]
     return 2 * len(words) > len(told)
 
 
 def _row(html: str, wordy: set, count: int) -> str:
-    "One row, its cells counted from the right, where the index is out of the way; a head that spans columns is left."
+    """One row, its cells counted from the right, where the index is out of the way; a head that
+    spans columns is left.
+    """
     cells = list(CELL.finditer(html))
     if len(cells) < count or "colspan" in html:
         return html

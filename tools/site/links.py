@@ -1,4 +1,7 @@
-"""References, citations and links between pages: each `@label` becomes a numbered link, each `[@key]` an entry."""
+"""References, citations and links between pages: each `@label` becomes a numbered link, each
+`[@key]` an entry.
+"""
+
 import json
 import posixpath
 import re
@@ -15,12 +18,14 @@ def resolve(book: Book, labels: dict) -> None:
     "Resolve everything in place, page by page; the reference page is the one with a #refs div."
     waiting = []
     for page in book.pages:
+
         def visit(item: dict, page: Page = page):
             if item["t"] == "Cite":
                 return _cite(item, page, labels, waiting, book)
             if item["t"] == "Link":
                 return [_link(item, page, book)]
             return None
+
         page.blocks = transform(page.blocks, visit)
         page.title, page.outline = transform(page.title, visit), transform(page.outline, visit)
     _cited(book, waiting)
@@ -35,7 +40,10 @@ def _cite(item: dict, page: Page, labels: dict, waiting: list, book: Book) -> li
         waiting.append((place, item, page))
         return [place]
     if not all(crossed):
-        message = "a citation and a cross reference share one bracket, or stand side by side; put a word between them"
+        message = (
+            "a citation and a cross reference share one bracket, or stand side by side; put a word"
+            " between them"
+        )
         book.problems.add(page.path, "; ".join(names), message)
         return [string("; ".join(names))]
     out = []
@@ -52,7 +60,11 @@ def _lower(name: str) -> str:
 def _reference(entry: dict, name: str, page: Page, labels: dict, book: Book) -> list:
     target: Label | None = labels.get(name)
     if target is None:
-        near = [label for label in labels if label.split("-")[0] == name.split("-")[0] and name.split("-")[-1] in label]
+        near = [
+            label
+            for label in labels
+            if label.split("-")[0] == name.split("-")[0] and name.split("-")[-1] in label
+        ]
         hint = f"; nearest: {', '.join(near[:3])}" if near else ""
         book.problems.add(page.path, name, "unresolved reference" + hint)
         return [string("@" + name)]
@@ -83,13 +95,19 @@ def address(page: Page, target: Label) -> str:
 
 
 def _link(item: dict, page: Page, book: Book) -> dict:
-    "A link to another chapter's source leads to its page; other files of the repository aren't part of the site."
+    """A link to another chapter's source leads to its page; other files of the repository aren't
+    part of the site.
+    """
     target = item["c"][2][0]
     if re.match(r"^[a-z][a-z0-9+.-]*:", target) or target.startswith(("#", "//")):
         return item
     path, _, anchor = target.partition("#")
     folder = posixpath.dirname(page.path)
-    whole = posixpath.normpath(posixpath.join(folder, path)) if not path.startswith("/") else path.lstrip("/")
+    whole = (
+        posixpath.normpath(posixpath.join(folder, path))
+        if not path.startswith("/")
+        else path.lstrip("/")
+    )
     found = next((other for other in book.pages if whole in (other.path, other.url)), None)
     if found is None:
         book.problems.add(page.path, target, "dead link: no chapter of the book")
@@ -99,8 +117,12 @@ def _link(item: dict, page: Page, book: Book) -> dict:
 
 
 def _cited(book: Book, waiting: list) -> None:
-    "One run of citeproc over all citations of the book, so that (2021a) and (2021b) mean the same on every page."
-    refs = next((page for page in book.pages if any(_is_refs(item) for item in each(page.blocks))), None)
+    """One run of citeproc over all citations of the book, so that (2021a) and (2021b) mean the same
+    on every page.
+    """
+    refs = next(
+        (page for page in book.pages if any(_is_refs(item) for item in each(page.blocks))), None
+    )
     known = _keys(book)
     for _, item, page in waiting:
         for entry in item["c"][0]:
@@ -109,13 +131,19 @@ def _cited(book: Book, waiting: list) -> None:
     if not waiting:
         return
     if refs is None:
-        book.problems.add("_quarto.yml", "#refs", "there are citations but no page with a '::: {#refs}' div")
+        book.problems.add(
+            "_quarto.yml", "#refs", "there are citations but no page with a '::: {#refs}' div"
+        )
         return
     files = [str(book.root / name) for name in book.bibliography]
-    meta = {"link-citations": {"t": "MetaBool", "c": True},
-            "bibliography": {"t": "MetaList", "c": [{"t": "MetaString", "c": name} for name in files]}}
+    meta = {
+        "link-citations": {"t": "MetaBool", "c": True},
+        "bibliography": {"t": "MetaList", "c": [{"t": "MetaString", "c": name} for name in files]},
+    }
     blocks = [{"t": "Para", "c": [item]} for _, item, _ in waiting]
-    made = pandoc(document([*blocks, div([], "refs")], meta), "-f", "json", "-t", "json", "--citeproc")[0]
+    made = pandoc(
+        document([*blocks, div([], "refs")], meta), "-f", "json", "-t", "json", "--citeproc"
+    )[0]
     done = json.loads(made)["blocks"]
     used: dict = {}
     for (place, item, page), para in zip(waiting, done):
@@ -129,6 +157,7 @@ def _cited(book: Book, waiting: list) -> None:
                 inner["c"][2][0] = ("" if page is refs else page.up + refs.url) + inner["c"][2][0]
                 return [inner]
             return None
+
         place["c"][1] = transform(para["c"], visit)
     entries = done[-1]["c"][1]
     for entry in entries:
@@ -158,7 +187,9 @@ def _keys(book: Book) -> set:
             book.problems.add("_quarto.yml", name, "no such bibliography")
             continue
         kind = {".bib": "biblatex", ".json": "csljson"}.get(PurePosixPath(name).suffix, "biblatex")
-        entries = json.loads(pandoc((book.root / name).read_text(encoding="utf-8"), "-f", kind, "-t", "csljson")[0])
+        entries = json.loads(
+            pandoc((book.root / name).read_text(encoding="utf-8"), "-f", kind, "-t", "csljson")[0]
+        )
         found = [entry["id"] for entry in entries]
         for key in found:
             if key in keys or found.count(key) > 1:

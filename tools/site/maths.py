@@ -1,9 +1,11 @@
-"""Formulas become MathML, all of the book's in one run of pandoc; a formula that can't be read is a problem.
+"""Formulas become MathML, all of the book's in one run of pandoc; a formula that can't be read is a
+problem.
 
-Pandoc's MathML says what a formula is; `polish` adds what browsers need to set it well: the thin space beside the name
-of a function, bars that stand close to what they enclose, accents as accents, the rows of `aligned` in display style.
-A long formula within a line may break after a relation.
+Pandoc's MathML says what a formula is; `polish` adds what browsers need to set it well: the thin
+space beside the name of a function, bars that stand close to what they enclose, accents as accents,
+the rows of `aligned` in display style. A long formula within a line may break after a relation.
 """
+
 import re
 from copy import deepcopy
 from html import escape
@@ -15,8 +17,16 @@ from .tree import document, each, pandoc, plain, raw, raw_block, span, string, t
 MARK = "@@formula@@"
 BOLD = re.compile(r"\\mathbf\s*\{([A-Za-z0-9]+)\}")
 FENCES = set("|‖∥∣")
-ACCENTS = {"\u0302": "^", "\u0303": "~", "\u0307": "˙", "\u0308": "¨", "\u20d7": "→", "\u203e": "¯",
-           "\u0304": "¯", "\u030c": "ˇ"}
+ACCENTS = {
+    "\u0302": "^",
+    "\u0303": "~",
+    "\u0307": "˙",
+    "\u0308": "¨",
+    "\u20d7": "→",
+    "\u203e": "¯",
+    "\u0304": "¯",
+    "\u030c": "ˇ",
+}
 RELATIONS = set("=≠<>≤≥∈∉⊂⊆≈≡∼≃∝→↦⟹⇒⇔≪≫:≔")
 SCRIPTS = {"msub", "msup", "msubsup", "munder", "mover", "munderover"}
 BREAKS = set("+−,;")
@@ -33,7 +43,9 @@ def convert(book: Book) -> dict:
     made = mathml(list(where))
     for key, html in made.items():
         if not html:
-            book.problems.add(where[key], " ".join(key[1].split())[:70], "this formula can't be read")
+            book.problems.add(
+                where[key], " ".join(key[1].split())[:70], "this formula can't be read"
+            )
 
     def visit(item: dict):
         if item["t"] == "Math":
@@ -42,7 +54,9 @@ def convert(book: Book) -> dict:
 
     for page in book.pages:
         page.blocks = transform(page.blocks, glue)
-        page.title, page.outline, page.blocks = transform([page.title, page.outline, page.blocks], visit)
+        page.title, page.outline, page.blocks = transform(
+            [page.title, page.outline, page.blocks], visit
+        )
     return made
 
 
@@ -57,7 +71,9 @@ def glue(block: dict) -> list | None:
             cut = re.match(r"[^\w\s(]+", item["c"]).end()
             out[-1] = span([last, string(item["c"][:cut])], "", ("nb",))
             out += [string(item["c"][cut:])] if item["c"][cut:] else []
-        elif item["t"] == "Math" and last["t"] == "Str" and last["c"].endswith(("(", "[", "“", "-")):
+        elif (
+            item["t"] == "Math" and last["t"] == "Str" and last["c"].endswith(("(", "[", "“", "-"))
+        ):
             short = len(item["c"][1]) < 2 * ENOUGH
             out[-1:] = [span([last, item], "", ("nb",))] if short else [last, item]
         else:
@@ -84,18 +100,25 @@ def mathml(formulas: list) -> dict:
         return {}
     blocks = []
     for display, tex in formulas:
-        math = {"t": "Math", "c": [{"t": "DisplayMath" if display else "InlineMath"}, BOLD.sub(_bold, tex)]}
+        math = {
+            "t": "Math",
+            "c": [{"t": "DisplayMath" if display else "InlineMath"}, BOLD.sub(_bold, tex)],
+        }
         blocks += [plain([math]), raw_block(MARK)]
-    pieces = pandoc(document(blocks), "-f", "json", "-t", "html5", "--mathml", "--wrap=none")[0].split(MARK)
+    pieces = pandoc(document(blocks), "-f", "json", "-t", "html5", "--mathml", "--wrap=none")[
+        0
+    ].split(MARK)
     return {key: polish(piece.strip(), *key) for key, piece in zip(formulas, pieces)}
 
 
 def _bold(found: re.Match) -> str:
     "Upright bold letters; pandoc would slant them."
     starts = {"A": 0x1D400, "a": 0x1D41A, "0": 0x1D7CE}
+
     def one(letter: str) -> str:
         first = "0" if letter.isdigit() else "a" if letter.islower() else "A"
         return chr(starts[first] + ord(letter) - ord(first))
+
     return "{" + "".join(map(one, found[1])) + "}"
 
 
@@ -146,13 +169,20 @@ def _mend(node: ET.Element) -> None:
             node[1].set("stretchy", "false")
         elif mark in ("¯", "_", "\u0332"):
             _lined(node, "over" if node.tag == "mover" else "under")
-    if node.tag == "mtable" and any("padding-right: 0" in (cell.get("style") or "") for cell in node.iter("mtd")):
+    if node.tag == "mtable" and any(
+        "padding-right: 0" in (cell.get("style") or "") for cell in node.iter("mtd")
+    ):
         node.set("class", "aligned")
     if node.tag == "mtd":
         node.attrib.pop("columnalign", None)
         style = node.get("style", "")
-        if "text-align: right" in style:  # a cell's content is a block, which Chromium moves for its own word alone
-            node.set("style", style.replace("text-align: right", "text-align: right; text-align: -webkit-right"))
+        if (
+            "text-align: right" in style
+        ):  # a cell's content is a block, which Chromium moves for its own word alone
+            node.set(
+                "style",
+                style.replace("text-align: right", "text-align: right; text-align: -webkit-right"),
+            )
 
 
 def _lined(node: ET.Element, name: str) -> None:
@@ -199,7 +229,9 @@ def _space(row: ET.Element) -> None:
 
 
 def _parts(row: ET.Element) -> list:
-    "A formula cut after its relations, commas and signs outside brackets, so that a line may break there."
+    """A formula cut after its relations, commas and signs outside brackets, so that a line may
+    break there.
+    """
     parts, depth = [ET.Element("mrow")], 0
     for child in row:
         parts[-1].append(deepcopy(child))

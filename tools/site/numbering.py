@@ -1,26 +1,52 @@
-"""Chapters, sections, figures, tables, equations and theorems get their numbers and their labels, as Quarto gives them.
+"""Chapters, sections, figures, tables, equations and theorems get their numbers and their labels,
+as Quarto gives them.
 
-A number is the chapter's, a point, and the count of that kind within the chapter. The same walk turns theorem and
-callout divs into what the page shows, because their headings must not be counted as sections.
+A number is the chapter's, a point, and the count of that kind within the chapter. The same walk
+turns theorem and callout divs into what the page shows, because their headings must not be counted
+as sections.
 """
+
 import re
 from dataclasses import dataclass
 
 from .config import Page, Problems
 from .tree import attr, div, plain, raw, raw_block, read, span, string, text
 
-THEOREMS = {"thm": "Theorem", "lem": "Lemma", "cor": "Corollary", "prp": "Proposition", "cnj": "Conjecture",
-            "def": "Definition", "exm": "Example", "exr": "Exercise", "sol": "Solution", "rem": "Remark",
-            "alg": "Algorithm"}
+THEOREMS = {
+    "thm": "Theorem",
+    "lem": "Lemma",
+    "cor": "Corollary",
+    "prp": "Proposition",
+    "cnj": "Conjecture",
+    "def": "Definition",
+    "exm": "Example",
+    "exr": "Exercise",
+    "sol": "Solution",
+    "rem": "Remark",
+    "alg": "Algorithm",
+}
 CALLOUTS = {"note": "nte", "tip": "tip", "warning": "wrn", "important": "imp", "caution": "cau"}
-NAMES = {"sec": "Section", "fig": "Figure", "tbl": "Table", "eq": "Equation", "lst": "Listing", **THEOREMS,
-         "nte": "Note", "tip": "Tip", "wrn": "Warning", "imp": "Important", "cau": "Caution"}
+NAMES = {
+    "sec": "Section",
+    "fig": "Figure",
+    "tbl": "Table",
+    "eq": "Equation",
+    "lst": "Listing",
+    **THEOREMS,
+    "nte": "Note",
+    "tip": "Tip",
+    "wrn": "Warning",
+    "imp": "Important",
+    "cau": "Caution",
+}
 LABEL = re.compile(r"^({})-[\w.:-]+$".format("|".join(NAMES)))
 EQUATION = re.compile(r"^\{#(eq-[\w.:-]+)\}")
 LITERAL = re.compile(r"^(:::|```|~~~|\$\$|\\begin\{)")
 EXECUTABLE = re.compile(r"^\{=?[a-z]+\}\s")
 UNNAMED = {"proof": "Proof", "remark": "Remark", "solution": "Solution"}
-UNSUPPORTED = re.compile(r"^(panel-|column-|aside$|content-(visible|hidden)|grid$|g-col-|incremental$|hidden$|layout)")
+UNSUPPORTED = re.compile(
+    r"^(panel-|column-|aside$|content-(visible|hidden)|grid$|g-col-|incremental$|hidden$|layout)"
+)
 SHORTCODE = re.compile(r"\{\{<|\{\{%")
 
 
@@ -34,7 +60,9 @@ class Label:
 
 
 class Numbering:
-    "Numbers the pages of a book one after the other; `labels` is what references are resolved against."
+    """Numbers the pages of a book one after the other; `labels` is what references are resolved
+    against.
+    """
 
     def __init__(self, problems: Problems):
         self.problems, self.labels, self.chapters, self.appendices = problems, {}, 0, 0
@@ -96,9 +124,19 @@ class Numbering:
             return [{"t": kind, "c": [self.blocks(item) for item in block["c"]]}]
         if kind == "OrderedList":
             made = {"t": kind, "c": [block["c"][0], [self.blocks(item) for item in block["c"][1]]]}
-            return [div([made], "", ("parens",))] if block["c"][0][2]["t"] == "TwoParens" else [made]
+            return (
+                [div([made], "", ("parens",))] if block["c"][0][2]["t"] == "TwoParens" else [made]
+            )
         if kind == "DefinitionList":
-            return [{"t": kind, "c": [[term, [self.blocks(one) for one in meanings]] for term, meanings in block["c"]]}]
+            return [
+                {
+                    "t": kind,
+                    "c": [
+                        [term, [self.blocks(one) for one in meanings]]
+                        for term, meanings in block["c"]
+                    ],
+                }
+            ]
         return [block]
 
     def header(self, block: dict) -> list:
@@ -108,12 +146,12 @@ class Numbering:
             return [block]
         number = ""
         self.levels[level] += 1
-        self.levels[level + 1:] = [0] * len(self.levels[level + 1:])
+        self.levels[level + 1 :] = [0] * len(self.levels[level + 1 :])
         if 0 in self.levels[2:level]:
             name = text(inlines, False).strip()
             self.problem(name, f"a level-{level} heading without one of level {level - 1} above it")
         if self.page.number and not set(classes) & {"unnumbered", "-"}:
-            number = ".".join([self.page.number, *map(str, self.levels[2:level + 1])])
+            number = ".".join([self.page.number, *map(str, self.levels[2 : level + 1])])
         if LABEL.match(ident):
             self.label(ident, "sec", number, inlines)
         if "unlisted" not in classes:
@@ -124,14 +162,16 @@ class Numbering:
         return [{"t": "Header", "c": [level, [ident, classes, pairs], shown + inlines + [anchor]]}]
 
     def para(self, block: dict) -> list:
-        "A paragraph; its displayed formulas become blocks of their own, numbered where they are labelled."
+        """A paragraph; its displayed formulas become blocks of their own, numbered where they are
+        labelled.
+        """
         out, run, inlines = [], [], block["c"]
         self.inlines(inlines)
         i = 0
         while i < len(inlines):
             item = inlines[i]
             if item["t"] == "Math" and item["c"][0]["t"] == "DisplayMath":
-                label, used, rest = _equation_label(inlines[i + 1:])
+                label, used, rest = _equation_label(inlines[i + 1 :])
                 out += self._paragraph(block["t"], run) + [self.equation(item, label)]
                 run = [string(rest)] if rest else []
                 i += 1 + used
@@ -166,14 +206,25 @@ class Numbering:
             if kind == "Str" and SHORTCODE.search(item["c"]):
                 self.problem(item["c"], "shortcodes aren't supported")
             elif kind == "Str" and LITERAL.match(item["c"]):
-                self.problem(text(items)[:40].strip(), f"{item['c']!r} is left open or closes nothing")
+                self.problem(
+                    text(items)[:40].strip(), f"{item['c']!r} is left open or closes nothing"
+                )
             elif kind == "Code" and EXECUTABLE.match(item["c"][1]):
                 self.problem(item["c"][1].split()[0], "this kind of code block isn't supported")
             elif kind == "RawInline" and item["c"][0] in ("tex", "latex"):
                 self.problem(item["c"][1][:40], "LaTeX outside dollars")
-            elif kind == "Str" and item["c"] in ("-", "*", "1.") and before and before["t"] == "SoftBreak":
+            elif (
+                kind == "Str"
+                and item["c"] in ("-", "*", "1.")
+                and before
+                and before["t"] == "SoftBreak"
+            ):
                 self.problem(text(items)[:40].strip(), "a list needs an empty line above it")
-            elif kind == "Image" and not text(item["c"][1]).strip() and not dict(item["c"][0][2]).get("fig-alt"):
+            elif (
+                kind == "Image"
+                and not text(item["c"][1]).strip()
+                and not dict(item["c"][0][2]).get("fig-alt")
+            ):
                 self.problem(item["c"][2][0], "image without alt text")
             elif kind in ("Emph", "Strong", "Strikeout", "Superscript", "Subscript", "SmallCaps"):
                 self.inlines(item["c"])
@@ -206,7 +257,9 @@ class Numbering:
                     item["c"][0][0] = ""
                     alt = dict(item["c"][0][2]).get("fig-alt", "")
                     if not alt.strip():
-                        self.problem(ident or item["c"][2][0], "image without alt text: add fig-alt=\"…\"")
+                        self.problem(
+                            ident or item["c"][2][0], 'image without alt text: add fig-alt="…"'
+                        )
                     item["c"][0][2] = [pair for pair in item["c"][0][2] if pair[0] != "fig-alt"]
                     item["c"][1] = [string(alt)]
         return [self.floated("fig", ident, caption, content)]
@@ -215,16 +268,28 @@ class Numbering:
         (ident, classes, pairs), (_, caption) = block["c"][0], block["c"][1]
         if caption and caption[-1]["t"] in ("Plain", "Para") and not ident:
             tail = caption[-1]["c"]
-            if tail and tail[-1]["t"] == "Str" and (found := re.match(r"^\{#(tbl-[\w.:-]+)\}$", tail[-1]["c"])):
+            if (
+                tail
+                and tail[-1]["t"] == "Str"
+                and (found := re.match(r"^\{#(tbl-[\w.:-]+)\}$", tail[-1]["c"]))
+            ):
                 ident, caption[-1]["c"] = found[1], tail[:-1]
         block["c"][0], block["c"][1] = ["", classes, pairs], [None, []]
         block["c"][2] = [[align, {"t": "ColWidthDefault"}] for align, _ in block["c"][2]]
         body = div([block], "", ("scroll",))
-        return [self.floated("tbl", ident, caption, [body], first=True)] if caption or ident else [body]
+        return (
+            [self.floated("tbl", ident, caption, [body], first=True)]
+            if caption or ident
+            else [body]
+        )
 
-    def floated(self, kind: str, ident: str, caption: list, content: list, first: bool = False) -> dict:
+    def floated(
+        self, kind: str, ident: str, caption: list, content: list, first: bool = False
+    ) -> dict:
         "A figure, table or listing with its caption; numbered where it has a label."
-        caption = self.blocks([{"t": "Para", "c": b["c"]} if b["t"] == "Plain" else b for b in caption])
+        caption = self.blocks(
+            [{"t": "Para", "c": b["c"]} if b["t"] == "Plain" else b for b in caption]
+        )
         if ident and not ident.startswith(kind + "-"):
             self.problem(ident, f"a label here must begin with {kind}-")
         if ident:
@@ -232,7 +297,9 @@ class Numbering:
             self.label(ident, kind, number, [])
             lead = [raw(f'<span class="label">{NAMES[kind]} {number}</span> ')]
             caption = _led(lead, caption)
-        parts = [raw_block(f'<figure class="float {kind}"' + (f' id="{ident}"' if ident else "") + ">")]
+        parts = [
+            raw_block(f'<figure class="float {kind}"' + (f' id="{ident}"' if ident else "") + ">")
+        ]
         told = [raw_block("<figcaption>"), *caption, raw_block("</figcaption>")] if caption else []
         return div(parts + (told + content if first else content + told) + [raw_block("</figure>")])
 
@@ -252,10 +319,16 @@ class Numbering:
             return self.unnamed(unnamed, ident, options, content)
         if "float" in classes:
             caption = content.pop()["c"][1]
-            return [self.floated(classes[1], ident, caption, self.blocks(content), first=classes[1] == "tbl")]
+            return [
+                self.floated(
+                    classes[1], ident, caption, self.blocks(content), first=classes[1] == "tbl"
+                )
+            ]
         if prefix in ("fig", "tbl", "lst") and LABEL.match(ident):
             caption = [content.pop()] if content and content[-1]["t"] == "Para" else []
-            return [self.floated(prefix, ident, caption, self.blocks(content), first=prefix == "tbl")]
+            return [
+                self.floated(prefix, ident, caption, self.blocks(content), first=prefix == "tbl")
+            ]
         return [{"t": "Div", "c": [[ident, classes, pairs], self.blocks(content)]}]
 
     def theorem(self, kind: str, ident: str, options: dict, content: list) -> list:
@@ -278,14 +351,22 @@ class Numbering:
         if LABEL.match(ident):
             number = self.count(CALLOUTS.get(kind, kind))
             self.label(ident, CALLOUTS.get(kind, "nte"), number, name)
-            title = [string(f"{kind.capitalize()} {number}")] + ([string(": "), *name] if name else [])
+            title = [string(f"{kind.capitalize()} {number}")] + (
+                [string(": "), *name] if name else []
+            )
         folded = options.get("collapse", "").lower()
         where = f' id="{ident}"' if ident else ""
         body = div(self.blocks(content), "", ("callout-body",))
         if folded in ("true", "false"):
             opened = " open" if folded == "false" else ""
             begin = f'<details class="callout {kind}"{where}{opened}><summary>'
-            return [raw_block(begin), plain(title), raw_block("</summary>"), body, raw_block("</details>")]
+            return [
+                raw_block(begin),
+                plain(title),
+                raw_block("</summary>"),
+                body,
+                raw_block("</details>"),
+            ]
         begin = f'<div class="callout {kind}"{where} role="note"><p class="callout-title">'
         return [raw_block(begin), plain(title), raw_block("</p>"), body, raw_block("</div>")]
 
@@ -295,7 +376,9 @@ def _formula(item: dict) -> dict:
 
 
 def _name(options: dict, content: list, key: str = "name") -> tuple[list, list]:
-    "The name of a theorem or callout, from its attribute or from a heading at its top, and the rest."
+    """The name of a theorem or callout, from its attribute or from a heading at its top, and the
+    rest.
+    """
     if options.get(key):
         blocks = read(options[key])[0]
         return (blocks[0]["c"] if blocks else []), content
@@ -321,7 +404,7 @@ def _equation_label(rest: list) -> tuple[str, int, str]:
     "The label behind a displayed formula, how many inlines it takes, and what is glued to its end."
     for used, item in enumerate(rest[:2], 1):
         if item["t"] == "Str" and (found := EQUATION.match(item["c"])):
-            return found[1], used, item["c"][found.end():]
+            return found[1], used, item["c"][found.end() :]
         if item["t"] not in ("Space", "SoftBreak"):
             break
     return "", 0, ""

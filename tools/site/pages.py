@@ -1,4 +1,7 @@
-"""The one template: a page's blocks between the sidebar, the table of contents and the way to its neighbours."""
+"""The one template: a page's blocks between the sidebar, the table of contents and the way to its
+neighbours.
+"""
+
 import ast
 import re
 from html import escape
@@ -15,7 +18,10 @@ TEMPLATE = Template((ASSETS / "page.html").read_text(encoding="utf-8"))
 
 def unlinked(inlines: list) -> list:
     "A title without the links in it, to stand inside a link."
-    return transform(inlines, lambda item: item["c"][1] if item["t"] == "Link" else [] if item["t"] == "Note" else None)
+    return transform(
+        inlines,
+        lambda item: item["c"][1] if item["t"] == "Link" else [] if item["t"] == "Note" else None,
+    )
 
 
 class Site:
@@ -28,7 +34,7 @@ class Site:
         titles = write_many([unlinked(name) for name in names])
         self.titles = dict(zip((page.path for page in book.pages), titles))
         self.outline: dict = {page.path: [] for page in book.pages}
-        for (path, (level, ident, number, _)), html in zip(flat, titles[len(book.pages):]):
+        for (path, (level, ident, number, _)), html in zip(flat, titles[len(book.pages) :]):
             self.outline[path].append((level, ident, number, html))
 
     def render(self, page: Page, blocks: list) -> str:
@@ -39,10 +45,18 @@ class Site:
         name = text(page.title, False).strip()
         full = escape(name if page.path == "index.qmd" else f"{name} – {self.book.title}")
         return TEMPLATE.substitute(
-            full=full, up=page.up, book=escape(self.book.title), subtitle=escape(self.book.subtitle),
-            home=page.up + self.book.pages[0].url, sidebar=self.sidebar(page), contents=self.contents(page),
-            header=self.header(page), body=write(_claim(page, blocks)),
-            neighbours=self.neighbour(page, before, "prev", "Previous") + self.neighbour(page, after, "next", "Next"))
+            full=full,
+            up=page.up,
+            book=escape(self.book.title),
+            subtitle=escape(self.book.subtitle),
+            home=page.up + self.book.pages[0].url,
+            sidebar=self.sidebar(page),
+            contents=self.contents(page),
+            header=self.header(page),
+            body=write(_claim(page, blocks)),
+            neighbours=self.neighbour(page, before, "prev", "Previous")
+            + self.neighbour(page, after, "next", "Next"),
+        )
 
     def name(self, page: Page) -> str:
         number = f'<span class="secno">{page.number}</span> ' if page.number else ""
@@ -52,8 +66,13 @@ class Site:
         kicker = f"{page.part} · Chapter {page.number}" if page.number and page.part else page.part
         kicker = f'<p class="kicker">{escape(kicker)}</p>' if kicker else ""
         ident = f' id="{page.ident}"' if page.ident else ""
-        source = source_of(page, self.book.library, *self.exports[page.path]) if page.is_notebook else ""
-        return f'<header class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{source}</header>'
+        source = (
+            source_of(page, self.book.library, *self.exports[page.path]) if page.is_notebook else ""
+        )
+        return (
+            "<header"
+            f' class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{source}</header>'
+        )
 
     def sidebar(self, page: Page) -> str:
         out, part, opened = [], None, False
@@ -81,7 +100,10 @@ class Site:
     def neighbour(self, page: Page, other: Page | None, rel: str, word: str) -> str:
         if other is None:
             return "<span></span>"
-        return f'<a class="{rel}" rel="{rel}" href="{page.up}{other.url}"><small>{word}</small>{self.name(other)}</a>'
+        return (
+            f'<a class="{rel}" rel="{rel}"'
+            f' href="{page.up}{other.url}"><small>{word}</small>{self.name(other)}</a>'
+        )
 
 
 def _claim(page: Page, blocks: list) -> list:
@@ -92,7 +114,9 @@ def _claim(page: Page, blocks: list) -> list:
 
 
 def source_of(page: Page, library: str, module: str, names: list, query: str = "") -> str:
-    "Where a chapter comes from and what it adds to the package, as HTML; `names` with the identifiers of their cells, `query` behind the file's address."
+    """Where a chapter comes from and what it adds to the package, as HTML; `names` with the
+    identifiers of their cells, `query` behind the file's address.
+    """
     link = f'<a href="{escape(Path(page.path).name)}{query}" download>{escape(page.path)}</a>'
     parts = [f"<div><dt>Source of this chapter</dt><dd>{link}</dd></div>"]
     if module:
@@ -100,14 +124,21 @@ def source_of(page: Page, library: str, module: str, names: list, query: str = "
         told = ", the cells with a bar at their left" if names else ""
         parts.append(f"<div><dt>Exports</dt><dd><code>{escape(module)}</code>{told}</dd></div>")
     if names:
-        links = ", ".join(f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names)
+        links = ", ".join(
+            f'<a href="#{ident}"><code>{escape(name)}</code></a>' for name, ident in names
+        )
         parts.append(f"<div><dt>Names</dt><dd>{links}</dd></div>")
     return f'<dl class="source">{"".join(parts)}</dl>'
 
 
 def exported(cells: list, everything: list, before: str = "cell-") -> tuple[str, list]:
-    "The module that a notebook exports, and its public names with the identifier of the cell that defines each, `before` and the cell's own."
-    module = next((str(cell.options["default_exp"]) for cell in everything if "default_exp" in cell.options), "")
+    """The module that a notebook exports, and its public names with the identifier of the cell that
+    defines each, `before` and the cell's own.
+    """
+    module = next(
+        (str(cell.options["default_exp"]) for cell in everything if "default_exp" in cell.options),
+        "",
+    )
     names = []
     for cell in cells:
         if cell.says("export", False):

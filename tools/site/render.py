@@ -1,4 +1,5 @@
 """All steps in order: read, fill, number, resolve, convert, write, look again."""
+
 import posixpath
 import re
 import shutil
@@ -11,8 +12,12 @@ from .spread import spread
 from .tree import each, read_aloud, save
 
 
-def render(root: Path, build: Path | None, out: Path, partial: bool = False, draft: bool = False) -> tuple:
-    "Render the book of `root` into `out`; with problems the last good site stays, unless a `draft` is wanted."
+def render(
+    root: Path, build: Path | None, out: Path, partial: bool = False, draft: bool = False
+) -> tuple:
+    """Render the book of `root` into `out`; with problems the last good site stays, unless a
+    `draft` is wanted.
+    """
     book = config.load(root, build, partial)
     files, exports = prepare(book)
     with tempfile.TemporaryDirectory(prefix="lora-book-") as folder:
@@ -25,7 +30,9 @@ def render(root: Path, build: Path | None, out: Path, partial: bool = False, dra
 
 
 def prepare(book: config.Book) -> tuple[dict, dict]:
-    "Read, fill, number and resolve all pages in place; the files beside them, and what each notebook exports."
+    """Read, fill, number and resolve all pages in place; the files beside them, and what each
+    notebook exports.
+    """
     numbering, exports, files = Numbering(book.problems), {}, {}
     assembled = [cells.assemble(page, book.problems) for page in book.pages]
     read = spread(read_aloud, [markdown for markdown, *_ in assembled])
@@ -62,7 +69,9 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
 
 
 def _pictures(book: config.Book, made: dict) -> dict:
-    "The image files that markdown cells name, by address; one that is missing is found by the audit."
+    """The image files that markdown cells name, by address; one that is missing is found by the
+    audit.
+    """
     found = {}
     for page in book.pages:
         for item in each(page.blocks):

@@ -1,4 +1,5 @@
 """The search index: one entry a section, made from the text of the pages before they are rendered."""
+
 import json
 import re
 
@@ -38,7 +39,9 @@ def _words(block: dict) -> str:
         return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.MULTILINE))
     if block["t"] == "RawBlock":
         return ""
-    return " ".join(text(transform([item], _readable)) for item in each(block) if item["t"] in ("Para", "Plain"))
+    return " ".join(
+        text(transform([item], _readable)) for item in each(block) if item["t"] in ("Para", "Plain")
+    )
 
 
 def _readable(item: dict) -> list | None:
@@ -52,4 +55,8 @@ def _clean(words: str) -> str:
 
 def script(book: Book) -> str:
     "The index as a script, because a page opened from disk may load a script but not a JSON file."
-    return "window.BOOK_INDEX=" + json.dumps(entries(book), ensure_ascii=False, separators=(",", ":")) + ";\n"
+    return (
+        "window.BOOK_INDEX="
+        + json.dumps(entries(book), ensure_ascii=False, separators=(",", ":"))
+        + ";\n"
+    )

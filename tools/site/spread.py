@@ -1,4 +1,5 @@
 """Work on many items at once, where this process can be forked."""
+
 import multiprocessing
 import os
 import sys
@@ -9,8 +10,10 @@ FEW = 8
 
 
 def spread(work: Callable, items: list) -> list:
-    """[work(item) for item in items], shared out among the cores unless the items are few. What `work` changes in an item
-    may stay in another process: only what it returns comes back."""
+    """[work(item) for item in items], shared out among the cores unless the items are few. What
+    `work` changes in an item
+    may stay in another process: only what it returns comes back.
+    """
     cores = len(os.sched_getaffinity(0)) if FORKS else 1
     if cores < 2 or len(items) <= FEW:
         return [work(item) for item in items]

@@ -1,4 +1,5 @@
 """Pandoc's document tree as plain JSON, and the few things that the other steps do with it."""
+
 import json
 import re
 import subprocess
@@ -11,7 +12,14 @@ READER = "markdown"
 
 def pandoc(text: str, *args: str) -> tuple[str, str]:
     "Run pandoc on `text`: its output and its warnings."
-    done = subprocess.run([_binary(), *args], input=text, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = subprocess.run(
+        [_binary(), *args],
+        input=text,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"pandoc {' '.join(args)}: {done.stderr.strip()}")
     return done.stdout, done.stderr
@@ -36,13 +44,17 @@ def read(markdown: str) -> tuple[list, dict]:
 
 
 def read_aloud(markdown: str) -> tuple[list, dict, list]:
-    "The blocks and the metadata of a markdown text, and pandoc's complaints, each with the line that it is about."
+    """The blocks and the metadata of a markdown text, and pandoc's complaints, each with the line
+    that it is about.
+    """
     out, warnings = pandoc(markdown, "-f", READER, "-t", "json")
     tree, lines, complaints = json.loads(out), markdown.split("\n"), []
     for message in re.findall(r"^\[WARNING\] (.*(?:\n  .*)*)", warnings, re.MULTILINE):
         at = re.search(r"line (\d+)", message)
         line = lines[int(at[1]) - 1].strip()[:50] if at and int(at[1]) <= len(lines) else ""
-        complaints.append((line, " ".join(re.sub(r" ?(at )?line \d+( column \d+)?", "", message).split())))
+        complaints.append(
+            (line, " ".join(re.sub(r" ?(at )?line \d+( column \d+)?", "", message).split()))
+        )
     return tree["blocks"], tree["meta"], complaints
 
 
@@ -60,7 +72,9 @@ def write_many(pieces: list) -> list:
 
 
 def transform(node, visit):
-    "Rebuild a tree from the leaves up: `visit(element)` gives None to keep an element or the list to put in its place."
+    """Rebuild a tree from the leaves up: `visit(element)` gives None to keep an element or the list
+    to put in its place.
+    """
     if isinstance(node, dict):
         return {key: transform(value, visit) for key, value in node.items()}
     if not isinstance(node, list):
@@ -110,7 +124,11 @@ def text(node, mathematics: bool = True) -> str:
 
 
 def attr(ident: str = "", classes: tuple = (), **pairs) -> list:
-    return [ident, list(classes), [[key.replace("_", "-"), str(value)] for key, value in pairs.items()]]
+    return [
+        ident,
+        list(classes),
+        [[key.replace("_", "-"), str(value)] for key, value in pairs.items()],
+    ]
 
 
 def string(value: str) -> dict:
