@@ -119,14 +119,14 @@ def doctor_lines(args: argparse.Namespace) -> list[str]:
 # %% ../nbs/cli.ipynb #c07
 def claims_lines(args: argparse.Namespace) -> list[str]:
     """`lora-book claims [ID ...]`: the ledger in one line a claim, or the
-    named claims recomputed with their figures.
+    named claims with their figures; each verdict is recomputed.
     """
     from lora_book.theory.claims import claims, verify
 
     if not args.ids:
         return [
-            f"{claim.id:4}{claim.verdict:8} {claim.paper}, {claim.location}:"
-            f" {claim.title}"
+            f"{claim.id:4}{verify(claim.id).verdict:8} {claim.paper},"
+            f" {claim.location}: {claim.title}"
             for claim in claims()
         ]
     lines = []

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['SIX', 'gaussian', 'mean_errors', 'e1_orthogonal_factors', 'e2_conditioning', 'e3_existence', 'e5_cost_of_elimination',
            'e9_first_components', 'e4_parameters_and_cost', 'e6_what_is_the_update', 'starts', 'e7_heuristic_start',
-           'e8_constraints', 'e10_counts_by_rank', 'llama_counts', 'e11_share_of_llama', 'e12_2600_times_fewer',
-           'e13_complement', 'e14_table_2', 'deltas', 'e15_tables_1_and_3', 'e16_table_4', 'e17_starts_and_scale',
-           'e18_table_6', 'e19_table_11', 'e20_more_rank', 'e21_settings', 'e22_others_need_squares']
+           'nearest', 'uphill', 'e8_constraints', 'e10_counts_by_rank', 'llama_counts', 'e11_share_of_llama',
+           'e12_2600_times_fewer', 'e13_complement', 'e14_table_2', 'deltas', 'e15_tables_1_and_3', 'e16_table_4',
+           'e17_starts_and_scale', 'e18_table_6', 'e19_table_11', 'e20_more_rank', 'e21_settings', 'base_counts',
+           'printed_units', 'e22_others_need_squares']
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c03
 import numpy as np
@@ -286,6 +287,31 @@ def e7_heuristic_start() -> Finding:
     )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c24
+def nearest(
+    sigma: float, z: np.ndarray, eps: float, least: float
+) -> tuple[float, np.ndarray]:
+    """The point of least <= sigma <= 1, |z| <= eps that is nearest to
+    (sigma, z)."""
+    norm = float(np.linalg.norm(z))
+    return min(max(sigma, least), 1.0), z * min(1.0, eps / norm)
+
+
+def uphill(eps: float, least: float, trials: int = 200) -> float:
+    """The largest (v - Pv) . (y - Pv) over random v and feasible y, Pv being
+    `nearest`; a projection onto a convex set keeps it at or below 0.
+    """
+    rng, worst = np.random.default_rng(0), -np.inf
+    for _ in range(trials):
+        v, y = rng.standard_normal((2, 6)) * 2
+        y[1:] *= eps * rng.uniform() / np.linalg.norm(y[1:])
+        y[0] = rng.uniform(least, 1)
+        sigma, z = nearest(v[0], v[1:], eps, least)
+        P = np.concatenate([[sigma], z])
+        inside = least <= sigma <= 1 and np.linalg.norm(z) <= eps + 1e-12
+        worst = max(worst, (v - P) @ (y - P) if inside else np.inf)
+    return float(worst)
+
+
 @check(
     "E8", "amended", "P4", "section III-A, Eq. (10), Algorithm 1", "sec-loldu"
 )
@@ -296,20 +322,25 @@ def e8_constraints() -> Finding:
     sigma in [sigma_min, 1], alpha <= r, eps at least |D_r| of the
     start; then the two projections are separate and exact.
     """
-    scales = {r: 768 / r for r in (64, 256, 768)}
-    start = leading(gaussian(256, 256, std=0.02), 256)[1]
-    eps = float(start.norm()) / 2
-    projected = start * min(1.0, eps / float(start.norm()))
-    nearest = [abs(-0.1 - s) for s in (1e-3, 1e-6, 1e-9)]
+    alpha = table("P4", "IX").cell("alpha", "value").value
+    ranks = [int(r) for r in table("P4", "XII").names("row") if r.isdigit()]
+    feasible = [r for r in ranks if alpha / r <= 1]
+    start = leading(gaussian(256, 256, std=0.02), 256)[1].numpy()
+    norm = float(np.linalg.norm(start))
+    kept, cut = (
+        np.abs(nearest(1.0, start, eps, 1e-8)[1] - start).max()
+        for eps in (norm, norm / 2)
+    )
+    rises = uphill(eps=1.5, least=1e-8)
     return finding(
-        max(scales.values()) <= 1,
-        np.isclose(float(projected.norm()), eps)
-        and scales[768] == 1
-        and min(nearest) > 0.1,
-        sigma_at_rank_64=scales[64],
-        sigma_at_rank_256=scales[256],
-        sigma_at_rank_768=scales[768],
-        norm_of_start=float(start.norm()),
+        len(feasible) == len(ranks),
+        rises < 1e-12 and kept == 0 < cut and feasible == [int(alpha)],
+        alpha=alpha,
+        ranks=len(ranks),
+        ranks_with_a_feasible_start=len(feasible),
+        sigma_at_rank_1=alpha / min(ranks),
+        norm_of_start=norm,
+        moved_by_half_of_it=cut,
     )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c27
@@ -687,6 +718,29 @@ def e21_settings() -> Finding:
     )
 
 # %% ../../nbs/theory/claims_loldu.ipynb #c52
+def base_counts(n: int) -> dict[str, float]:
+    """Trained numbers for the 24 query and value maps of 12 layers of width n:
+    LoRA of rank 8, VeRA with shared factors of rank 1024, LoLDU of rank n
+    without sigma; all the biases of the 12 layers (BitFit). Then LoLDU with
+    sigma beside the biases of the same 24 maps.
+    """
+    return {
+        "LoRA": 24 * 8 * (n + n),
+        "VeRA": 24 * (n + 1024),
+        "BitFit": 12 * (4 * n + 4 * n + n + 2 * n),
+        "LoLDU": 24 * n,
+        "LoLDU with sigma": 24 * (n + 1),
+        "BitFit of the same maps": 24 * n,
+    }
+
+
+def printed_units(name: str) -> tuple[float, float]:
+    "A count of P4's Table I and half a unit of its last printed digit."
+    cell = table("P4", "I").cell(name, "parameters")
+    digits = cell.printed.rstrip("M").partition(".")[2]
+    return cell.value, 0.5e6 * 10.0 ** -len(digits)
+
+
 @check("E22", "false", "P4", "section I, abstract, section III-E", "sec-loldu")
 def e22_others_need_squares() -> Finding:
     """Other methods need O(n^2) parameters, LoLDU the fewest of all, LoRA
@@ -695,23 +749,25 @@ def e22_others_need_squares() -> Finding:
     LoRA r (m + n), VeRA m + r, BitFit n: all linear in the width; full-rank
     LoLDU has n + 1.
     """
-    counts = {
-        "lora": lambda n: 8 * 2 * n,
-        "vera": lambda n: n + 256,
-        "bitfit": lambda n: n,
-        "loldu_full_rank": lambda n: n + 1,
+    n = 768
+    counts, wide = base_counts(n), base_counts(2 * n)
+    growth = {name: wide[name] / counts[name] for name in counts}
+    off = {
+        name: abs(counts[name] - value) / half
+        for name in ("LoRA", "VeRA", "BitFit", "LoLDU")
+        for value, half in [printed_units(name)]
     }
-    growth = {
-        name: count(2 * 768) / count(768) for name, count in counts.items()
-    }
-    others = min(counts[name](768) for name in ("lora", "vera", "bitfit"))
+    lora, half = printed_units("LoRA")
+    printed_lora = abs(24 * (8 * n + n) - lora) / half
+    squares = min(printed_units(name)[0] for name in off) >= 24 * n**2
+    more = counts["LoLDU with sigma"] - counts["BitFit of the same maps"]
     return finding(
-        min(growth[m] for m in ("lora", "vera", "bitfit")) > 3
-        or counts["loldu_full_rank"](768) < others,
-        max(growth.values()) <= 2,
-        **{f"growth_{name}": g for name, g in growth.items()},
-        fewest_of_others=others,
-        loldu=counts["loldu_full_rank"](768),
-        lora_at_rank_8=counts["lora"](768),
-        lora_printed=768 * 8 + 768,
+        squares and printed_lora <= 1 and more < 0,
+        max(off.values()) <= 1 < printed_lora
+        and max(growth.values()) <= 2
+        and more >= 0,
+        largest_growth=max(growth.values()),
+        loldu_above_bitfit=more,
+        **{f"off_{name}": x for name, x in off.items()},
+        off_printed_LoRA=printed_lora,
     )
