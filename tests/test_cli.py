@@ -47,6 +47,15 @@ def test_all_claims_are_listed(capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(lb.theory.claims.claims())
 
 
+def test_the_list_of_claims_is_recomputed(capsys, monkeypatch):
+    from lora_book.theory import claims_algorithms
+
+    monkeypatch.setattr(claims_algorithms, "training_bytes", lambda optimizer: 8.0)
+    assert main(["claims"]) == 0
+    rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert rows["A8"] == "holds" and rows["A9"] == "typo"
+
+
 @pytest.mark.parametrize("claim", ["nonsense", "C", "c2 ", ""])
 def test_an_unknown_claim_exits_with_2_and_names_the_nearest(capsys, claim):
     assert main(["claims", claim]) == 2

@@ -323,10 +323,7 @@ WIDE = {
     "nbs/present/rac.ipynb": 1,
     "nbs/present/rslora.ipynb": 1,
     "nbs/theory/claims.ipynb": 4,
-    "nbs/theory/convergence.ipynb": 4,
-    "nbs/theory/ldu.ipynb": 1,
-    "nbs/theory/projections.ipynb": 2,
-    "nbs/theory/smoothness.ipynb": 15,
+    "nbs/theory/smoothness.ipynb": 11,
 }
 
 

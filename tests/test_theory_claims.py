@@ -4,14 +4,19 @@ formula changes them.
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lora_book as lb
 from lora_book.core.errors import LoraBookError, UnknownName
+from lora_book.present.loldu import SIGMA_MIN
+from lora_book.registry import METHODS
 from lora_book.theory import (
     claims_algorithms,
     claims_convergence,
@@ -20,10 +25,13 @@ from lora_book.theory import (
     claims_loldu,
     claims_record,
     claims_related,
+    generalization,
     tables,
 )
 from lora_book.theory.claims import claims, counts, ledger_html, verify
 from lora_book.theory.claims_record import CLASSES, Finding, check, finding, judge
+from lora_book.theory.convergence import smooth_minimum
+from lora_book.theory.projections import lambda_min
 
 LEDGER = claims()
 IDS = [claim.id for claim in LEDGER]
@@ -164,6 +172,8 @@ TABLE_MUTANTS = [
     ("E16", claims_loldu, ("P4", "IV", "FT", "average", 88.20), "false"),
     ("E11", claims_loldu, ("P4", "VIII", "rank", "value", 256.0), "holds"),
     ("E10", claims_loldu, ("P4", "XII", "8", "parameters", 216.0), "false"),
+    ("E8", claims_loldu, ("P4", "IX", "alpha", "value", 1.0), "holds"),
+    ("E8", claims_loldu, ("P4", "IX", "alpha", "value", 64.0), "false"),
     ("D1", claims_experiments, ("P2", "2", "RoBERTa-Base / MRPC", "cLA drop", 12.94), "false"),
     ("D2", claims_experiments, ("P2", "2", "DeBERTa-v3-Base / MRPC", "c3LA", 90.22), "holds"),
     ("D3", claims_experiments, ("P2", "13", "CoLA", "eps 0.8, 100 %", 100.0), "false"),
@@ -177,7 +187,7 @@ TABLE_MUTANTS = [
 
 
 @pytest.mark.parametrize(
-    "id, module, cell, verdict", TABLE_MUTANTS, ids=[m[0] for m in TABLE_MUTANTS]
+    "id, module, cell, verdict", TABLE_MUTANTS, ids=[f"{m[0]}-{m[3]}" for m in TABLE_MUTANTS]
 )
 def test_altered_cell_changes_the_verdict(id, module, cell, verdict, monkeypatch, results):
     monkeypatch.setattr(module, "table", edited(*cell))
@@ -191,8 +201,10 @@ def test_altered_cell_changes_the_verdict(id, module, cell, verdict, monkeypatch
         ("E14", claims_loldu, ("P4", "II", "LoRA", "parameters percent", 0.677)),
         ("E12", claims_loldu, ("P4", "III", "LoLDU", "parameters", 33_600_000 / 100)),
         ("D2", claims_experiments, ("P2", "2", "ViT-Base / OfficeHome", "FFT", 95.0)),
+        ("E22", claims_loldu, ("P4", "I", "LoRA", "parameters", 24.0 * (8 * 768 + 768))),
+        ("E22", claims_loldu, ("P4", "I", "VeRA", "parameters", 24.0 * 768**2)),
     ],
-    ids=["E20", "E14", "E12", "D2"],
+    ids=["E20", "E14", "E12", "D2", "E22-LoRA", "E22-VeRA"],
 )
 def test_altered_cell_of_a_false_claim_breaks_its_correction(id, module, cell, monkeypatch):
     monkeypatch.setattr(module, "table", edited(*cell))
@@ -253,6 +265,195 @@ def test_wrong_formula_in_the_mended_place_fails(id, module, name, mutant, monke
     result = verify(id)
     assert not result.holds and not result.mended or result.verdict != results[id].verdict
     assert result.verdict == "false"
+
+
+def without_offsets(w, d, ell, s, C):
+    return generalization.perturbation_bound(w, d, ell, [0.0] * len(w), C)
+
+
+def unscaled_pac(*args, lipschitz=1.0, **options):
+    return generalization.pac_bayes_bound(*args, **options)
+
+
+def without_minimum(method, shapes, r, k=1):
+    "The count of Table 1 as it is printed: a chain of any length holds k times as many."
+    return k * generalization.numbers_stored(method, shapes, r)
+
+
+def scaled(function, factor, only=None):
+    def mutant(*args, **options):
+        return function(*args, **options) * (factor if only in (None, args[0]) else 1)
+
+    return mutant
+
+
+def uncapped(sigma, z, eps, least):
+    return min(max(sigma, least), 1.0), z
+
+
+# Each check has to notice what it is about: a right statement in the printed place makes it hold,
+# a wrong library or table makes it false
+CHECK_MUTANTS = [
+    ("A8", claims_algorithms, "training_bytes", lambda optimizer: 8.0, "holds"),
+    ("A8", claims_algorithms, "training_bytes", lambda optimizer: 4.0, "false"),
+    ("A9", claims_algorithms, "PRINTED_METHODS", {"abstract": 9, "section 4": 9}, "holds"),
+    (
+        "A10",
+        claims_algorithms,
+        "numbers_stored",
+        scaled(generalization.numbers_stored, 0.5, "cla"),
+        "false",
+    ),
+    ("B6", claims_generalization, "perturbation_bound", without_offsets, "false"),
+    ("B6", claims_generalization, "work", lambda name, *rest: 1023, "holds"),
+    ("B8", claims_generalization, "printed_mean", lambda x, layers: x.mean(), "holds"),
+    (
+        "B8",
+        claims_generalization,
+        "perturbation_bound",
+        scaled(generalization.perturbation_bound, 2),
+        "false",
+    ),
+    ("B12", claims_generalization, "pac_bayes_bound", unscaled_pac, "false"),
+    (
+        "B12",
+        claims_generalization,
+        "pac_bayes_bound",
+        scaled(generalization.pac_bayes_bound, 0.05),
+        "false",
+    ),
+    ("B12", claims_generalization, "memorised", lambda *sizes: (0.1, 1e-12), "holds"),
+    ("B21", claims_generalization, "numbers_stored", without_minimum, "holds"),
+    (
+        "B21",
+        claims_generalization,
+        "numbers_stored",
+        scaled(generalization.numbers_stored, 0.5),
+        "false",
+    ),
+    ("B22", claims_generalization, "stored_factor", lambda rate, sign, grid=0: 1.0, "holds"),
+    ("B22", claims_generalization, "stored_factor", lambda rate, sign, grid=0: sign, "false"),
+    ("B22", claims_generalization, "numbers_stored", lambda *sizes: 1, "holds"),
+    (
+        "C11",
+        claims_convergence,
+        "expected_projection",
+        lambda law, m, r: lambda_min(law, m, r) * torch.eye(m),
+        "holds",
+    ),
+    (
+        "C11",
+        claims_convergence,
+        "theorem2_bound",
+        scaled(claims_convergence.theorem2_bound, 0.9),
+        "false",
+    ),
+    ("E8", claims_loldu, "nearest", uncapped, "false"),
+]
+
+
+@pytest.mark.parametrize(
+    "id, module, name, mutant, verdict",
+    CHECK_MUTANTS,
+    ids=[f"{m[0]}-{m[2]}-{m[4]}" for m in CHECK_MUTANTS],
+)
+def test_every_half_of_a_check_can_come_out_otherwise(
+    id, module, name, mutant, verdict, monkeypatch, results
+):
+    monkeypatch.setattr(module, name, mutant)
+    assert verify(id).verdict == verdict != results[id].verdict
+
+
+BASE = tuple(claims_loldu.base_counts(1))
+
+
+def squares(n):
+    return dict.fromkeys(BASE, 24 * n * n)
+
+
+def one_paraboloid(w, centres, heights):
+    return smooth_minimum(w, centres[:1], heights[:1])
+
+
+@pytest.mark.parametrize(
+    "id, module, name, mutant",
+    [
+        ("C8", claims_convergence, "smooth_minimum", one_paraboloid),
+        ("C8", claims_convergence, "circulant_ratio", lambda k: 1.2),
+        ("E22", claims_loldu, "base_counts", squares),
+    ],
+    ids=["C8-convex", "C8-two-blocks", "E22-squares"],
+)
+def test_wrong_figures_break_the_correction_of_a_false_claim(id, module, name, mutant, monkeypatch):
+    monkeypatch.setattr(module, name, mutant)
+    assert not verify(id).mended
+
+
+def tower(width, depth=3):
+    return torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(depth)))
+
+
+@pytest.mark.parametrize("method", ["lora", "asymmetric", "rac", "cla", "c3la"])
+def test_counts_of_the_ledger_are_those_of_the_adapters(method):
+    model = lb.adapt(tower(12), method, target_modules=["0", "1", "2"], r=3)
+    assert lb.n_trainable(model) == generalization.numbers_stored(method, [(12, 12)] * 3, 3)
+
+
+def test_counts_of_table_1_are_those_of_the_methods():
+    counts, pair = claims_loldu.base_counts(768), (768, 768)
+    assert counts["LoRA"] == 24 * METHODS["lora"].count(*pair, 8)
+    assert counts["VeRA"] == 24 * METHODS["vera"].count(*pair, 1024)
+    assert counts["LoLDU with sigma"] == 24 * METHODS["loldu"].count(*pair, 768)
+    model = lb.adapt(tower(12), "bitfit", target_modules=["0", "1", "2"])
+    assert (
+        lb.n_trainable(model) * 24 // 3 == claims_loldu.base_counts(12)["BitFit of the same maps"]
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sigma=st.floats(-2, 3),
+    eps=st.floats(0.1, 3),
+    z=st.lists(st.floats(-2, 2), min_size=3, max_size=3),
+)
+def test_the_projection_of_the_ledger_is_that_of_loldu(sigma, eps, z):
+    model = lb.adapt(
+        tower(4, 1).double(), "loldu", target_modules=["0"], r=3, project=True, eps=eps
+    )
+    (adapter,) = lb.adapters(model).values()
+    z = torch.tensor(z, dtype=adapter.z.dtype) + 0.01
+    with torch.no_grad():
+        adapter.z.copy_(z)
+        adapter.sigma.fill_(sigma)
+    adapter.constrain()
+    ours = claims_loldu.nearest(sigma, z.double().numpy(), eps, SIGMA_MIN)
+    assert adapter.sigma.item() == pytest.approx(ours[0], rel=1e-6)
+    assert adapter.z.tolist() == pytest.approx(ours[1].tolist(), rel=1e-5, abs=1e-7)
+
+
+def loss_of(model, x):
+    return -model(x).sum()
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e-6, 1e-12])
+def test_the_step_of_the_ledger_is_that_of_lora_plus(rate):
+    "One step of LoRA+ writes the sign of the data into A at any rate."
+    stored = []
+    for sign in (-1.0, 1.0):
+        model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)).double()
+        lb.adapt(model, "lora_plus", target_modules=["0"], r=1, lr_ratio=1 / rate)
+        (adapter,) = lb.adapters(model).values()
+        with torch.no_grad():
+            adapter.A.fill_(1)
+            adapter.B.fill_(1)
+        optimizer = torch.optim.SGD(lb.param_groups(model, rate))
+        one = torch.ones(1, 1, dtype=torch.float64)
+        lb.train_step(model, optimizer, partial(loss_of, model, sign * one))
+        stored.append(adapter.A.item())
+    assert stored == pytest.approx(
+        [claims_generalization.stored_factor(rate, sign) for sign in (-1.0, 1.0)], rel=1e-15
+    )
+    assert (stored[0] != stored[1]) == (adapter.A.dtype == torch.float64 or rate > 1e-7)
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_book.core.errors import BadType, BadValue, UnknownName
-from lora_book.theory.convergence import chained_gd, cycle_bound, projected_gd, theorem2_bound
+from lora_book.theory.convergence import (
+    chained_gd,
+    circulant_record,
+    cycle_bound,
+    projected_gd,
+    smooth_minimum,
+    theorem2_bound,
+)
 from lora_book.theory.projections import LAWS, STARTS, draw, lambda_min, projector, selector, starts
 from lora_book.theory.smoothness import factor_gradients
 
@@ -305,3 +312,130 @@ def test_nothing_outside_is_touched():
 def test_the_dtype_of_the_weight_is_kept(dtype):
     path = projected_gd(lambda W: W, torch.ones(2, 4, dtype=dtype), "cyclic", 2, 0.5, 4)
     assert path.dtype == dtype and torch.equal(path[2], 0.5 * path[0])
+
+
+# The smooth minimum of paraboloids, and the circulant chain that it breaks
+
+
+@st.composite
+def paraboloids(draw):
+    "Centres (N, d), heights (N,) and points (7, d); some centres repeat or lie on a line."
+    N, d = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    generator = seeded(draw(st.integers(0, 2**31)))
+    z, q, w = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(N, d), (N,), (7, d)]
+    )
+    if draw(st.booleans()):
+        z[-1] = z[0]
+        z[N // 2] = (z[0] + z[-1]) / 2
+    return z, q, w * 2
+
+
+@FEW
+@given(paraboloids())
+def test_smooth_minimum_is_the_least_over_the_simplex(case):
+    z, q, w = case
+    value, gradient = smooth_minimum(w, z, q)
+    weights = -torch.rand(400, len(z), generator=seeded(0), dtype=torch.float64).log()
+    weights = torch.cat([weights / weights.sum(1, keepdim=True), torch.eye(len(z)).double()])
+    mean = weights @ z
+    bracket = (
+        (w[:, None] - mean).pow(2).sum(-1) / 2
+        - mean.pow(2).sum(-1) / 4
+        + weights @ (q + z.pow(2).sum(1) / 4)
+    )
+    assert (value[:, None] <= bracket + 1e-10).all()
+    pieces = (w[:, None] - z).pow(2).sum(-1) / 2 + q
+    assert (value <= pieces.min(1).values + 1e-10).all()
+    assert (value >= q.min() - 1e-10).all()
+    bottom, flat = smooth_minimum(z[q.argmin()], z, q)
+    assert bottom.item() == pytest.approx(q.min().item(), abs=1e-10)
+    assert flat.norm() < 1e-6
+
+
+@FEW
+@given(paraboloids())
+def test_gradient_of_the_smooth_minimum(case):
+    z, q, w = case
+    w.requires_grad_()
+    value, gradient = smooth_minimum(w, z, q)
+    (auto,) = torch.autograd.grad(value.sum(), w)
+    assert torch.allclose(auto, gradient, atol=1e-8)
+    w = w.detach()
+    for axis in torch.eye(w.shape[1], dtype=torch.float64):
+        ahead, behind = (smooth_minimum(w + t * axis, z, q)[0] for t in (1e-5, -1e-5))
+        assert torch.allclose((ahead - behind) / 2e-5, gradient @ axis, atol=1e-4)
+
+
+def most_curved(value, gradient, w):
+    "The worst violation of 1-smoothness between any two of the points: at most 0 if there is none."
+    apart = w - w[:, None]
+    stretch = (gradient - gradient[:, None]).norm(dim=-1) - apart.norm(dim=-1)
+    first = value - value[:, None] - (gradient[:, None] * apart).sum(-1)
+    return max(stretch.max().item(), (first.abs() - apart.pow(2).sum(-1) / 2).max().item())
+
+
+@FEW
+@given(paraboloids())
+def test_the_smooth_minimum_is_1_smooth(case):
+    z, q, w = case
+    assert most_curved(*smooth_minimum(w, z, q), w) < 1e-7
+
+
+def test_a_plain_minimum_of_paraboloids_is_not_smooth():
+    "The twin that fails: without the rounding of the creases the gradient jumps."
+    z, q = torch.tensor([[-1.0], [1.0]]).double(), torch.zeros(2).double()
+    w = torch.tensor([[-1e-3], [1e-3]]).double()
+    pieces = (w[:, None] - z).pow(2).sum(-1) / 2 + q
+    value, best = pieces.min(1)
+    assert most_curved(value, w - z[best], w) > 1
+    assert most_curved(*smooth_minimum(w, z, q), w) < 1e-12
+
+
+def circulant_ratio(k, centres, heights, cycles=3):
+    def slope(W):
+        inner = smooth_minimum(W[:, -2:], centres, heights)[1]
+        return torch.nn.functional.pad(inner, (k - 2, 0))
+
+    W0 = torch.zeros(1, k, dtype=torch.float64)
+    path = chained_gd(slope, W0, "cyclic", 1, 0.99, k * cycles)[:-1, 0, -2:]
+    value, gradient = smooth_minimum(path, centres, heights)
+    gap = value[0].item() - heights.min().item()
+    return square(gradient[:, None]).mean().item() / theorem2_bound(gap, 1 / k, 0.99, len(path))
+
+
+def test_one_step_a_block_breaks_theorem_2_from_three_blocks_on():
+    record = circulant_record()
+    loss = record["centres"], record["heights"]
+    ratios = [circulant_ratio(k, *loss) for k in (2, 3, 4, 8)]
+    assert ratios[0] < 1 < ratios[1] and ratios[2] > 1.08 and ratios == sorted(ratios)
+    assert circulant_ratio(4, loss[0][1:], loss[1][1:]) < 1
+    assert circulant_ratio(4, loss[0][:1], loss[1][:1]) < 1
+
+
+def test_the_searches_agree_with_what_the_loss_shows():
+    "A value of the search bounds every loss from above, this one too; (ii) is about convex ones."
+    record = circulant_record()
+    found = {(row["losses"], row["k"], row["T"]): row["ratio"] for row in record["searched"]}
+    ours = circulant_ratio(4, record["centres"], record["heights"])
+    assert 1 < ours <= found["smooth", 4, 12]
+    assert found["smooth", 2, 14] == found["convex", 5, None] == 1
+
+
+@pytest.mark.parametrize(
+    "w, z, q, error",
+    [
+        (torch.zeros(1, 2), torch.zeros(3, 3), torch.zeros(3), BadValue),
+        (torch.zeros(1, 3), torch.zeros(3, 3), torch.zeros(2), BadValue),
+        (torch.zeros(1, 3), torch.zeros(3), torch.zeros(3), BadValue),
+        (torch.zeros(1, 3), torch.full((2, 3), math.nan), torch.zeros(2), BadValue),
+        (torch.zeros(1, 3), torch.zeros(2, 3), torch.tensor([0.0, math.inf]), BadValue),
+        (torch.zeros(1, 3).long(), torch.zeros(2, 3), torch.zeros(2), BadType),
+        ([0.0, 0.0, 0.0], torch.zeros(2, 3), torch.zeros(2), BadType),
+        (torch.zeros(1, 3), torch.zeros(2, 3), [0.0, 0.0], BadType),
+    ],
+)
+def test_smooth_minimum_refuses(w, z, q, error):
+    with pytest.raises(error):
+        smooth_minimum(w, z, q)

@@ -148,13 +148,15 @@ def smooth_minimum(
     Source: @prp-convergence-minimum, ledger C8.
     """
     check_matrix("centres", centres)
-    check_matrix("heights", heights[None])
-    check_matrix("w", w.reshape(1, -1))
+    for kind, value in (("heights", heights), ("w", w)):
+        tensor = isinstance(value, torch.Tensor)
+        check_matrix(kind, value.reshape(1, -1) if tensor else value)
     (N, d), z, q = centres.shape, centres.to(w), heights.to(w)
-    if len(q) != N or w.shape[-1] != d:
+    if q.shape != (N,) or w.shape[-1:] != (d,):
         raise BadValue(
-            f"{N} centres of {d} coordinates need {N} heights and points of"
-            f" {d} coordinates, not {len(q)} and {w.shape[-1]}"
+            f"{N} centres of {d} coordinates need heights of shape ({N},) and"
+            f" points of shape (..., {d}), not {tuple(q.shape)} and"
+            f" {tuple(w.shape)}"
         )
     c = q + z.pow(2).sum(1) / 4
     pieces = [_pieces(z, c, w, size) for size in range(1, min(N, d + 1) + 1)]
