@@ -332,13 +332,19 @@ CHECK_MUTANTS = [
         "false",
     ),
     ("B22", claims_generalization, "stored_factor", lambda rate, sign, grid=0: 1.0, "holds"),
-    ("B22", claims_generalization, "stored_factor", lambda rate, sign, grid=0: sign, "false"),
+    (
+        "B22",
+        claims_generalization,
+        "stored_factor",
+        lambda rate, sign, grid=0: 1 + sign * rate,
+        "false",
+    ),
     ("B22", claims_generalization, "numbers_stored", lambda *sizes: 1, "holds"),
     (
         "C11",
         claims_convergence,
         "expected_projection",
-        lambda law, m, r: lambda_min(law, m, r) * torch.eye(m),
+        lambda law, m, r: lambda_min(law, m, r) * torch.eye(m).double(),
         "holds",
     ),
     (

@@ -934,7 +934,7 @@ def b21_long_chains() -> Finding:
     return finding(
         len(useful) == 99,
         enough and stored[6] == small[6] == 6 * 7,
-        longest_useful_chain=max(useful),
+        longest_useful_chain=max(useful, default=0),
         printed_count_at_60_links=60 * r * (n + m),
         stored_at_60_links=numbers_stored("cola", [(n, m)], r, 60),
         dimension_of_6_small_links=small[6],
