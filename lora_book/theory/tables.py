@@ -56,7 +56,7 @@ def least(cell: Cell) -> float:
 
 
 def doubtful(cell: Cell) -> bool:
-    "Whether the value stands, with a note of why it may not be the paper's."
+    "Whether the value is kept with a note of how far it may be trusted."
     return cell.value is not None and bool(cell.note) and not cell.ledger
 
 # %% ../../nbs/theory/tables.ipynb #c08
