@@ -349,6 +349,35 @@ def test_momentum_along_the_gradient_with_sign_plus_is_sam(seed, rho):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), rho=st.floats(0.01, 0.5))
+def test_with_two_weights_only_one_norm_for_all_is_sam(seed, rho):
+    """The same on two layers of columns: with a norm for each weight the move isn't a multiple of
+    the gradient, in whatever ball SAM is given.
+    """
+
+    def build(step, size, **options):
+        model = lb.adapt(
+            network(seed), "paca", ["0", "2"], r=2, seed=seed, step=step, rho=size, **options
+        )
+        model = randomise(model, seed)
+        optimizer = torch.optim.SGD(lb.param_groups(model, 1e-300), momentum=0.9)
+        return model, optimizer, problem(model, seed)
+
+    off = {}
+    for scope in ("global", "layer"):
+        model, optimizer, loss = build("mgpo", rho, sign=1, scope=scope)
+        seen(model, optimizer, loss)
+        levels = record_of(model).step.memory.values()
+        ball = sum((rho * min(1 / level.item(), 10)) ** 2 for level in levels) ** 0.5
+        ours = seen(model, optimizer, loss)["grads"]
+        theirs = seen(*build("sam", ball))["grads"]
+        off[scope] = max(
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True)
+        )
+    assert off["global"] < 1e-9 < 1e-6 < off["layer"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rho=st.floats(0.01, 0.5))
 def test_sam_is_the_gradient_at_the_end_of_the_ascent(seed, rho):
     model = adapted(seed=seed, step="sam", rho=rho)
     loss = problem(model, seed)

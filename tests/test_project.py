@@ -310,18 +310,8 @@ def test_captions_type_no_number(notebook):
 
 
 WIDE = {
-    "nbs/analysis/benchmarks.ipynb": 4,
     "nbs/analysis/loss_landscape.ipynb": 24,
-    "nbs/analysis/spectra.ipynb": 1,
-    "nbs/core/data.ipynb": 2,
-    "nbs/core/models.ipynb": 1,
-    "nbs/core/targets.ipynb": 1,
     "nbs/experiments/side_by_side.ipynb": 1,
-    "nbs/past/first_results.ipynb": 1,
-    "nbs/present/loldu.ipynb": 1,
-    "nbs/present/lora_plus.ipynb": 1,
-    "nbs/present/rac.ipynb": 1,
-    "nbs/present/rslora.ipynb": 1,
     "nbs/theory/claims.ipynb": 4,
     "nbs/theory/smoothness.ipynb": 11,
 }

@@ -4,6 +4,8 @@ the ledger.
 
 import csv
 import json
+import math
+import re
 from importlib.resources import files
 
 import pytest
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 
 from lora_book.core.errors import UnknownName
 from lora_book.theory.claims import claims
-from lora_book.theory.tables import column_values, row_values, table, tables
+from lora_book.theory.tables import (
+    column_values,
+    doubtful,
+    least,
+    readings,
+    row_values,
+    table,
+    tables,
+)
 
 DATA = files("lora_book") / "data"
 ALL = tables()
@@ -115,3 +125,149 @@ def test_unknown_table_is_refused(paper, number):
 )
 def test_cells_hold_what_the_papers_print(paper, number, row, column, value):
     assert table(paper, number).cell(row, column).value == value
+
+
+DEBERTA, TINY = "DeBERTa-v3-Base / ", "ViT-Tiny / "
+
+
+@pytest.mark.parametrize("key", ALL, ids=" ".join)
+def test_two_readings_give_a_value_only_where_the_first_digit_alone_differs(key):
+    for cell in table(*key).cells:
+        if len(read := readings(cell)) == 2:
+            digits = [re.sub(r"\D", "", text) for text in read]
+            printable = [text for text in read if re.fullmatch(r"[1-9]\d\.\d", text)]
+            agree = digits[0][1:] == digits[1][1:] and set(map(len, digits)) == {3}
+            decided = len(printable) == 1 and agree
+            assert cell.value == (float(printable[0]) if decided else None) and cell.note
+
+
+@pytest.mark.parametrize(
+    "number, row, column, both, value",
+    [
+        (10, DEBERTA + "CoLA / c3LA / 8", "1", ("060", "86.0"), 86.0),
+        (10, DEBERTA + "CoLA / c3LA / 8", "10", ("86.2", "80.2"), None),
+        (10, DEBERTA + "CoLA / c3LA / 8", "15", ("86.3", "80.5"), None),
+        (10, DEBERTA + "CoLA / c3LA / 8", "20", ("86.", "80"), None),
+        (8, DEBERTA + "TREC-50 / RAC / 16", "4r", ("78.0", "76.0"), None),
+        (8, DEBERTA + "TREC-50 / cLA / 16", "r/2", ("80.2", "00.2"), 80.2),
+        (8, DEBERTA + "TREC-50 / c3LA / 16", "2r", ("07.5", "87.5"), 87.5),
+    ],
+)
+def test_lines_read_twice_keep_both_readings(number, row, column, both, value):
+    cell = table("P2", number).cell(row, column)
+    assert readings(cell) == both and cell.value == value and "two readings" in cell.note
+    assert value is not None or math.isnan(least(cell))
+
+
+@pytest.mark.parametrize(
+    "number, row, values",
+    [
+        (6, DEBERTA + "TREC-50 / RAC / 2", [10.9] * 4 + [34.9, 46.6, 72.8, 85.9, 87.5]),
+        (
+            6,
+            DEBERTA + "TREC-50 / c3LA / 2",
+            [10.9] * 3 + [34.7, 42.3, 79.2, 66.7, 62.1, 10.9],
+        ),
+        (
+            6,
+            DEBERTA + "TREC-50 / CoLA / 8",
+            [10.9, 10.9, 42.9, 65.5, 82.3, 87.1, 90.9, 10.9, 10.9],
+        ),
+        (
+            6,
+            DEBERTA + "PAWS / LoRA / 2",
+            [92.1, 93.7, 94.0, 94.2, 94.7, 94.5, 94.0, 55.8, 55.8],
+        ),
+        (
+            6,
+            DEBERTA + "PAWS / LoRA / 4",
+            [92.3, 94.1, 94.0, 94.4, 94.2, 94.8, 94.0, 55.8, 55.8],
+        ),
+        (
+            6,
+            DEBERTA + "PAWS / Asym / 4",
+            [55.8, 55.8, 92.9, 92.3, 92.7, 93.2, 94.0, 94.4, 94.5],
+        ),
+        (
+            6,
+            DEBERTA + "PAWS / Asym / 8",
+            [55.8, 55.8, 92.3, 93.1, 94.1, 94.7, 94.7, 94.7, 94.2],
+        ),
+        (
+            7,
+            TINY + "CIFAR-10 / LoRA / 64",
+            [91.79, 94.0, 95.3, 96.44, 96.43, 81.73, 14.33, 11.3, 12.12],
+        ),
+        (
+            7,
+            TINY + "CIFAR-10 / RAC / 2",
+            [85.61, 89.68, 90.98, 91.87, 92.72, 91.94, 91.47, 89.51, 80.24],
+        ),
+        (9, TINY + "OfficeHome / RAC / 8", [75.9]),
+        (9, TINY + "OfficeHome / cLA / 8", [76.6]),
+    ],
+)
+def test_rows_that_the_scan_still_shows_are_there(number, row, values):
+    assert list(row_values(table("P2", number), row).values()) == values
+
+
+def test_partly_legible_rows_have_their_number_in_its_column():
+    for number, row, column, value in (
+        (8, DEBERTA + "TREC-50 / LoRA / 8", "4r", 75.4),
+        (8, DEBERTA + "TREC-50 / CoLA / 8", "4r", 85.5),
+        (8, DEBERTA + "TREC-50 / Asym / 8", "r/2", 87.7),
+        (8, DEBERTA + "TREC-50 / RAC / 8", "4r", 89.7),
+        (8, DEBERTA + "TREC-50 / cLA / 8", "2r", 82.5),
+        (9, TINY + "OfficeHome / RAC / 8", "r", 75.9),
+        (9, TINY + "OfficeHome / cLA / 8", "r", 76.6),
+    ):
+        assert row_values(table("P2", number), row) == {column: value}
+
+
+def test_equal_rows_of_a_sweep_are_marked():
+    for number in (6, 7, 8, 9, 10, 11):
+        t, seen = table("P2", number), {}
+        for row in t.names("row"):
+            values = tuple(row_values(t, row).values())
+            if len(values) == len(t.names("column")):
+                seen.setdefault(values, []).append(row)
+        for rows in seen.values():
+            cells = [t.cell(row, column) for row in rows for column in t.names("column")]
+            assert len(rows) == 1 or all(map(doubtful, cells)), rows
+
+
+def test_a_number_that_two_methods_share_at_a_high_rate_is_marked():
+    t = table("P2", 7)
+    shared = []
+    for row in t.names("row"):
+        if " / OfficeHome / LoRA / " in row:
+            twin = row.replace(" / LoRA / ", " / CoLA / ")
+            for column, value in row_values(t, row).items():
+                if row_values(t, twin).get(column) == value:
+                    shared.append(value)
+                    assert "CoLA" in t.cell(row, column).note
+                    assert "LoRA" in t.cell(twin, column).note
+    assert len(shared) == 12
+
+
+def test_a_misread_number_has_no_value_and_keeps_its_print():
+    cell = table("P2", 7).cell(TINY + "CIFAR-10 / cLA / 4", "1e-3")
+    assert (cell.value, cell.printed) == (None, "34.5") and "92.0" in cell.note
+    cell = table("P2", 7).cell(TINY + "OfficeHome / Asym / 16", "1e-3")
+    assert (cell.value, cell.printed, cell.note) == (None, "771.3", "misread")
+
+
+def test_the_selection_and_the_whole_table_of_gaps_agree():
+    third, fifteenth = table("P2", 3), table("P2", 15)
+    for cell in third.cells:
+        other = fifteenth.cell(cell.row, cell.column)
+        assert cell.value == other.value
+        assert not ("read in Table 15" in cell.note and "read in Table 3" in other.note)
+    assert third.cell("TinyLlama / LogiQA", "c3LA").value == 0.11
+
+
+def test_least_is_the_value_or_the_smallest_reading():
+    assert least(table("P2", 9).cell(TINY + "CIFAR-10 / Asym / 8", "2r")) == 94.0
+    assert least(table("P2", 7).cell(TINY + "OfficeHome / LoRA / 8", "1e-3")) == 79.39
+    assert math.isnan(least(table("P4", "IX").cell("optimizer", "value")))
+    assert math.isnan(least(table("P2", 6).cell(DEBERTA + "MRPC / LoRA / 2", "1e-6")))

@@ -376,10 +376,12 @@ def check_loss(value: object) -> None:
     doesn't depend on anything that is trained.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise BadType(
-            "a loss must be a tensor of one number, not"
-            f" {f'of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)}"
+        found = (
+            f"of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else repr(value)
         )
+        raise BadType(f"a loss must be a tensor of one number, not {found}")
     if not value.requires_grad:
         raise BadValue(
             "the loss doesn't depend on anything that is trained, so it has no"

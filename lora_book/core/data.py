@@ -285,7 +285,8 @@ def documented(body: list, prefix: str = "") -> Iterator:
 # %% ../../nbs/core/data.ipynb #c11
 SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,.'\"()/_-]*\.")
 OWN_NAMES = re.compile(
-    r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b"
+    r"(?i)\b(numpy|np|scipy|scikit-?learn|sklearn|scikit|pytorch|torch|pandas"
+    r"|pd|matplotlib|mpl|pyplot|plt|pylab|c?python)\b"
 )
 
 
@@ -316,7 +317,8 @@ def signature(node: ast.FunctionDef) -> str:
             *node.args.kwonlyargs,
         )
     ]
-    return f"{node.name}({', '.join(name for name in names if name not in ('self', 'cls'))})"
+    shown = [name for name in names if name not in ("self", "cls")]
+    return f"{node.name}({', '.join(shown)})"
 
 
 def harvest(package: str) -> list:

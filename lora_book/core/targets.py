@@ -131,11 +131,8 @@ def check_disjoint(name: str, views: dict) -> None:
         first[1] > second[0]
         for first, second in zip(spans, spans[1:], strict=False)
     ):
-        raise BadValue(
-            f"{name!r}: the targets"
-            f" {', '.join(repr(v.label or 'the whole weight') for v in views.values())}"
-            " share rows"
-        )
+        labels = [repr(v.label or "the whole weight") for v in views.values()]
+        raise BadValue(f"{name!r}: the targets {', '.join(labels)} share rows")
 
 # %% ../../nbs/core/targets.ipynb #c10
 def linear_names(model: nn.Module) -> list[str]:

@@ -161,7 +161,8 @@ def results_folder() -> Path:
 
 def store(result: dict, folder: Path) -> Path:
     "Write one result under a name made of task, row and seed."
-    name = f"{result['task']}-{result['row'].replace(' r=', '')}-{result['seed']}.json"
+    row = result["row"].replace(" r=", "")
+    name = f"{result['task']}-{row}-{result['seed']}.json"
     return write_atomic(
         folder / name, (json.dumps(result, indent=1) + "\n").encode()
     )

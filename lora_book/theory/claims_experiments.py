@@ -10,7 +10,7 @@ import numpy as np
 
 from .claims_record import Finding, check, finding
 from .generalization import numbers_stored, rank_correlation
-from .tables import Table, row_values, table
+from .tables import Table, least, row_values, table
 
 # %% ../../nbs/theory/claims_experiments.ipynb #c04
 METHODS = {
@@ -245,10 +245,7 @@ def best_scales(
         cells = [
             printed.cell(row, column) for column in printed.names("column")
         ]
-        values = [
-            float(c.printed or "nan") if c.value is None else c.value
-            for c in cells
-        ]
+        values = [least(cell) for cell in cells]
         if not np.isnan(values).any() and (
             not methods or row.split(" / ")[2] in methods
         ):
