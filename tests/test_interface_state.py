@@ -391,16 +391,27 @@ def test_a_merged_model_is_pickled_as_it_is(method):
     assert numbers(twin) == numbers(model) and torch.equal(lb.unmerge(twin)(inputs()), want)
 
 
-def computed(model, x, answers):
-    answers.put(model(x).detach().numpy().tobytes())
-
-
 def test_a_spawned_process_gets_the_model():
-    model, x = moved("cola"), inputs()
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=computed, args=(model, x, answers))
-    process.start()
-    assert answers.get(timeout=120) == model(x).detach().numpy().tobytes()
-    process.join(60)
-    assert process.exitcode == 0
+    model, x = moved("cola").requires_grad_(False), inputs()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(nn.Module.__call__, (model, x))
+    assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [("vera", {}), ("loldu", {"init": "uniform", "keep_start": True}), ("rac", {}), ("full", {})],
+)
+def test_one_site_of_another_seed_is_saved_with_it(method, options, tmp_path):
+    model, other = (move(adapted(method, seed=s, **options), s) for s in (1, 2))
+    state = other.state_dict()
+    part = {k: t for k, t in state.items() if k.startswith("first.")}
+    model.load_state_dict(part, strict=False)
+    again = lb.load(net(), lb.save(model, tmp_path / "mixed"))
+    assert same(model, again) and not same(model, other)
+    assert method == "full" or set(record_of(model).config["per_site"]) == set(
+        lb.adapters(model)
+    ) - {"first"}
+    model.load_state_dict(state)
+    assert "per_site" not in record_of(model).config
+    assert same(other, lb.load(net(), lb.save(model, tmp_path / "whole")))

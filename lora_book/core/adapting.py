@@ -143,7 +143,7 @@ class Record:
         if "steps" not in extra:
             return
         self.steps = int(extra["steps"])
-        self.config["seed"] = as_number(extra["seed"])
+        self.settle(held, as_number(extra["seed"]))
         kept = self.step.state(held)
         for _, key, _ in self.memory(held):
             kept.pop(key)
@@ -152,6 +152,29 @@ class Record:
             if key.startswith("step."):
                 kept[held.names[name] if kind == "own" else name] = t
         self.step.restore(held, kept)
+
+    def settle(self, held: AdapterSet, seed: int) -> None:
+        """Take on a seed, and note in the settings of each site by which other
+        one it was drawn, until its own numbers are loaded as well.
+        """
+        sites = {
+            k: dict(v) for k, v in self.config.get("per_site", {}).items()
+        }
+        if seed != self.config["seed"]:
+            for name in self.sites:
+                drawn = {"seed": self.method.seeds(self.config["seed"], name)}
+                sites[name] = drawn | sites.get(name, {})
+            self.config["seed"] = seed
+        for view, name in held.names.items():
+            own = {"seed": held[view].seed}
+            if held[view].seed in (None, self.method.seeds(seed, name)):
+                own = {}
+            rest = sites.pop(name, {})
+            rest.pop("seed", None)
+            if rest | own:
+                sites[name] = rest | own
+        self.config.pop("per_site", None)
+        self.config |= {"per_site": sites} if sites else {}
 
     def __getstate__(self) -> dict:
         return vars(self) | ({"method": None} if self.recall else {})
@@ -388,7 +411,7 @@ def build_adapters(
 ) -> dict:
     """{module name: {view key: adapter}} for the targets; nothing is
     installed. per_site: {site
-    name: its own r and alpha}.
+    name: its own r, alpha and seed}.
     """
     built: dict = {}
     for target in targets:
@@ -398,12 +421,11 @@ def build_adapters(
             W0 = view.of(target.module.weight).detach()
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
-            size = {"r": r, "alpha": alpha} | per_site.get(name, {})
+            size = {"r": r, "alpha": alpha, "seed": method.seeds(seed, name)}
             adapter = method.make(
                 W0,
                 None if bias is None else bias.detach(),
-                **size,
-                seed=method.seeds(seed, name),
+                **(size | per_site.get(name, {})),
                 dtype=dtype,
                 **options,
             )
