@@ -152,6 +152,7 @@ def make_plan(
         **options,
     )
     planned.record.config["step"] = step
+    planned.record.recall = method
     return planned
 
 # %% ../nbs/registry.ipynb #c12

@@ -100,6 +100,7 @@ def test_narrow_layers_use_a_part_of_wide_layers_draws():
 def test_only_the_two_vectors_are_saved_and_copies_still_share():
     model = lb.adapt(net(4, 4, 4), "vera", "all-linear", r=2)
     assert [name.split(".")[-1] for name in model.state_dict() if "adapters" in name] == [
+        "_extra_state",
         "d",
         "b",
     ] * 2

@@ -126,6 +126,8 @@ class _Products(_Change):
 class Adapter(_Products):
     "A trainable change of one frozen weight W0 of shape (n, m)."
 
+    seed: int | None = None
+
     def factors(self) -> list:
         """ΔW as products: a list of (A_j, B_j, s_j) with ΔW = Σ_j s_j·B_j A_j.
         Raises BadType where ΔW has no such form.
@@ -152,6 +154,12 @@ class Adapter(_Products):
     def rates(self) -> dict:
         "Learning-rate multipliers by parameter name, where they aren't 1."
         return {}
+
+    def reseed(self, seed: int, W0: Tensor) -> None:
+        """Called when numbers drawn by `seed` were loaded: later draws come
+        from it. A method whose state dict leaves draws out makes them anew.
+        """
+        self.seed = seed
 
     def _apply(self, fn, recurse=True):
         return super()._apply(lambda t: keep_wide(fn(t), t), recurse)

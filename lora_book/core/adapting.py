@@ -5,8 +5,8 @@ __all__ = ['query_value_targets', 'no_change', 'no_objection', 'no_penalty', 'Me
            'record_of', 'enabled_record', 'check_options', 'check_common', 'head_modules', 'check_made', 'names_in',
            'check_parameters', 'check_floating', 'check_dtype', 'drawn_seed', 'check_finite', 'Plan', 'build_adapters',
            'plan', 'choose_all', 'check_something', 'as_written', 'check_not_adapted', 'check_ratio', 'commit',
-           'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled', 'base_buffers',
-           'param_groups', 'strip']
+           'guarded', 'check_state', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled',
+           'base_buffers', 'param_groups', 'strip']
 
 # %% ../../nbs/core/adapting.ipynb #c02
 import inspect
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapter import site_seed, widened
 from lora_book.core.errors import (
+    BadState,
     BadType,
     BadValue,
     check_count,
@@ -26,8 +27,12 @@ from lora_book.core.errors import (
     unknown,
 )
 from lora_book.core.hosts import (
+    AdapterSet,
     Site,
     adapters,
+    as_number,
+    as_text,
+    check_loadable,
     fusing,
     held,
     hold,
@@ -109,6 +114,75 @@ class Record:
     merged: bool = False
     disabled: bool = False
     steps: int = 0
+    sites: frozenset = frozenset()
+    recall: Callable | None = None
+    guards: list = field(default_factory=list)
+
+    def carried(self, held: AdapterSet) -> dict[str, Tensor]:
+        """What a state dict says of one site: steps, seed, and the step's
+        memory of the site and of all sites together.
+        """
+        return {
+            "steps": torch.tensor(self.steps),
+            "seed": as_text(self.config["seed"]),
+        } | {f"step.{key}": t for key, _, t in self.memory(held)}
+
+    def memory(self, held: AdapterSet) -> list[tuple[str, str, Tensor]]:
+        """(key in the state dict, key in the step, tensor): a site's own are
+        called by the view, so that another name of the site still fits.
+        """
+        own = {name: f"own.{view}" for view, name in held.names.items()}
+        return [
+            (own.get(key, f"all.{key}"), key, t)
+            for key, t in self.step.state(held).items()
+            if key in own or key not in self.sites
+        ]
+
+    def take(self, held: AdapterSet, extra: dict[str, Tensor]) -> None:
+        "Go on from what `carried` gave for this site."
+        if "steps" not in extra:
+            return
+        self.steps = int(extra["steps"])
+        self.settle(held, as_number(extra["seed"]))
+        kept = self.step.state(held)
+        for _, key, _ in self.memory(held):
+            kept.pop(key)
+        for key, t in extra.items():
+            kind, _, name = key.removeprefix("step.").partition(".")
+            if key.startswith("step."):
+                kept[held.names[name] if kind == "own" else name] = t
+        self.step.restore(held, kept)
+
+    def settle(self, held: AdapterSet, seed: int) -> None:
+        """Take on a seed, and note in the settings of each site by which other
+        one it was drawn, until its own numbers are loaded as well.
+        """
+        sites = {
+            k: dict(v) for k, v in self.config.get("per_site", {}).items()
+        }
+        if seed != self.config["seed"]:
+            for name in self.sites:
+                drawn = {"seed": self.method.seeds(self.config["seed"], name)}
+                sites[name] = drawn | sites.get(name, {})
+            self.config["seed"] = seed
+        for view, name in held.names.items():
+            own = {"seed": held[view].seed}
+            if held[view].seed in (None, self.method.seeds(seed, name)):
+                own = {}
+            rest = sites.pop(name, {})
+            rest.pop("seed", None)
+            if rest | own:
+                sites[name] = rest | own
+        self.config.pop("per_site", None)
+        self.config |= {"per_site": sites} if sites else {}
+
+    def __getstate__(self) -> dict:
+        return vars(self) | ({"method": None} if self.recall else {})
+
+    def __setstate__(self, kept: dict) -> None:
+        vars(self).update(kept)
+        if self.recall:
+            self.method = self.recall(self.method_id)
 
 
 def check_module(model: object) -> None:
@@ -337,7 +411,7 @@ def build_adapters(
 ) -> dict:
     """{module name: {view key: adapter}} for the targets; nothing is
     installed. per_site: {site
-    name: its own r and alpha}.
+    name: its own r, alpha and seed}.
     """
     built: dict = {}
     for target in targets:
@@ -347,12 +421,11 @@ def build_adapters(
             W0 = view.of(target.module.weight).detach()
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
-            size = {"r": r, "alpha": alpha} | per_site.get(name, {})
+            size = {"r": r, "alpha": alpha, "seed": method.seeds(seed, name)}
             adapter = method.make(
                 W0,
                 None if bias is None else bias.detach(),
-                **size,
-                seed=method.seeds(seed, name),
+                **(size | per_site.get(name, {})),
                 dtype=dtype,
                 **options,
             )
@@ -508,12 +581,41 @@ def commit(model: nn.Module, made: Plan) -> nn.Module:
         p.requires_grad_(False)
     for target in made.targets:
         install(target.module, target.views, made.built[target.name])
+        held_here = target.module.adapters
+        held_here.record = record
+        held_here.names = dict(zip(target.views, target.sites(), strict=True))
+    record.sites = frozenset(adapters(model))
+    record.guards = guarded(model)
     for module in fusing(model):
         hold(module)
     for name in record.base:
         named[name].requires_grad_(True)
     vars(model)["_lora_book"] = record
     return model
+
+
+def guarded(model: nn.Module) -> list:
+    """Let the model, and each part of it that holds sites, look at a state
+    dict before any number is written; returns the hooks' handles.
+    """
+    return [
+        module.register_load_state_dict_pre_hook(check_state)
+        for module in model.modules()
+        if module is model or any(True for _ in sites(module))
+    ]
+
+
+def check_state(module: nn.Module, state: dict, prefix: str, *_) -> None:
+    """Raise BadState if a state dict can't be loaded into an adapted model, or
+    a part of one, now.
+    """
+    record = vars(module).get("_lora_book")
+    if record is not None and record.disabled:
+        raise BadState(
+            "the adapters are disabled: leave the `with disabled(model)` block"
+            " before loading numbers"
+        )
+    check_loadable(module, state, prefix)
 
 # %% ../../nbs/core/adapting.ipynb #c27
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -668,6 +770,8 @@ def strip(model: nn.Module) -> None:
         uninstall(site)
     for module in held(model):
         release(module)
+    for guard in record.guards:
+        guard.remove()
     for name, p in root.named_parameters():
         p.requires_grad_(record.was_trainable.get(name, p.requires_grad))
     del vars(root)["_lora_book"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .adapting import enabled_record
+from .adapting import enabled_record, root_of
 from .errors import BadType, BadValue, check_number
 from .hosts import adapters, sites
 
@@ -99,7 +99,7 @@ def train_step(
     check_step(record, optimizer, loss_fn, max_grad_norm)
     run = functools.partial(one_gradient, model, record, loss_fn, backward)
     try:
-        loss = record.step(model, optimizer, run, max_grad_norm)
+        loss = record.step(root_of(model), optimizer, run, max_grad_norm)
     except BaseException:
         optimizer.zero_grad()
         raise

@@ -233,6 +233,13 @@ class _Anchored(Diagonal):
         "Take the triangles from other numbers in W0; z and σ stay."
         self.anchor(W0, self.z.dtype)
 
+    def reseed(self, seed: int, W0: Tensor) -> None:
+        "Draw anew the start that another seed's z is measured from."
+        if seed != self.seed:
+            self.seed = seed
+            if self.keep_start:
+                self.anchor(W0, self.z.dtype)
+
     def standing(self, rows: slice | None, L: Tensor) -> "Whole":
         """A whole block's factors for `ldu_linear`; made once, and again when
         the buffers were moved.

@@ -201,7 +201,7 @@ class _Noting(PlainStep):
 
     def restore(self, model, state: dict[str, Tensor]) -> None:
         "Take back what `state` gave."
-        device = next(model.parameters()).device
+        device = next((p.device for p in model.parameters()), "cpu")
         self.memory = {name: t.to(device) for name, t in state.items()}
 
 # %% ../../nbs/present/mgpo.ipynb #c19b

@@ -62,6 +62,14 @@ class Shared(LowRank):
             name, pooled(M.contiguous(), self.seed, name), persistent=False
         )
 
+    def reseed(self, seed, W0):
+        "A and B by the seed that the loaded vectors were trained with."
+        if seed != self.seed or not self.drawn:
+            self.seed, self.drawn = seed, True
+            old = self.A, self.B
+            for name, M, was in zip("AB", self.init(W0, self.r, None), old):
+                self.place(name, M.to(was))
+
     def _load_from_state_dict(self, state, prefix, *args):
         for name in ("A", "B"):
             given = state.get(prefix + name)
