@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,48 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interface_tools import CHAINS, adapted, inputs, largest, move, moved, net, numbers, snapshot
+from safetensors.torch import load, save
 from torch import nn
 
 import lora_book as lb
 from lora_book.core.models import load_model
-from lora_book.core.saving import canonical
+from lora_book.core.saving import description_bytes, tensors_name
 
 METHODS = lb.methods()
 every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def numbers_file(folder) -> Path:
+    "The folder's one file of numbers."
+    (path,) = Path(folder).glob("adapter*.safetensors")
+    return path
+
+
+def content(folder) -> dict[str, bytes]:
+    "{name: bytes} of all files in a folder."
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def forge(folder, new=None, **changes) -> Path:
+    """Edit a saved adapter as someone would who knows the format: other numbers, other entries, and
+    new checksums and names.
+    """
+    path = Path(folder) / "adapter.json"
+    description = json.loads(path.read_text().rsplit("\n", 2)[0])
+    if new is not None:
+        data = save(new)
+        checksum = hashlib.sha256(data).hexdigest()
+        numbers_file(folder).unlink()
+        (folder / tensors_name(checksum)).write_bytes(data)
+        changes = {"sha256": checksum, "tensors": tensors_name(checksum)} | changes
+    for key, value in changes.items():
+        place = description["config"] if key in description["config"] else description
+        if value is KeyError:
+            del place[key]
+        else:
+            place[key] = value
+    path.write_bytes(description_bytes(description))
+    return folder
 
 
 def assert_refused(folder, *words, base=None) -> None:
@@ -225,11 +260,11 @@ def test_files_that_are_missing_or_no_files(saved, tmp_path):
     assert_refused(None)
     assert_refused(3)
     assert_refused(saved / "adapter.json")
-    for name in ("adapter.json", "adapter.safetensors"):
-        folder = tmp_path / name
+    for path in saved.iterdir():
+        folder = tmp_path / path.suffix
         folder.mkdir()
-        (folder / name).write_bytes((saved / name).read_bytes())
-        assert_refused(folder, "adapter.")
+        (folder / path.name).write_bytes(path.read_bytes())
+        assert_refused(folder, "adapter")
     (tmp_path / "mixed").mkdir()
     lb.save(moved("lora"), tmp_path / "mixed")
     (tmp_path / "mixed" / "adapter.json").write_bytes((saved / "adapter.json").read_bytes())
@@ -247,17 +282,7 @@ def test_other_files_beside_them_are_left_alone(saved, tmp_path):
 
 def rewritten(saved: Path, folder: Path, **changes) -> Path:
     "A copy whose description was edited and given a new checksum."
-    folder.mkdir()
-    description = json.loads((saved / "adapter.json").read_text().rsplit("\n", 2)[0])
-    for key, value in changes.items():
-        place = description["config"] if key in description["config"] else description
-        if value is KeyError:
-            del place[key]
-        else:
-            place[key] = value
-    (folder / "adapter.safetensors").write_bytes((saved / "adapter.safetensors").read_bytes())
-    (folder / "adapter.json").write_bytes(canonical(description))
-    return folder
+    return forge(Path(shutil.copytree(saved, folder)), **changes)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +294,15 @@ def rewritten(saved: Path, folder: Path, **changes) -> Path:
         {"alpha": -1},
         {"method": "lroa"},
         {"method": 3},
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
+        {"format": 2.0},
+        {"format": True},
+        {"tensors": "../adapter.safetensors"},
+        {"base": {}},
+        {"base": []},
+        {"base": {"first.weight": 3}},
+        {"buffers": []},
         {"sites": ["first"]},
         {"sites": ["frist"]},
         {"sites": [3]},
@@ -334,51 +367,61 @@ def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tm
     with pytest.raises(ValueError, match="NaN"):
         lb.save(model, tmp_path / "good")
     assert {p.name: p.read_bytes() for p in (tmp_path / "good").iterdir()} == before
-    from safetensors.torch import load, save
-
-    tensors = load(before["adapter.safetensors"])
+    tensors = load(numbers_file(tmp_path / "good").read_bytes())
     name = next(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
     tensors[name].view(-1)[-1] = bad
-    data = save(tensors)
-    description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {
-        "sha256": hashlib.sha256(data).hexdigest()
-    }
-    (tmp_path / "good" / "adapter.safetensors").write_bytes(data)
-    (tmp_path / "good" / "adapter.json").write_bytes(canonical(description))
+    forge(tmp_path / "good", tensors)
     assert_refused(tmp_path / "good", "NaN")
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_full_disk_leaves_the_old_pair(saved, tmp_path, monkeypatch, fails_at):
+@pytest.mark.parametrize(
+    "call, fails_at", [("fsync", 1), ("fsync", 3), ("replace", 1), ("replace", 2)]
+)
+def test_a_full_disk_leaves_the_old_pair(tmp_path, monkeypatch, fails_at, call):
     model = moved("cola")
     lb.save(model, tmp_path)
-    before, calls, write = (
-        {p.name: p.read_bytes() for p in tmp_path.iterdir()},
-        [],
-        Path.write_bytes,
-    )
+    before, calls, real = content(tmp_path), [], getattr(os, call)
 
-    def full(self, data):
-        calls.append(self)
+    def full(*args):
+        calls.append(args)
         if len(calls) == fails_at:
-            write(self, data[: len(data) // 2])
             raise OSError(28, "No space left on device")
-        return write(self, data)
+        return real(*args)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space") as caught:
         lb.save(move(model, 9), tmp_path)
+    assert isinstance(caught.value, lb.LoraBookError) and caught.value.errno == 28
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert content(tmp_path) == before
     lb.load(net(), tmp_path)
 
 
-def test_a_base_of_another_type_with_the_same_numbers_is_the_same_base(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_another_type_is_the_same_base(dtype, tmp_path):
     model = moved("lora")
     lb.save(model, tmp_path)
-    wide = lb.load(net().double(), tmp_path)
-    assert largest(wide(inputs(torch.float64)), model(inputs())) < 1e-5
-    assert_refused(tmp_path, "base", base=net().bfloat16())
+    x = inputs(dtype)
+    assert largest(lb.load(net().to(dtype), tmp_path)(x), copy.deepcopy(model).to(dtype)(x)) == 0
+    lb.load(net().to(dtype).float(), tmp_path)
+    lb.save(lb.adapt(net().to(dtype), "lora", ["first"], r=2), tmp_path)
+    for base in (net(), net().to(dtype), net().to(dtype).float()):
+        lb.load(base, tmp_path)
+    changed = net()
+    with torch.no_grad():
+        changed.proj.weight[1, 2] += 0.5
+    for base in (changed, copy.deepcopy(changed).to(dtype)):
+        assert_refused(tmp_path, "another base", "'proj.weight'", base=base)
+
+
+def test_the_error_names_what_is_another_architecture(saved):
+    assert_refused(saved, "architecture", "head.", base=nn.Sequential(net()))
+    more = net()
+    more.extra = nn.Linear(2, 2)
+    assert_refused(saved, "architecture", "'extra.bias'", base=more)
+    wider = net()
+    wider.norm.weight = nn.Parameter(torch.ones(9))
+    assert_refused(saved, "architecture", "'norm.weight'", "(9,)", base=wider)
 
 
 def test_heads_are_saved_with_the_adapter(tmp_path):
