@@ -7,6 +7,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +20,53 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interface_tools import CHAINS, adapted, inputs, largest, move, moved, net, numbers, snapshot
+from safetensors.torch import load, save
 from torch import nn
 
 import lora_book as lb
 from lora_book.core.models import load_model
-from lora_book.core.saving import canonical
+from lora_book.core.saving import (
+    base_tensors,
+    description_bytes,
+    fingerprint,
+    tensors_name,
+)
 
 METHODS = lb.methods()
 every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def numbers_file(folder) -> Path:
+    "The folder's one file of numbers."
+    (path,) = Path(folder).glob("adapter*.safetensors")
+    return path
+
+
+def content(folder) -> dict[str, bytes]:
+    "{name: bytes} of all files in a folder."
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def forge(folder, new=None, **changes) -> Path:
+    """Edit a saved adapter as someone would who knows the format: other numbers, other entries, and
+    new checksums and names.
+    """
+    path = Path(folder) / "adapter.json"
+    description = json.loads(path.read_text().rsplit("\n", 2)[0])
+    if new is not None:
+        data = save(new)
+        checksum = hashlib.sha256(data).hexdigest()
+        numbers_file(folder).unlink()
+        (folder / tensors_name(checksum)).write_bytes(data)
+        changes = {"sha256": checksum, "tensors": tensors_name(checksum)} | changes
+    for key, value in changes.items():
+        place = description["config"] if key in description["config"] else description
+        if value is KeyError:
+            del place[key]
+        else:
+            place[key] = value
+    path.write_bytes(description_bytes(description))
+    return folder
 
 
 def assert_refused(folder, *words, base=None) -> None:
@@ -225,11 +269,11 @@ def test_files_that_are_missing_or_no_files(saved, tmp_path):
     assert_refused(None)
     assert_refused(3)
     assert_refused(saved / "adapter.json")
-    for name in ("adapter.json", "adapter.safetensors"):
-        folder = tmp_path / name
+    for path in saved.iterdir():
+        folder = tmp_path / path.suffix
         folder.mkdir()
-        (folder / name).write_bytes((saved / name).read_bytes())
-        assert_refused(folder, "adapter.")
+        (folder / path.name).write_bytes(path.read_bytes())
+        assert_refused(folder, "adapter")
     (tmp_path / "mixed").mkdir()
     lb.save(moved("lora"), tmp_path / "mixed")
     (tmp_path / "mixed" / "adapter.json").write_bytes((saved / "adapter.json").read_bytes())
@@ -247,17 +291,7 @@ def test_other_files_beside_them_are_left_alone(saved, tmp_path):
 
 def rewritten(saved: Path, folder: Path, **changes) -> Path:
     "A copy whose description was edited and given a new checksum."
-    folder.mkdir()
-    description = json.loads((saved / "adapter.json").read_text().rsplit("\n", 2)[0])
-    for key, value in changes.items():
-        place = description["config"] if key in description["config"] else description
-        if value is KeyError:
-            del place[key]
-        else:
-            place[key] = value
-    (folder / "adapter.safetensors").write_bytes((saved / "adapter.safetensors").read_bytes())
-    (folder / "adapter.json").write_bytes(canonical(description))
-    return folder
+    return forge(Path(shutil.copytree(saved, folder)), **changes)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +303,15 @@ def rewritten(saved: Path, folder: Path, **changes) -> Path:
         {"alpha": -1},
         {"method": "lroa"},
         {"method": 3},
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
+        {"format": 2.0},
+        {"format": True},
+        {"tensors": "../adapter.safetensors"},
+        {"base": {}},
+        {"base": []},
+        {"base": {"first.weight": 3}},
+        {"buffers": []},
         {"sites": ["first"]},
         {"sites": ["frist"]},
         {"sites": [3]},
@@ -334,51 +376,260 @@ def test_numbers_that_aren_t_finite_are_neither_saved_nor_loaded(method, bad, tm
     with pytest.raises(ValueError, match="NaN"):
         lb.save(model, tmp_path / "good")
     assert {p.name: p.read_bytes() for p in (tmp_path / "good").iterdir()} == before
-    from safetensors.torch import load, save
-
-    tensors = load(before["adapter.safetensors"])
+    tensors = load(numbers_file(tmp_path / "good").read_bytes())
     name = next(n for n, t in tensors.items() if t.is_floating_point() and t.numel())
     tensors[name].view(-1)[-1] = bad
-    data = save(tensors)
-    description = json.loads(before["adapter.json"].decode().rsplit("\n", 2)[0]) | {
-        "sha256": hashlib.sha256(data).hexdigest()
-    }
-    (tmp_path / "good" / "adapter.safetensors").write_bytes(data)
-    (tmp_path / "good" / "adapter.json").write_bytes(canonical(description))
+    forge(tmp_path / "good", tensors)
     assert_refused(tmp_path / "good", "NaN")
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_full_disk_leaves_the_old_pair(saved, tmp_path, monkeypatch, fails_at):
+@pytest.mark.parametrize(
+    "call, fails_at", [("fsync", 1), ("fsync", 3), ("replace", 1), ("replace", 2)]
+)
+def test_a_full_disk_leaves_the_old_pair(tmp_path, monkeypatch, fails_at, call):
     model = moved("cola")
     lb.save(model, tmp_path)
-    before, calls, write = (
-        {p.name: p.read_bytes() for p in tmp_path.iterdir()},
-        [],
-        Path.write_bytes,
-    )
+    before, calls, real = content(tmp_path), [], getattr(os, call)
 
-    def full(self, data):
-        calls.append(self)
+    def full(*args):
+        calls.append(args)
         if len(calls) == fails_at:
-            write(self, data[: len(data) // 2])
             raise OSError(28, "No space left on device")
-        return write(self, data)
+        return real(*args)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space") as caught:
         lb.save(move(model, 9), tmp_path)
+    assert isinstance(caught.value, lb.LoraBookError) and caught.value.errno == 28
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert content(tmp_path) == before
     lb.load(net(), tmp_path)
 
 
-def test_a_base_of_another_type_with_the_same_numbers_is_the_same_base(tmp_path):
+WRITER = """
+import sys
+import torch
+from interface_tools import moved
+import lora_book as lb
+models = [moved("lora", seed=seed) for seed in (1, 2)]
+print("ready", flush=True)
+while True:
+    for model in models:
+        lb.save(model, sys.argv[1])
+"""
+
+
+def writer(folder) -> subprocess.Popen:
+    "A process that saves two adapters in turn, and has begun to."
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (root, root / "tests")))
+    made = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+    )
+    made.stdout.readline()
+    return made
+
+
+def test_two_writers_that_are_killed_and_a_reader(tmp_path):
+    lb.save(moved("lora"), tmp_path)
+    whole = [numbers(moved("lora", seed=seed)) for seed in (0, 1, 2)]
+    for wait in (0.1, 0.23):
+        writers, end = [writer(tmp_path) for _ in range(2)], time.time() + wait
+        try:
+            while time.time() < end:
+                assert numbers(lb.load(net(), tmp_path)) in whole
+        finally:
+            for one in writers:
+                one.kill()
+                one.wait()
+        assert numbers(lb.load(net(), tmp_path)) in whole
+    lb.save(moved("lora"), tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_two_threads_may_save_to_one_folder(tmp_path):
+    models, errors = [moved("lora", seed=seed) for seed in (1, 2)], []
+
+    def save_often(model):
+        try:
+            for _ in range(8):
+                lb.save(model, tmp_path)
+        except lb.LoraBookError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save_often, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and numbers(lb.load(net(), tmp_path)) in map(numbers, models)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_our_own_old_files_go(tmp_path):
+    others = ["adapter-backup.safetensors", f"adapter-{'a' * 63}.safetensors", ".other.part", "x"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / f"adapter-{'b' * 64}.safetensors").symlink_to(tmp_path / "x")
+    for seed in (1, 2):
+        lb.save(moved("lora", seed=seed), tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert len(list(tmp_path.iterdir())) == len(others) + 2
+    (tmp_path / "adapter.json").write_text("mine too")
+    assert_refused(tmp_path)
+    lb.save(moved("lora"), tmp_path)
+    lb.load(net(), tmp_path)
+
+
+def test_the_first_format_still_loads_and_is_replaced(tmp_path):
     model = moved("lora")
     lb.save(model, tmp_path)
-    wide = lb.load(net().double(), tmp_path)
-    assert largest(wide(inputs(torch.float64)), model(inputs())) < 1e-5
-    assert_refused(tmp_path, "base", base=net().bfloat16())
+    base, buffers = base_tensors(model, ["head"])
+    shapes, hashed = fingerprint(base | buffers)
+    numbers_file(tmp_path).rename(tmp_path / "adapter.safetensors")
+    forge(tmp_path, format=1, architecture=shapes, base=hashed, tensors=KeyError, buffers=KeyError)
+    assert numbers(lb.load(net(), tmp_path)) == numbers(model)
+    assert_refused(tmp_path, "base", base=net(seed=1))
+    assert_refused(tmp_path, "architecture", base=net(width=12))
+    lb.save(moved("lora", seed=3), tmp_path)
+    assert not (tmp_path / "adapter.safetensors").exists() and lb.load(net(), tmp_path)
+
+
+def test_no_link_is_followed_and_temporary_names_differ(tmp_path, monkeypatch):
+    victim, seen, real = tmp_path / "victim", [], os.replace
+    victim.write_text("mine")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter.json").symlink_to(victim)
+
+    def watched(source, target):
+        seen.append(Path(source).name)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    for _ in range(2):
+        lb.save(moved("lora"), folder)
+    assert victim.read_text() == "mine" and not (folder / "adapter.json").is_symlink()
+    assert len(set(seen)) == len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a\0b", "/dev/null/x"], ids=["long", "null", "device"]
+)
+def test_a_path_that_can_t_be_one(path):
+    with pytest.raises(lb.LoraBookError):
+        lb.load(net(), path)
+    with pytest.raises(lb.LoraBookError):
+        lb.save(moved("lora"), path)
+
+
+def test_a_description_too_deep_to_parse(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "deep"))
+    (folder / "adapter.json").write_text('{"a":' + "[" * 200000 + "]" * 200000 + "}")
+    assert_refused(folder, "adapter.json")
+
+
+@pytest.mark.parametrize("method", ["paca", "c3la", "random_cla"])
+def test_columns_out_of_range_and_other_kinds_of_number(method, tmp_path):
+    lb.save(moved(method), tmp_path)
+    good = load(numbers_file(tmp_path).read_bytes())
+    name = next(n for n in good if n.endswith("/idx"))
+    factor = name.replace("idx", "B")
+    for new in (
+        {name: good[name] + 10**6},
+        {name: -1 - good[name]},
+        {name: good[name].float()},
+        {factor: good[factor].double() * 1e300},
+        {factor: good[factor].to(torch.float8_e4m3fn)},
+        {factor: good[factor].long()},
+        {factor: good[factor].to(torch.complex64)},
+    ):
+        assert_refused(forge(tmp_path, good | new))
+    lb.load(net(), forge(tmp_path, good))
+
+
+def test_names_with_brackets_and_slashes(tmp_path):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            odd = {"task[0]": nn.Linear(4, 4), "a/b": nn.Linear(4, 6), "a": nn.Linear(4, 4)}
+            return nn.ModuleDict(odd)
+
+    for targets in (["task[0]", "a/b", "a"], ["task[0][0:2]", "a/b[q,v]"], "all-linear"):
+        model = move(lb.adapt(make(), "lora", targets, r=2))
+        again = lb.load(make(), lb.save(model, tmp_path))
+        assert numbers(again) == numbers(model) and list(lb.delta(again)) == list(lb.delta(model))
+
+
+def test_a_buffer_that_is_no_longer_stored(tmp_path):
+    def make(stored, shift=0):
+        made = net()
+        made.register_buffer("position_ids", torch.arange(4) + shift, persistent=stored)
+        return made
+
+    for there, here in ((True, False), (False, True)):
+        model = moved_one(make(there))
+        lb.save(model, tmp_path)
+        assert lb.load(make(here), tmp_path) is not None
+    lb.save(moved_one(make(True)), tmp_path)
+    assert_refused(tmp_path, "'position_ids'", base=make(True, 1))
+
+
+def moved_one(model) -> nn.Module:
+    return move(lb.adapt(model, "lora", ["first"], r=2))
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_saved_after_rounding(method, dtype, tmp_path):
+    def make():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+            made[1].running_mean.normal_()
+            return made
+
+    model = lb.adapt(make(), method, ["0"], r=2, head="2").to(dtype)
+    lb.save(model, tmp_path)
+    for base in (make(), make().to(dtype), make().to(dtype).float()):
+        fresh = lb.load(base, tmp_path)
+        assert all(
+            largest(a, b) < 1e-2
+            for a, b in zip(lb.delta(model).values(), lb.delta(fresh).values(), strict=True)
+        )
+    other = make()
+    other[1].running_mean.add_(1)
+    assert_refused(tmp_path, "'1.running_mean'", base=other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_another_type_is_the_same_base(dtype, tmp_path):
+    model = moved("lora")
+    lb.save(model, tmp_path)
+    x = inputs(dtype)
+    assert largest(lb.load(net().to(dtype), tmp_path)(x), copy.deepcopy(model).to(dtype)(x)) == 0
+    lb.load(net().to(dtype).float(), tmp_path)
+    lb.save(lb.adapt(net().to(dtype), "lora", ["first"], r=2), tmp_path)
+    for base in (net(), net().to(dtype), net().to(dtype).float()):
+        lb.load(base, tmp_path)
+    changed = net()
+    with torch.no_grad():
+        changed.proj.weight[1, 2] += 0.5
+    for base in (changed, copy.deepcopy(changed).to(dtype)):
+        assert_refused(tmp_path, "another base", "'proj.weight'", base=base)
+
+
+def test_the_error_names_what_is_another_architecture(saved):
+    assert_refused(saved, "architecture", "head.", base=nn.Sequential(net()))
+    more = net()
+    more.extra = nn.Linear(2, 2)
+    assert_refused(saved, "architecture", "'extra.bias'", base=more)
+    wider = net()
+    wider.norm.weight = nn.Parameter(torch.ones(9))
+    assert_refused(saved, "architecture", "'norm.weight'", "(9,)", base=wider)
 
 
 def test_heads_are_saved_with_the_adapter(tmp_path):

@@ -416,13 +416,16 @@ def test_without_project_nothing_is_projected():
 @pytest.mark.parametrize(
     "init, keep_start, r", [("regular", False, 6), ("uniform", True, 6), ("normal_mean", False, 2)]
 )
-def test_r_plus_one_numbers_are_stored_and_reload_with_the_same_bits(tmp_path, init, keep_start, r):
+def test_z_sigma_and_the_pivots_are_stored_and_reload_with_the_same_bits(
+    tmp_path, init, keep_start, r
+):
     net, adapter = adapted(draw(0, 6, 8), r=r, init=init, keep_start=keep_start, seed=3)
     move(adapter)
     lb.save(net, tmp_path)
     from safetensors.torch import load_file
 
-    assert sum(t.numel() for t in load_file(tmp_path / "adapter.safetensors").values()) == r + 1
+    (path,) = tmp_path.glob("*.safetensors")
+    assert sum(t.numel() for t in load_file(path).values()) == 2 * r + 1
     again, x = lb.load(model(draw(0, 6, 8)), tmp_path), draw(1, 4, 8)
     assert torch.equal(again(x), net(x)) and torch.equal(copy.deepcopy(net)(x), net(x))
     with pytest.raises(lb.LoraBookError, match="base"):
@@ -442,6 +445,72 @@ def test_a_state_dict_carries_over_to_a_model_that_was_adapted_on_another_base(i
     assert not torch.allclose(other(x), one(x))
     other.load_state_dict(one.state_dict())
     assert torch.equal(other(x), one(x)) and torch.equal(lb.delta(other)["0"], lb.delta(one)["0"])
+
+
+def halves(dtype, seed=0, r=6, trained=True, **options):
+    """Three models on one weight: adapted in float32 and then rounded, adapted after rounding, and
+    adapted in float32.
+    """
+    W = draw(seed, 6, 8).float()
+    made = [lb.adapt(model(W, torch.float32), "loldu", ["0"], r=r, **options) for _ in range(2)]
+    made.insert(1, lb.adapt(model(W, torch.float32).to(dtype), "loldu", ["0"], r=r, **options))
+    if trained:
+        for one in made:
+            move(lb.adapters(one)["0"])
+    made[0].to(dtype)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [1, 3, 6])
+@pytest.mark.parametrize("options", [{}, {"init": "uniform", "keep_start": True}], ids=str)
+def test_a_rounded_model_keeps_its_triangles(dtype, r, options, tmp_path):
+    rounded, inside, plain = halves(dtype, r=r, **options)
+    want, x = lb.delta(plain)["0"], draw(1, 4, 8).to(dtype)
+    assert torch.equal(lb.delta(rounded)["0"], want)
+    lb.save(rounded, tmp_path)
+    W = draw(0, 6, 8).float()
+    for base in (model(W, torch.float32).to(dtype), model(W, torch.float32)):
+        again = lb.load(base, tmp_path)
+        assert torch.equal(lb.delta(again)["0"], want)
+        assert torch.equal(again.to(dtype)(x), rounded(x))
+        lb.save(again, tmp_path)
+    inside.load_state_dict(rounded.state_dict())
+    assert torch.equal(lb.delta(inside)["0"], want) and torch.equal(inside(x), rounded(x))
+    copied = copy.deepcopy(rounded).float()
+    change = nn.functional.linear(x.float(), copied[0].weight + want, copied[0].bias)
+    assert torch.allclose(copied(x.float()), change, atol=1e-4)
+    rounded.load_state_dict(plain.state_dict())
+    assert torch.equal(lb.delta(rounded)["0"], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_between_the_triangles_of_the_unrounded_weight_are_refused(dtype, tmp_path):
+    _, inside, plain = halves(dtype)
+    before = {name: t.clone() for name, t in inside.state_dict().items()}
+    change = lb.delta(inside)["0"]
+    with pytest.raises(RuntimeError, match="triangles"):
+        inside.load_state_dict(plain.state_dict())
+    assert torch.equal(lb.delta(inside)["0"], change)
+    assert torch.equal(inside.state_dict()["0.adapters.all.z"], before["0.adapters.all.z"])
+    lb.save(plain, tmp_path)
+    base = model(draw(0, 6, 8).float(), torch.float32).to(dtype)
+    kept = copy.deepcopy(base.state_dict())
+    with pytest.raises(lb.LoraBookError, match="triangles"):
+        lb.load(base, tmp_path)
+    assert all(torch.equal(t, kept[name]) for name, t in base.state_dict().items())
+    lb.load(model(draw(0, 6, 8).float(), torch.float32), tmp_path)
+
+
+def test_a_weight_that_is_loaded_later_gives_new_triangles_that_need_no_place():
+    rounded, inside, _ = halves(torch.bfloat16)
+    assert "0.adapters.all.left" in rounded.state_dict()
+    other = halves(torch.bfloat16, seed=5)[1]
+    rounded.load_state_dict(other.state_dict())
+    assert torch.equal(lb.delta(rounded)["0"], lb.delta(other)["0"])
+    assert "0.adapters.all.left" not in rounded.state_dict()
+    wide = copy.deepcopy(inside).float().bfloat16()
+    assert "0.adapters.all.left" not in wide.state_dict()
 
 
 def test_the_factors_are_the_change():

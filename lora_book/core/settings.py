@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'DTYPES', 'LEAST', 'Settings', 'read_ini', 'find_settings', 'own_keys', 'sections', 'to_count', 'typed',
-           'load_settings', 'repeats', 'ranges', 'write_atomic']
+           'load_settings', 'repeats', 'ranges']
 
 # %% ../../nbs/core/settings.ipynb #c03
 import configparser
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadValue, MissingFile, check_choice, unknown
+from .saving import write_atomic as write_atomic
 
 # %% ../../nbs/core/settings.ipynb #c05
 DEFAULTS = {
@@ -220,18 +221,3 @@ def ranges(*groups: Iterable[float]) -> str:
         *((min(group), max(group)) for group in map(list, groups)), strict=True
     )
     return "ranges overlap" if max(lows) <= min(highs) else "ranges are apart"
-
-# %% ../../nbs/core/settings.ipynb #c20
-def write_atomic(path: Path | str, content: bytes) -> Path:
-    """Write `content` to `path` so that a reader sees the old file or the
-    whole new one, never a part; makes the folder.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

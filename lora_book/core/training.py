@@ -235,6 +235,7 @@ def parse_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         KeyError,
         TypeError,
         RuntimeError,
+        RecursionError,
         SafetensorError,
     ) as error:
         raise BadValue(

@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['INITS', 'SIGMA_MIN', 'loldu', 'GROWTH', 'BLOCK', 'ROWS', 'uniform', 'normal', 'check_flags', 'check_constraints',
-           'project', 'Triangles', 'Diagonal', 'LoLDU', 'Part', 'is_whole', 'row_strips', 'column_strips', 'times',
-           'in_cache', 'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct', 'ldu_linear']
+           'project', 'Triangles', 'Diagonal', 'same_pivots', 'LoLDU', 'Part', 'is_whole', 'row_strips',
+           'column_strips', 'times', 'in_cache', 'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct',
+           'ldu_linear']
 
 # %% ../../nbs/present/loldu.ipynb #c02
 from collections.abc import Iterable
@@ -96,7 +97,7 @@ def project(adapters: dict, step: int) -> None:
 # %% ../../nbs/present/loldu.ipynb #c13
 class Triangles(Adapter):
     """The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from
-    it, never saved; `between` puts a diagonal there.
+    it, and saved only where they can't be; `between` puts a diagonal there.
     """
 
     def freeze(self, W0: Tensor, r: int, dtype: torch.dtype) -> Tensor:
@@ -201,22 +202,32 @@ class Diagonal(_Between):
         ]
 
 # %% ../../nbs/present/loldu.ipynb #c17
+def same_pivots(own: Tensor, saved: Tensor) -> bool:
+    """Whether two eliminations began with the same weight: their pivots agree
+    but for the rounding of different machines.
+    """
+    near = 1e-5 * own.abs().max().item()
+    return own.shape != saved.shape or torch.allclose(
+        saved.to(own), own, rtol=1e-5, atol=near
+    )
+
+
 class _Anchored(Diagonal):
     """Takes from a weight what isn't saved; a subclass sets r, seed, init,
     keep_start and σ0 first.
     """
 
-    made = None
+    made, on_its_own = None, False
+    frozen = ("left", "right", "z0")
 
     def anchor(self, W0: Tensor, dtype: torch.dtype) -> Tensor:
         """Register the triangles, the pivots, z0, and what a whole block's
         diagonal has beside σ z. Returns the start of z, (r,).
         """
+        self.source, self.on_its_own = W0.dtype, False
         pivots = self.freeze(W0, self.r, wide(dtype))
         z = INITS[self.init](pivots, generator(self.seed)).to(W0.device, dtype)
-        self.register_buffer(
-            "pivots", pivots.to(W0.device, dtype), persistent=False
-        )
+        self.register_buffer("pivots", pivots.to(W0.device, dtype))
         self.register_buffer(
             "z0",
             (z if self.keep_start else self.pivots).clone(),
@@ -237,8 +248,43 @@ class _Anchored(Diagonal):
         "Draw anew the start that another seed's z is measured from."
         if seed != self.seed:
             self.seed = seed
-            if self.keep_start:
+            if self.keep_start and not self.on_its_own:
                 self.anchor(W0, self.z.dtype)
+
+    def keep(self) -> None:
+        """From now on save the triangles: the weight that they were taken from
+        is rounded. Without it the whole block's shortcut goes too.
+        """
+        if not self.on_its_own:
+            self.left = self.ordered(self.left).contiguous()
+            self.order = self.inverse = self.whole = self.made = None
+            self._non_persistent_buffers_set -= set(self.frozen)
+            self.on_its_own = True
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        moved = fn(self.z.new_empty(0)).dtype
+        if torch.promote_types(moved, self.source) != moved:
+            self.keep()
+        return self
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        theirs = state.get(f"{prefix}pivots")
+        if f"{prefix}left" in state:
+            self.keep()
+        elif theirs is not None and not same_pivots(self.pivots, theirs):
+            rest[-1].append(
+                f"{prefix}z lies between the triangles of another weight, or"
+                " of the same one before it was rounded; load it into that"
+                " weight in the type it had, then convert"
+            )
+            return
+        own = {
+            f"{prefix}{name}": getattr(self, name)
+            for name in (*self.frozen, "pivots")
+            if self.on_its_own or name == "pivots"
+        }
+        super()._load_from_state_dict(own | state, prefix, *rest)
 
     def standing(self, rows: slice | None, L: Tensor) -> "Whole":
         """A whole block's factors for `ldu_linear`; made once, and again when

@@ -51,6 +51,16 @@ class Selecting(LowRank):
         "S, (r, m), in B's type."
         return F.one_hot(self.idx, self.m).to(self.B.dtype)
 
+    def _load_from_state_dict(self, state, prefix, *rest):
+        for name in ("idx", "links_idx"):
+            idx = state.get(f"{prefix}{name}")
+            if idx is not None and ((idx < 0) | (idx >= self.m)).any():
+                rest[-1].append(
+                    f"{prefix}{name} names columns outside 0..{self.m - 1}"
+                )
+                return
+        super()._load_from_state_dict(state, prefix, *rest)
+
 # %% ../../nbs/present/paca.ipynb #c15
 class _Changed(Selecting):
     "The change s·B S through its columns (@eq-paca-delta)."
