@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapter import site_seed, widened
+from .adapter import StoredRank, site_seed, widened
 from lora_book.core.errors import (
     BadType,
     BadValue,
@@ -337,7 +337,7 @@ def build_adapters(
 ) -> dict:
     """{module name: {view key: adapter}} for the targets; nothing is
     installed. per_site: {site
-    name: its own r and alpha}.
+    name: its own r and alpha}, as a file has them. An error names the site.
     """
     built: dict = {}
     for target in targets:
@@ -348,14 +348,19 @@ def build_adapters(
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
             size = {"r": r, "alpha": alpha} | per_site.get(name, {})
-            adapter = method.make(
-                W0,
-                None if bias is None else bias.detach(),
-                **size,
-                seed=method.seeds(seed, name),
-                dtype=dtype,
-                **options,
-            )
+            if name in per_site:
+                size["r"] = StoredRank(size["r"])
+            try:
+                adapter = method.make(
+                    W0,
+                    None if bias is None else bias.detach(),
+                    **size,
+                    seed=method.seeds(seed, name),
+                    dtype=dtype,
+                    **options,
+                )
+            except (BadValue, BadType) as error:
+                raise type(error)(f"{name!r}: {error}") from error
             built.setdefault(target.name, {})[key] = adapter
     return built
 
