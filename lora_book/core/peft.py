@@ -105,7 +105,7 @@ class LoraForm:
         factors = abs(self.scale) * self.A.norm().item() * self.B.norm().item()
         return factors if self.g is None else factors + W0.norm().item()
 
-# %% ../../nbs/core/peft.ipynb #c07
+
 @dataclass(frozen=True)
 class VeraForm:
     """ΔW = diag(b) B diag(d) A with A (r, m) and B (n, r) shared by all layers
@@ -550,7 +550,7 @@ def check_own(model: nn.Module, heads: list[str]) -> None:
                     f" {tied[id(p)]}, and PEFT would train a copy of it"
                 )
 
-# %% ../../nbs/core/peft.ipynb #c28x
+
 def heads_of(
     model: nn.Module, heads: list[str], targets: list[str]
 ) -> list[str]:
@@ -1021,13 +1021,15 @@ def read_pair(folder: Path) -> tuple[bytes | None, bytes | None]:
         before = stamps(folder)
         data, config = content(folder / WEIGHTS), content(folder / CONFIG)
         said = None if data is None else told(io.BytesIO(data))
+        carried = None if said is None else said.encode()
         if config is None:
-            kept = content(folder / ASIDE)
-            config = kept if said is None else said.encode()
-        if stamps(folder) == before:
-            break
+            config = carried or content(folder / ASIDE)
+        if (carried is not None and config == carried) or stamps(
+            folder
+        ) == before:
+            return data, config
         time.sleep(0.005)
-    return data, config
+    raise BadValue(f"{str(folder)!r} is written to all the time: try again")
 
 
 def parsed(text: bytes, folder: Path) -> dict:
@@ -1181,8 +1183,8 @@ def layer_numbers(settings: dict, names: list[str]) -> dict[str, int]:
 
 
 def targeted(settings: dict, names: list[str]) -> set[str]:
-    """Those of the names that PEFT would adapt. `layers_to_transform` restricts
-    endings, not whole names.
+    """Those of the names that PEFT would adapt. `layers_to_transform`
+    restricts endings, not whole names.
     """
     wanted = settings.get("target_modules")
     if wanted is None or wanted == "all-linear":

@@ -51,6 +51,24 @@ class Selecting(LowRank):
         "S, (r, m), in B's type."
         return F.one_hot(self.idx, self.m).to(self.B.dtype)
 
+    def _load_from_state_dict(
+        self, state, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        for key, given in state.items():
+            numbers = key.startswith(prefix) and key.endswith("idx")
+            if (
+                numbers
+                and given.numel()
+                and not (0 <= given.min() and given.max() < self.m)
+            ):
+                errors.append(
+                    f"{key!r} holds columns outside 0:{self.m}, which the"
+                    " weight doesn't have"
+                )
+        super()._load_from_state_dict(
+            state, prefix, metadata, strict, missing, unexpected, errors
+        )
+
 # %% ../../nbs/present/paca.ipynb #c15
 class _Changed(Selecting):
     "The change s·B S through its columns (@eq-paca-delta)."
