@@ -5,8 +5,10 @@ refusals, models untouched by errors.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_book as lb
+from lora_book.core import peft as core_peft
 from lora_book.core import settings as core_settings
 from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import Method, commit, plan
@@ -25,18 +28,25 @@ from lora_book.core.laws import Case, randomise
 from lora_book.core.models import load_model
 from lora_book.core.peft import (
     CONFIG,
+    TAME,
     WEIGHTS,
     LoraForm,
     compressed,
     exact_names,
     fitting,
     layer_form,
+    named_by,
     pattern,
+    targeted,
+    values_by,
 )
 from lora_book.core.steps import PlainStep
 from lora_book.registry import METHODS
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
+peft_other = pytest.importorskip("peft.utils.other")
 MODELS = ("tiny_bert", "tiny_gpt2", "tiny_vit", "tiny_llama")
 REFUSED = ("full", "linear_probe", "bitfit")
 EXPORTED = [method for method in METHODS if method not in REFUSED]
@@ -814,3 +824,457 @@ def test_the_exported_scale_is_exact():
         model = adapted("tiny_bert", "lora", r=r, alpha=alpha)
         name, site = next(iter(sites(model)))
         assert math.isclose(layer_form(name, site, False).scale, alpha / r, rel_tol=1e-15)
+
+
+# One commit point
+
+
+def plain_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def made(alpha, seed, r=2):
+    return randomise(lb.adapt(plain_net(), "lora", ["0"], r=r, alpha=alpha), seed)
+
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+def is_one_of(got, *wanted):
+    return any(torch.allclose(got, want, atol=1e-5) for want in wanted)
+
+
+def in_real_peft(path):
+    return peft.PeftModel.from_pretrained(plain_net(), str(path)).eval()
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("old_is_pefts", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_stopped_export_leaves_the_old_adapter_or_the_new_one(
+    at, old_is_pefts, again, tmp_path, monkeypatch
+):
+    """Stopped at each of its renames, once or from then on: from_peft loads one of the two, and
+    PEFT loads one of them or finds no settings.
+    """
+    old, new = made(2, 1), made(32, 2)
+    lb.to_peft(old, tmp_path)
+    if old_is_pefts:
+        in_real_peft(tmp_path).save_pretrained(str(tmp_path))
+    real, calls = os.replace, []
+
+    def stops(source, target):
+        calls.append(target)
+        if len(calls) == at or (again and len(calls) > at):
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", stops)
+    try:
+        lb.to_peft(new, tmp_path)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.setattr(os, "replace", real)
+    wanted = old(X).detach(), new(X).detach()
+    assert is_one_of(lb.from_peft(plain_net(), tmp_path)(X), *wanted)
+    if (tmp_path / CONFIG).exists():
+        assert is_one_of(in_real_peft(tmp_path)(X), *wanted)
+    last = made(8, 3, r=3)
+    lb.to_peft(last, tmp_path)
+    assert is_one_of(in_real_peft(tmp_path)(X), last(X))
+    assert {CONFIG, WEIGHTS} == {p.name for p in tmp_path.iterdir()} - {"README.md"}
+
+
+WRITER = """
+import sys, torch, lora_book as lb
+from torch import nn
+from lora_book.core.laws import randomise
+path, alpha, seed, times = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+model = randomise(lb.adapt(model, "lora", ["0"], r=2, alpha=alpha), seed)
+print("ready", flush=True)
+for _ in range(times):
+    lb.to_peft(model, path)
+"""
+
+
+def writer(path, alpha, seed, times):
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(alpha), str(seed), str(times)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_writers_a_reader_and_a_kill(tmp_path):
+    wanted = [made(2, 1)(X).detach(), made(32, 2)(X).detach()]
+    lb.to_peft(made(2, 1), tmp_path)
+    writers = [writer(tmp_path, 2, 1, 10**6), writer(tmp_path, 32, 2, 10**6)]
+    try:
+        assert [process.stdout.readline() for process in writers] == ["ready\n"] * 2
+        for _ in range(100):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert is_one_of(lb.from_peft(plain_net(), tmp_path)(X), *wanted)
+        writers[0].kill()
+        assert is_one_of(lb.from_peft(plain_net(), tmp_path)(X), *wanted)
+    finally:
+        for process in writers:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    assert is_one_of(lb.from_peft(plain_net(), tmp_path)(X), *wanted)
+    if (tmp_path / CONFIG).exists():
+        assert is_one_of(in_real_peft(tmp_path)(X), *wanted)
+
+
+def test_settings_changed_by_hand_are_read_as_peft_reads_them_with_a_warning(tmp_path):
+    lb.to_peft(made(2, 1), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config(tmp_path) | {"base_model_name_or_path": "b"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lb.from_peft(plain_net(), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(config(tmp_path) | {"lora_alpha": 6}))
+    with pytest.warns(UserWarning, match="lora_alpha=6, not 2"):
+        model = lb.from_peft(plain_net(), tmp_path)
+    assert is_one_of(model(X), in_real_peft(tmp_path)(X))
+
+
+def test_links_in_the_folder_are_replaced_and_not_followed(tmp_path):
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).symlink_to(outside)
+    lb.to_peft(made(2, 1), folder)
+    assert outside.read_text() == "mine"
+    assert not any((folder / name).is_symlink() for name in (CONFIG, WEIGHTS))
+    assert is_one_of(lb.from_peft(plain_net(), folder)(X), made(2, 1)(X))
+
+
+@pytest.mark.parametrize("path", ["/dev/null/x", "x" * 5000, "a\0b"])
+def test_paths_that_cannot_be_are_refused(path):
+    for run in (lambda: lb.to_peft(made(2, 1), path), lambda: lb.from_peft(plain_net(), path)):
+        with pytest.raises(lb.LoraBookError, match="can't be|no file"):
+            run()
+
+
+# As PEFT reads its settings
+
+
+NAMES = [
+    f"{top}{layers}.{i}.{rest}"
+    for top in ("", "model.")
+    for layers in ("layers", "h")
+    for i in (0, 1, 11)
+    for rest in ("attn.q_proj", "attn.v_proj", "mlp.experts.1.up_proj", "q_proj_2")
+] + ["q_proj", "lm_head", "model.q_proj"]
+ENDINGS = st.sampled_from(["q_proj", "v_proj", "1.up_proj", "up_proj", "0.attn.q_proj", "lm_head"])
+EXPRESSIONS = st.sampled_from(
+    [r".*\.(q_proj|v_proj)", r"model\.layers\.(0|1)\.attn.q_proj", "q_proj|lm_head", r".*up_proj"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    wanted=st.one_of(st.lists(ENDINGS | st.sampled_from(NAMES), min_size=1), EXPRESSIONS),
+    chosen=st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 11), max_size=2)),
+    pattern=st.sampled_from([None, "", [], "layers", ["h"], ["layers", "h"], ["h", "experts"]]),
+    excluded=st.one_of(st.none(), st.lists(ENDINGS, max_size=2), EXPRESSIONS),
+    saved=st.one_of(st.none(), st.lists(st.sampled_from(["lm_head", "mlp", "attn"]), max_size=2)),
+)
+def test_targets_are_those_that_peft_finds(wanted, chosen, pattern, excluded, saved):
+    if isinstance(wanted, str):
+        chosen = None
+    said = {
+        "target_modules": wanted,
+        "layers_to_transform": chosen,
+        "layers_pattern": None if chosen is None else pattern,
+        "exclude_modules": excluded,
+        "modules_to_save": saved,
+    }
+    theirs = peft.LoraConfig(**said)
+    found = {n for n in NAMES if tuners_utils.check_target_module_exists(theirs, n)}
+    assert targeted(said, NAMES) == found
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    keys=st.lists(
+        st.sampled_from(["q_proj", r"^q_proj", r"layers\.1\.attn\.q_proj", "attn.*", r".*\.1\..*"])
+        | st.sampled_from(NAMES),
+        unique=True,
+        max_size=4,
+    )
+)
+def test_patterns_fit_the_names_that_peft_fits(keys):
+    patterns = {key: i for i, key in enumerate(keys)}
+    theirs = {n: patterns.get(peft_other.get_pattern_key(keys, n), -1) for n in NAMES}
+    assert values_by(patterns, NAMES, -1) == theirs
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        r"(?:.*?(?:language|model).*?(?:attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\blm_head)",
+        r"^(?!.*attn).*(?:up_proj|q_proj)$",
+        r"(?i).*Q_PROJ",
+        r"[a-z.]+\d{1,2}\.attn\.\w+",
+    ],
+)
+def test_other_expressions_are_matched_in_a_process_of_their_own(part, monkeypatch):
+    assert TAME.fullmatch(part) is None
+    found = named_by(part, NAMES)
+    assert found == {n for n in NAMES if re.fullmatch(part, n)} and found
+
+
+HOSTILE = [
+    r"(\w+\.?)+!",
+    r"(a|a)*(.*)*x!",
+    "(a?){30}a{30}x",
+    "(.*a?)" * 12 + "!",
+    "(" * 5000,
+    "a" * 40 + "*" * 3,
+]
+
+
+@pytest.mark.parametrize("expression", HOSTILE)
+@pytest.mark.parametrize(
+    "key",
+    ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_pattern"],
+)
+def test_expressions_that_backtrack_are_refused_in_time(
+    key, expression, good, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(core_peft, "PATIENCE", 0.5)
+    value = {"rank_pattern": {expression: 2}, "modules_to_save": ["classifier", expression]}
+    said = {key: value.get(key, expression)}
+    if key == "layers_pattern":
+        said["layers_to_transform"] = 0
+    started = time.monotonic()
+    model = load_model("tiny_bert", n_classes=3)
+    before = state(model)
+    try:
+        lb.from_peft(model, edited(good, tmp_path, said))
+    except lb.LoraBookError:
+        assert same_state(state(model), before)
+    assert time.monotonic() - started < 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(part=st.from_regex(r"(?:[ab.|]|\\\.|\(|\)|\*|\?|\+|\^|\$|\.\*){0,24}", fullmatch=True))
+def test_what_is_matched_here_is_matched_fast(part):
+    if TAME.fullmatch(part):
+        started = time.monotonic()
+        for frame in (r"(.*\.)?(%s)$", r"(?:^|.*?\.)%s\.(?P<idx>\d+)\."):
+            re.compile(frame % part).match("ab.aab." * 30 + "!")
+        assert time.monotonic() - started < 1
+
+
+def written_llama(path, keep="auto", **said):
+    model = peft.get_peft_model(load_model("tiny_llama"), peft.LoraConfig(**said)).eval()
+    randomise_trained(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(path), save_embedding_layers=keep)
+    return model
+
+
+@torch.no_grad()
+def randomise_trained(model):
+    g = torch.Generator().manual_seed(5)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+
+
+@pytest.mark.parametrize("layers", [0, [0], 1, [0, 1], []])
+def test_layers_to_transform(layers, tmp_path):
+    theirs = written_llama(tmp_path, target_modules=["q_proj"], r=2, layers_to_transform=layers)
+    ours = lb.from_peft(load_model("tiny_llama"), tmp_path)
+    assert len(lb.adapters(ours)) == (1 if layers in (0, [0], 1) else 2)
+    assert off_by(output(ours, "tiny_llama"), output(theirs, "tiny_llama")) < 2e-6
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"d_initial": 0.1}])
+def test_ranks_above_a_weights_size_keep_factors_outputs_and_gradients(kind, tmp_path):
+    make = peft.VeraConfig if "d_initial" in kind else peft.LoraConfig
+    theirs = peft.get_peft_model(plain_net(), make(r=12, target_modules=["0", "1"], **kind))
+    randomise_trained(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = lb.from_peft(plain_net(), tmp_path)
+    assert all(a.r == 12 for a in lb.adapters(ours).values())
+    assert torch.allclose(ours(X), theirs(X), atol=1e-5)
+    own = [p for a in lb.adapters(ours).values() for p in a.parameters() if p.requires_grad]
+    other = [p for p in theirs.parameters() if p.requires_grad]
+    for model in (ours, theirs):
+        (model(X) * torch.linspace(-1, 1, 3)).sum().backward()
+    assert len(own) == len(other)
+    assert sorted(round(p.grad.norm().item(), 4) for p in own) == sorted(
+        round(p.grad.norm().item(), 4) for p in other
+    )
+    lb.save(ours, tmp_path / "own")
+    assert torch.equal(lb.load(plain_net(), tmp_path / "own")(X), ours(X))
+    lb.to_peft(ours, tmp_path / "back")
+    assert config(tmp_path / "back")["r"] == 12
+    assert torch.allclose(in_real_peft(tmp_path / "back")(X), ours(X), atol=1e-5)
+    lb.merge(ours)
+    assert torch.allclose(ours(X), theirs(X), atol=1e-5)
+
+
+def test_a_rank_that_does_not_fit_names_the_module(tmp_path):
+    model = plain_net()
+    before = state(model)
+    with pytest.raises(ValueError, match="'1'.*above min"):
+        lb.adapt(model, "lora", "all-linear", r=4)
+    assert same_state(state(model), before)
+
+
+@pytest.mark.parametrize("targets, keep", [(["q_proj", "lm_head"], "auto"), (["q_proj"], True)])
+def test_the_bases_own_tensors_beside_an_adapter(targets, keep, tmp_path):
+    theirs = written_llama(tmp_path, keep, target_modules=targets, r=2)
+    key = next(k for k in load_file(tmp_path / WEIGHTS) if "lm_head" in k and "lora" not in k)
+    ours = lb.from_peft(load_model("tiny_llama"), tmp_path)
+    assert off_by(output(ours, "tiny_llama"), output(theirs, "tiny_llama")) < 2e-6
+    lb.to_peft(ours, tmp_path / "back")
+    assert (
+        off_by(
+            output(in_peft("tiny_llama", tmp_path / "back"), "tiny_llama"),
+            output(theirs, "tiny_llama"),
+        )
+        < 2e-6
+    )
+    tensors = load_file(tmp_path / WEIGHTS)
+    for changed in (tensors[key] * 2, tensors[key][1:].contiguous()):
+        save_file(tensors | {key: changed}, tmp_path / WEIGHTS)
+        match = re.escape(key.removeprefix("base_model.model."))
+        assert_not_read(tmp_path, ValueError, match, load_model("tiny_llama"))
+
+
+# Who finds the export again
+
+
+def test_autopeft_classes_find_the_base(tmp_path):
+    load_model("tiny_llama").save_pretrained(str(tmp_path / "base"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))
+    model = randomise(lb.adapt(base, "lora", r=2), 1, 0.1).eval()
+    lb.to_peft(model, tmp_path / "a")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "a")).eval()
+    assert off_by(output(found, "tiny_llama"), output(model, "tiny_llama")) < 2e-6
+    load_model("tiny_bert", n_classes=3).save_pretrained(str(tmp_path / "bert"))
+    kind = transformers.AutoModelForSequenceClassification
+    for head, said, auto in (
+        (["classifier"], "SEQ_CLS", peft.AutoPeftModelForSequenceClassification),
+        (None, None, peft.AutoPeftModel),
+    ):
+        base = kind.from_pretrained(str(tmp_path / "bert"), num_labels=3)
+        model = randomise(lb.adapt(base, "lora", r=2, head=head), 1, 0.1).eval()
+        lb.to_peft(model, tmp_path / "b")
+        assert config(tmp_path / "b")["task_type"] == said
+        found = auto.from_pretrained(str(tmp_path / "b"), num_labels=3).eval()
+        assert off_by(output(found, "tiny_bert"), output(model, "tiny_bert")) < 2e-6
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+def test_names_are_those_of_the_model_that_is_exported(tmp_path):
+    model = made(2, 1)
+    around = Around(model)
+    lb.to_peft(around, tmp_path / "around")
+    assert config(tmp_path / "around")["target_modules"] == ["inner.0"]
+    loaded = peft.PeftModel.from_pretrained(Around(plain_net()), str(tmp_path / "around"))
+    assert torch.allclose(loaded(X), model(X), atol=1e-6)
+    again = lb.from_peft(Around(plain_net()), tmp_path / "around")
+    assert torch.allclose(again(X), model(X), atol=1e-6)
+    lb.to_peft(nn.DataParallel(model), tmp_path / "parallel")
+    assert config(tmp_path / "parallel")["target_modules"] == ["0"]
+    headed = lb.adapt(plain_net(), "lora", ["0"], r=2, head=["1"])
+    lb.to_peft(Around(headed), tmp_path / "headed")
+    assert config(tmp_path / "headed")["modules_to_save"] == ["inner.1"]
+    assert torch.allclose(
+        lb.from_peft(Around(plain_net()), tmp_path / "headed")(X), headed(X), atol=1e-6
+    )
+    whole = lb.adapt(Around(plain_net()), "lora", ["0"], r=2)
+    assert_refused(whole.inner, tmp_path / "x", ValueError, "part of an adapted model")
+
+
+def test_what_trains_beside_the_adapters_is_refused_by_name(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    model = lb.adapt(Net(), "lora", ["fc"], r=2)
+    model.norm.weight.requires_grad_(True)
+    assert_refused(model, tmp_path / "x", TypeError, "'norm.weight' trains")
+    model.norm.weight.requires_grad_(False)
+    around = Around(model)
+    around.scale.requires_grad_(True)
+    assert_refused(around, tmp_path / "x", TypeError, "'scale' trains")
+    lb.to_peft(model, tmp_path / "a")
+    lb.to_peft(lb.adapt(Net(), "lora", ["fc"], r=2, head=["norm"]), tmp_path / "b")
+    assert config(tmp_path / "b")["modules_to_save"] == ["norm"]
+
+
+HALF = "base_model.model.classifier.weight"
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t: t.update({FIRST: t[FIRST].double() * 1e300}), "range of torch.float32"),
+        (lambda t: t.update({HALF: t[HALF].double() * 1e300}), "range of torch.float32"),
+        (lambda t: t.update({FIRST: t[FIRST].to(torch.float8_e4m3fn)}), "float8"),
+        (lambda t: t.update({FIRST: t[FIRST].to(torch.complex64)}), "complex"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(change, match, good, tmp_path):
+    assert_not_read(edited(good, tmp_path, tensors=change), ValueError, match)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"target_modules": [5]},
+        {"target_modules": 5},
+        {"exclude_modules": [None]},
+        {"modules_to_save": [5]},
+        {"layers_to_transform": "0"},
+        {"layers_to_transform": [True]},
+        {"layers_pattern": [0], "layers_to_transform": 0},
+        {"layers_pattern": "layer"},
+        {"target_modules": ".*(query|value)", "layers_to_transform": 0},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": 1e39},
+        {"r": 10**9},
+        {"rank_pattern": {"query": 10**9}},
+    ],
+)
+def test_settings_of_wrong_types_or_sizes_are_refused(said, good, tmp_path):
+    assert_not_read(edited(good, tmp_path, said), (ValueError, TypeError), "[a-z]")
+
+
+def test_deep_json_is_refused(good, tmp_path):
+    path = edited(good, tmp_path)
+    (path / CONFIG).write_text('{"a":' + "[" * 200000 + "]" * 200000 + "}")
+    assert_not_read(path, ValueError, "damaged")
+
+
+@pytest.mark.parametrize("method", ["paca", "c3la", "random_cla"])
+def test_columns_that_the_weight_does_not_have_are_refused(method):
+    adapter = lb.adapters(lb.adapt(plain_net(), method, ["0"], r=2))["0"]
+    assert "idx" in adapter.state_dict()
+    for wrong in ([0, 8], [-1, 0], [0, 10**6]):
+        given = adapter.state_dict() | {"idx": torch.tensor(wrong)}
+        with pytest.raises(RuntimeError, match="columns outside 0:8"):
+            adapter.load_state_dict(given)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['wide', 'widened', 'keep_wide', 'Adapter', 'Block', 'default_product', 'add_to_rows', 'effective_product', 'Nudge',
-           'nudged_product', 'site_seed', 'generator', 'check_low_rank', 'LowRank']
+           'nudged_product', 'site_seed', 'generator', 'StoredRank', 'check_low_rank', 'LowRank']
 
 # %% ../../nbs/core/adapter.ipynb #c03
 import hashlib
@@ -285,11 +285,19 @@ def generator(seed: int, *parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(site_seed(seed, *parts))
 
 # %% ../../nbs/core/adapter.ipynb #c20
+class StoredRank(int):
+    """A rank that was read from a file. It may be above min(n, m): such
+    factors hold more numbers than they need, but are what was trained.
+    """
+
+
 def check_low_rank(W0: Tensor, r: int, alpha: float | None) -> None:
-    "Raise unless 1 <= r <= min(n, m) and alpha > 0."
+    """Raise unless 1 <= r and alpha > 0, and r <= min(n, m) where r isn't a
+    `StoredRank`.
+    """
     n, m = W0.shape
     check_count("r", r)
-    if r > min(n, m):
+    if r > min(n, m) and not isinstance(r, StoredRank):
         raise BadValue(
             f"r = {r} is above min(n, m) = {min(n, m)} of a weight of shape"
             f" {(n, m)}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapter import site_seed, widened
+from .adapter import StoredRank, site_seed, widened
 from lora_book.core.errors import (
     BadState,
     BadType,
@@ -411,7 +411,8 @@ def build_adapters(
 ) -> dict:
     """{module name: {view key: adapter}} for the targets; nothing is
     installed. per_site: {site
-    name: its own r, alpha and seed}.
+    name: its own r, alpha and seed}, as a file has them. An error names the
+    site.
     """
     built: dict = {}
     for target in targets:
@@ -422,13 +423,19 @@ def build_adapters(
             check_finite(name, W0)
             bias = view.of_bias(target.module.bias)
             size = {"r": r, "alpha": alpha, "seed": method.seeds(seed, name)}
-            adapter = method.make(
-                W0,
-                None if bias is None else bias.detach(),
-                **(size | per_site.get(name, {})),
-                dtype=dtype,
-                **options,
-            )
+            size |= per_site.get(name, {})
+            if "r" in per_site.get(name, {}):
+                size["r"] = StoredRank(size["r"])
+            try:
+                adapter = method.make(
+                    W0,
+                    None if bias is None else bias.detach(),
+                    **size,
+                    dtype=dtype,
+                    **options,
+                )
+            except (BadValue, BadType) as error:
+                raise type(error)(f"{name!r}: {error}") from error
             built.setdefault(target.name, {})[key] = adapter
     return built
 

@@ -56,7 +56,8 @@ class Selecting(LowRank):
             idx = state.get(f"{prefix}{name}")
             if idx is not None and ((idx < 0) | (idx >= self.m)).any():
                 rest[-1].append(
-                    f"{prefix}{name} names columns outside 0..{self.m - 1}"
+                    f"{prefix}{name} holds columns outside 0:{self.m}, which"
+                    " the weight doesn't have"
                 )
                 return
         super()._load_from_state_dict(state, prefix, *rest)
