@@ -5,8 +5,8 @@ __all__ = ['query_value_targets', 'no_change', 'no_objection', 'no_penalty', 'Me
            'record_of', 'enabled_record', 'check_options', 'check_common', 'check_scale', 'head_modules', 'check_made',
            'names_in', 'check_parameters', 'check_floating', 'check_dtype', 'drawn_seed', 'check_finite', 'Plan',
            'build_adapters', 'plan', 'choose_all', 'check_something', 'as_written', 'check_not_adapted', 'check_ratio',
-           'commit', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled', 'base_buffers',
-           'param_groups', 'strip']
+           'commit', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'as_shown', 'root_of', 'disabled',
+           'base_buffers', 'param_groups', 'strip']
 
 # %% ../../nbs/core/adapting.ipynb #c02
 import inspect
@@ -37,6 +37,7 @@ from lora_book.core.hosts import (
     is_lazy,
     narrow,
     release,
+    shown_types,
     sites,
     switched_off,
     uninstall,
@@ -537,11 +538,11 @@ def commit(model: nn.Module, made: Plan) -> nn.Module:
     }
     for p in named.values():
         p.requires_grad_(False)
+    widen(model, [named[name] for name in record.base])
     for target in made.targets:
         install(target.module, target.views, made.built[target.name])
     for module in fusing(model):
         hold(module)
-    widen(model, [named[name] for name in record.base])
     for name in record.base:
         named[name].requires_grad_(True)
     vars(model)["_lora_book"] = record
@@ -603,15 +604,20 @@ def n_trainable(model: nn.Module, heads: bool = False) -> int:
 
 # %% ../../nbs/core/adapting.ipynb #c34
 def base_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its base numbers in its type and place) for what trains in
-    place.
+    """(parameter, its base numbers in the type that its module sees, and its
+    place) for what trains in place.
     """
     record, root = record_of(model), root_of(model)
-    named = dict(root.named_parameters())
+    named, shown = dict(root.named_parameters()), shown_types(root)
     return (
-        (named[name], base.to(named[name]))
+        (named[name], as_shown(base, named[name], shown))
         for name, base in record.base.items()
     )
+
+
+def as_shown(base: Tensor, p: nn.Parameter, shown: dict) -> Tensor:
+    "`base` where p is, in p's type or the one that `shown` has for it."
+    return base.to(p.device, shown.get(id(p), p.dtype))
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -696,9 +702,9 @@ def strip(model: nn.Module) -> None:
     they had; heads keep what they learnt, in the model's type.
     """
     record, root = record_of(model), root_of(model)
-    narrow(root)
     for _, site in list(sites(model)):
         uninstall(site)
+    narrow(root)
     for module in held(model):
         release(module)
     for name, p in root.named_parameters():

@@ -6,7 +6,7 @@ __all__ = ['NUMBERS', 'View', 'Placed', 'Site', 'make_resting', 'in_autocast', '
            'other_adapters', 'install', 'uninstall', 'stay_called', 'hold', 'release', 'fusing', 'held', 'sites',
            'site_name', 'adapters', 'switched_off', 'show_base', 'check_site_is_plain', 'check_no_other_adapters',
            'Shown', 'InPlace', 'Made', 'in_place_class', 'made_type', 'retype', 'reads_weights_itself', 'check_widens',
-           'widen', 'narrow']
+           'widen', 'shown_types', 'narrow']
 
 # %% ../../nbs/core/hosts.ipynb #c02
 import copyreg
@@ -601,6 +601,16 @@ def widen(model: nn.Module, parameters: list[nn.Parameter]) -> None:
             module.__class__ = in_place_class(type(module), tuple(found))
     for p in parameters:
         retype(p, wide(p.dtype))
+
+
+def shown_types(model: nn.Module) -> dict[int, torch.dtype]:
+    "The types that `widen`ed parameters are shown in, by identity."
+    return {
+        id(module._parameters[name]): dtype
+        for module in model.modules()
+        if isinstance(module, InPlace)
+        for name, dtype in module.shown_in.items()
+    }
 
 
 def narrow(model: nn.Module) -> None:
