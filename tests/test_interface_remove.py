@@ -23,6 +23,7 @@ from interface_tools import (
 )
 from test_interface_errors import assert_refused
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_book as lb
 from lora_book.core.targets import choose
@@ -246,7 +247,7 @@ REASONS = {
     "old weight_norm": (nn.utils.weight_norm, "WeightNorm"),
     "spectral_norm": (nn.utils.spectral_norm, "SpectralNorm"),
     "pruned": (
-        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
         "L1Unstructured",
     ),
     "forward": (lambda layer: setattr(layer, "forward", layer.forward), "forward was replaced"),

@@ -201,7 +201,7 @@ def check_common(
     """Raise unless rank, alpha, learning-rate ratio and seed are possible at
     all.
     """
-    check_count("r", r)
+    check_count("r", r, most=2**31 - 1)
     check_count("seed", seed, least=0, most=2**64 - 1)
     for name, value in (("alpha", alpha), ("lr_ratio", lr_ratio)):
         if value is not None:
