@@ -275,7 +275,8 @@ def choose(
 
     target_modules: a list of endings, one regular expression, "all-linear", or
     None for query and value. `head`: names of modules that train in full and
-    can't be targets. Entries that name the same rows are one. Raises UnknownName if an entry matches nothing, BadType
+    can't be targets. Entries that name the same rows are one.
+    Raises UnknownName if an entry matches nothing, BadType
     for a module that isn't linear, BadValue for rows that don't exist or
     overlap.
     """
