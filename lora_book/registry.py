@@ -118,9 +118,9 @@ def check_all_options(
     for name in options:
         others = [s for s in STEPS if name in step_options(STEPS[s])]
         if others and name not in [*own, *chosen.options()]:
+            steps_with = " or ".join(map(repr, others))
             raise UnknownName(
-                f"{name!r} is an option of step={' or '.join(map(repr, others))},"
-                f" and {method_id!r} takes the step {step_id!r} here"
+                f"{name!r} is an option of step={steps_with}, and {method_id!r} takes the step {step_id!r} here"
             )
     check_options(method_id, chosen, options, own)
 
@@ -238,8 +238,8 @@ def advance(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> nn.Module:
     """Open the next link of every chain in the model; the outputs don't
-    change. See `core.steps.advance`, whose errors gain the names of the methods
-    that have links.
+    change. See `core.steps.advance`, whose errors gain the names of the
+    methods that have links.
     """
     return steps.advance(model, optimizer, chains())
 
