@@ -120,7 +120,8 @@ def check_all_options(
         if others and name not in [*own, *chosen.options()]:
             steps_with = " or ".join(map(repr, others))
             raise UnknownName(
-                f"{name!r} is an option of step={steps_with}, and {method_id!r} takes the step {step_id!r} here"
+                f"{name!r} is an option of step={steps_with}, and"
+                f" {method_id!r} takes the step {step_id!r} here"
             )
     check_options(method_id, chosen, options, own)
 
