@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['query_value_targets', 'no_change', 'no_objection', 'no_penalty', 'Method', 'Record', 'check_module', 'find_record',
-           'record_of', 'enabled_record', 'check_options', 'check_common', 'head_modules', 'check_made', 'names_in',
-           'check_parameters', 'check_floating', 'check_dtype', 'drawn_seed', 'check_finite', 'Plan', 'build_adapters',
-           'plan', 'choose_all', 'check_something', 'as_written', 'check_not_adapted', 'check_ratio', 'commit',
-           'guarded', 'check_state', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'root_of', 'disabled',
-           'base_buffers', 'param_groups', 'strip']
+           'record_of', 'enabled_record', 'check_options', 'check_common', 'check_scale', 'head_modules', 'check_made',
+           'names_in', 'check_parameters', 'check_floating', 'check_dtype', 'drawn_seed', 'check_finite', 'Plan',
+           'build_adapters', 'plan', 'choose_all', 'check_something', 'as_written', 'check_not_adapted', 'check_ratio',
+           'commit', 'guarded', 'check_state', 'stored_buffers', 'delta', 'n_trainable', 'base_parameters', 'as_shown',
+           'root_of', 'disabled', 'base_buffers', 'param_groups', 'strip']
 
 # %% ../../nbs/core/adapting.ipynb #c02
 import inspect
@@ -33,17 +33,23 @@ from lora_book.core.hosts import (
     as_number,
     as_text,
     check_loadable,
+    check_no_other_adapters,
+    check_widens,
     fusing,
     held,
     hold,
     install,
     is_lazy,
+    narrow,
     release,
+    shown_types,
     sites,
     switched_off,
     uninstall,
+    untrainable,
+    widen,
 )
-from .targets import Target, choose
+from .targets import Target, choose, ends_with
 
 # %% ../../nbs/core/adapting.ipynb #c04
 def query_value_targets(
@@ -242,9 +248,11 @@ def enabled_record(model: nn.Module) -> Record:
 
 # %% ../../nbs/core/adapting.ipynb #c11
 def check_options(
-    method_id: str, method: Method, options: dict, others: dict
+    method_id: str, method: Method, options: dict, others: list[str]
 ) -> None:
-    "Raise UnknownName for an option that neither the method nor its step has."
+    """Raise UnknownName for an option that neither the method nor its step,
+    whose options are `others`, has.
+    """
     known = [*method.options(), *others]
     for name in options:
         if name not in known:
@@ -267,16 +275,31 @@ def check_common(
     """Raise unless rank, alpha, learning-rate ratio and seed are possible at
     all.
     """
-    check_count("r", r)
-    check_count("seed", seed, least=0)
+    check_count("r", r, most=2**31 - 1)
+    check_count("seed", seed, least=0, most=2**64 - 1)
     for name, value in (("alpha", alpha), ("lr_ratio", lr_ratio)):
         if value is not None:
             check_number(name, value, above=0)
+    if alpha is not None:
+        check_scale(r, alpha)
+
+
+def check_scale(r: int, alpha: float) -> None:
+    "Raise BadValue for a scale alpha / r that float32 can't hold."
+    held = torch.finfo(torch.float32)
+    if not held.tiny <= float(alpha) / float(r) <= held.max:
+        raise BadValue(
+            f"alpha = {alpha!r} gives a scale alpha / r beyond float32, which"
+            f" holds {held.tiny:.0e} to {held.max:.0e}"
+        )
 
 # %% ../../nbs/core/adapting.ipynb #c12
-def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
-    """The modules that `head` names, by name; raises UnknownName for one that
-    doesn't exist, BadType for anything but names.
+def head_modules(
+    model: nn.Module, head: object, whole: bool = False
+) -> dict[str, nn.Module]:
+    """The modules that `head` names by the endings of their names (`whole`: by
+    whole names), by name. Raises UnknownName for one that matches nothing,
+    BadType for anything but names.
     """
     if head is None:
         return {}
@@ -289,8 +312,14 @@ def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
         )
     known = dict(model.named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in model.named_modules()}
+    found = {}
     for name in names:
-        if not name or name not in known:
+        matching = {
+            canonical[id(module)]: module
+            for known_as, module in known.items()
+            if known_as == name or (not whole and ends_with(known_as, name))
+        }
+        if not name or not matching:
             raise unknown(
                 "head module",
                 name,
@@ -300,7 +329,8 @@ def head_modules(model: nn.Module, head: object) -> dict[str, nn.Module]:
                     if n and next(m.parameters(), None) is not None
                 ],
             )
-    return {canonical[id(known[name])]: known[name] for name in names}
+        found |= matching
+    return found
 
 # %% ../../nbs/core/adapting.ipynb #c13
 def check_made(model: nn.Module) -> None:
@@ -343,10 +373,8 @@ def check_parameters(model: nn.Module, names: list[str]) -> None:
 
 def check_floating(name: str, parameter: nn.Parameter) -> None:
     "Raise BadType for a parameter that can't be trained."
-    if not parameter.is_floating_point():
-        raise BadType(
-            f"{name!r} holds {parameter.dtype} numbers, which can't be trained"
-        )
+    if reason := untrainable(parameter):
+        raise BadType(f"{name!r} {reason}")
     if parameter.is_inference():
         raise BadType(
             f"{name!r} was made in torch's inference mode and can't be"
@@ -461,15 +489,17 @@ def plan(
 ) -> Plan:
     """Check every argument and build every adapter; the model isn't changed.
 
-    `targets` (targets, names that train in place) overrides `target_modules`;
+    `targets` (targets, names that train in place) overrides `target_modules`,
+    and then `head` holds whole names;
     `per_site` {site
     name: {"r": …, "alpha": …}} overrides r and alpha.
     """
     check_not_adapted(model)
+    check_no_other_adapters(model)
     seed = drawn_seed(seed, generator)
     check_common(r, alpha, lr_ratio, seed)
     check_dtype(dtype)
-    heads = head_modules(model, head)
+    heads = head_modules(model, head, whole=targets is not None)
     chosen, in_place = targets or choose_all(
         model, method, target_modules, list(heads)
     )
@@ -525,6 +555,8 @@ def check_something(
     check_parameters(
         model, [*in_place, *(f"{t.name}.weight".lstrip(".") for t in chosen)]
     )
+    named = dict(model.named_parameters(remove_duplicate=False))
+    check_widens(model, {name: named[name] for name in in_place})
 
 
 def as_written(target_modules, per_site: dict | None) -> dict:
@@ -545,13 +577,13 @@ def check_not_adapted(model: nn.Module) -> None:
     record = find_record(model)
     if record is not None:
         raise BadValue(
-            f"the model is adapted already, with {record.method_id!r}; unload"
-            " it first with merge(model, unload=True)"
+            f"the model is adapted already, with {record.method_id!r}; take"
+            " that off first with remove(model)"
         )
     if any(isinstance(module, Site) for module in model.modules()):
         raise BadValue(
-            "the model is adapted already, as a part of a larger one; unload"
-            " that first with merge(model, unload=True)"
+            "the model is adapted already, as a part of a larger one; take"
+            " that one's adapters off first with remove"
         )
 
 # %% ../../nbs/core/adapting.ipynb #c24
@@ -586,6 +618,7 @@ def commit(model: nn.Module, made: Plan) -> nn.Module:
     }
     for p in named.values():
         p.requires_grad_(False)
+    widen(model, [named[name] for name in record.base])
     for target in made.targets:
         install(target.module, target.views, made.built[target.name])
         held_here = target.module.adapters
@@ -680,15 +713,20 @@ def n_trainable(model: nn.Module, heads: bool = False) -> int:
 
 # %% ../../nbs/core/adapting.ipynb #c34
 def base_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its base numbers in its type and place) for what trains in
-    place.
+    """(parameter, its base numbers in the type that its module sees, and its
+    place) for what trains in place.
     """
     record, root = record_of(model), root_of(model)
-    named = dict(root.named_parameters())
+    named, shown = dict(root.named_parameters()), shown_types(root)
     return (
-        (named[name], base.to(named[name]))
+        (named[name], as_shown(base, named[name], shown))
         for name, base in record.base.items()
     )
+
+
+def as_shown(base: Tensor, p: nn.Parameter, shown: dict) -> Tensor:
+    "`base` where p is, in p's type or the one that `shown` has for it."
+    return base.to(p.device, shown.get(id(p), p.dtype))
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -770,11 +808,12 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
 # %% ../../nbs/core/adapting.ipynb #c39
 def strip(model: nn.Module) -> None:
     """Take every adapter off: sites become plain modules again, with the flags
-    they had; heads keep what they learnt.
+    they had; heads keep what they learnt, in the model's type.
     """
     record, root = record_of(model), root_of(model)
     for _, site in list(sites(model)):
         uninstall(site)
+    narrow(root)
     for module in held(model):
         release(module)
     for guard in record.guards:

@@ -114,9 +114,9 @@ def base_tensors(
     }
     names = {id(p): name for name, p in base.items()}
     for _, site in sites(model):
-        base[names[id(site.weight)]] = site.base_weight()
+        base[names[id(site._parameters["weight"])]] = site.base_weight()
         if site.bias is not None:
-            base[names[id(site.bias)]] = site.base_bias()
+            base[names[id(site._parameters["bias"])]] = site.base_bias()
     base |= record.base if record else {}
     buffers = record.buffers if record else stored_buffers(model)
     return tuple(

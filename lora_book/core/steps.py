@@ -7,11 +7,12 @@ __all__ = ['PlainStep', 'step_options', 'train_step', 'one_gradient', 'check_ste
 # %% ../../nbs/core/steps.ipynb #c02
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import Adapter
 from .adapting import enabled_record, root_of
 from .errors import BadType, BadValue, check_number
 from .hosts import adapters, sites
@@ -163,7 +164,9 @@ def check_loss(loss: object) -> None:
 
 # %% ../../nbs/core/steps.ipynb #c09
 def advance(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    chains: Iterable[str] = (),
 ) -> nn.Module:
     """Open the next link of every chain in the model; the outputs don't
     change.
@@ -172,9 +175,10 @@ def advance(
     parameters, and only that. The resting weights are formed here, so that the
     next step costs what the last one did. Raises BadType for a method without
     links or what isn't an optimizer, BadValue for a plain or merged model or a
-    chain that has reached its length; then nothing has changed.
+    chain that has reached its length; then nothing has changed. chains: the
+    names of methods that have links, for the message.
     """
-    check_links(model, optimizer)
+    check_links(model, optimizer, chains)
     found = adapters(model)
     with torch.inference_mode(False):
         for adapter in found.values():
@@ -190,7 +194,9 @@ def advance(
 
 # %% ../../nbs/core/steps.ipynb #c09x
 def check_links(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    chains: Iterable[str],
 ) -> None:
     """Raise unless every chain in the model may open another link; see
     `advance`.
@@ -205,8 +211,15 @@ def check_links(
             "advance takes a torch optimizer or None, not a"
             f" {type(optimizer).__name__}"
         )
-    if not found:
-        raise BadType(f"{record.method_id!r} has no links to advance")
+    without = Adapter.check_advance
+    if not found or any(
+        type(a).check_advance is without for a in found.values()
+    ):
+        have = ", ".join(map(repr, chains))
+        raise BadType(
+            f"{record.method_id!r} has no links to advance"
+            f"{f'; methods that have: {have}' if have else ''}"
+        )
     for adapter in found.values():
         adapter.check_advance()
 

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'ENTRY', 'QUERY_VALUE', 'HEADS', 'Target', 'split_rows', 'ends_with', 'parse_rows', 'parse_view', 'views_of',
-           'check_disjoint', 'linear_names', 'modules_matching', 'choose_entry', 'check_runs', 'head_names',
-           'in_modules', 'query_value', 'choose', 'entries', 'all_linear', 'runs', 'by_expression', 'exactly',
-           'tied_names', 'owners', 'own_linear']
+           'joined', 'check_disjoint', 'linear_names', 'modules_matching', 'almost_linear', 'choose_entry',
+           'check_runs', 'head_names', 'in_modules', 'query_value', 'choose', 'entries', 'all_linear', 'runs',
+           'by_expression', 'exactly', 'tied_names', 'owners', 'own_linear']
 
 # %% ../../nbs/core/targets.ipynb #c02
 import re
@@ -24,6 +24,7 @@ from lora_book.core.hosts import (
     check_site_is_plain,
     is_linear,
     is_transposed,
+    not_linear,
     out_features,
     site_name,
 )
@@ -122,12 +123,21 @@ def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
     """
     if rows is None:
         return {"all": View(None, is_transposed(module), "")}
-    return {
-        view.label: view
-        for view in parse_rows(
-            rows, out_features(module), is_transposed(module), entry
-        )
-    }
+    views = parse_rows(
+        rows, out_features(module), is_transposed(module), entry
+    )
+    return joined({}, {view.label: view for view in views}, module)
+
+
+def joined(known: dict, new: dict, module: nn.Module) -> dict:
+    "`known` views and those `new` ones that stand for other rows than these."
+    whole, found = (0, out_features(module)), dict(known)
+    rows = {view.rows or whole for view in known.values()}
+    for key, view in new.items():
+        if (own := view.rows or whole) not in rows:
+            found[key] = view
+            rows.add(own)
+    return found
 
 
 def check_disjoint(name: str, views: dict) -> None:
@@ -174,6 +184,18 @@ def modules_matching(
             f"{nearest(entry.split('[')[0], sorted(parts))}{hint}"
         )
     return found
+
+# %% ../../nbs/core/targets.ipynb #c10x
+def almost_linear(model: nn.Module) -> str:
+    """What to add to an error that found no linear map: the first layer that
+    is called one, and why it can't be adapted; "" if there is none.
+    """
+    for name, module in model.named_modules():
+        if "Linear" in type(module).__name__ and (
+            reason := not_linear(module)
+        ):
+            return f"; {name!r} {reason}"
+    return ""
 
 # %% ../../nbs/core/targets.ipynb #c11
 def choose_entry(model: nn.Module, entry: str) -> list[Target]:
@@ -251,6 +273,7 @@ def query_value(model: nn.Module) -> list[str]:
     raise UnknownName(
         "no query and value projections under a known name; say"
         f" target_modules=, for example one of {nearest('query', names)}"
+        f"{almost_linear(model)}"
     )
 
 # %% ../../nbs/core/targets.ipynb #c16
@@ -261,7 +284,8 @@ def choose(
 
     target_modules: a list of endings, one regular expression, "all-linear", or
     None for query and value. `head`: names of modules that train in full and
-    can't be targets. Raises UnknownName if an entry matches nothing, BadType
+    can't be targets. Entries that name the same rows are one.
+    Raises UnknownName if an entry matches nothing, BadType
     for a module that isn't linear, BadValue for rows that don't exist or
     overlap.
     """
@@ -272,7 +296,9 @@ def choose(
     for target in found:
         known = merged.get(target.name, Target(target.name, target.module, {}))
         merged[target.name] = Target(
-            target.name, target.module, known.views | target.views
+            target.name,
+            target.module,
+            joined(known.views, target.views, target.module),
         )
     for name, target in merged.items():
         check_disjoint(name, target.views)
@@ -318,7 +344,7 @@ def all_linear(model: nn.Module, head) -> list[Target]:
     if not names:
         raise UnknownName(
             "'all-linear' matches nothing: the model has no linear map outside"
-            " its head"
+            f" its head{almost_linear(model)}"
         )
     return [
         Target(
@@ -374,6 +400,8 @@ def exactly(model: nn.Module, names: list[str]) -> list[Target]:
         module = modules[whole]
         check_site_is_plain(module, name)
         views.setdefault(whole, {}).update(views_of(module, rows, name))
+    for name, own in views.items():
+        check_disjoint(name, own)
     return [Target(name, modules[name], own) for name, own in views.items()]
 
 # %% ../../nbs/core/targets.ipynb #c21
