@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tools import folders
+
 from . import audit, cells, code, config, links, maths, pages, search
 from .numbering import Numbering
 from .spread import spread
@@ -15,17 +17,18 @@ from .tree import each, read_aloud, save
 def render(
     root: Path, build: Path | None, out: Path, partial: bool = False, draft: bool = False
 ) -> tuple:
-    """Render the book of `root` into `out`; with problems the last good site stays, unless a
-    `draft` is wanted.
+    """Render the book of `root` into `out`, which must be a folder for a site (tools.folders); with
+    problems the last good site stays, unless a `draft` is wanted.
     """
+    folders.check(out, root)
     book = config.load(root, build, partial)
     files, exports = prepare(book)
     with tempfile.TemporaryDirectory(prefix="lora-book-") as folder:
         part = Path(folder) / "site"
         publish(book, files, exports, part)
         if draft or not book.problems:
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.copytree(part, out)
+            with folders.replacing(out, root) as place:
+                shutil.copytree(part, place)
     return book, len(book.pages)
 
 
