@@ -151,7 +151,7 @@ def book(tmp_path_factory) -> Path:
             shown(png=PNG, plain="<Figure>"),
         ),
         code(
-            "#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\nframe",
+            "#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\n#| code-summary: 'Code: the frame'\nframe",
             shown(html="<table><tr><td>7</td></tr></table>", plain="7"),
         ),
         code("#| echo: false\n'hidden source'", shown(plain="'only output'")),
@@ -256,8 +256,8 @@ def test_counting_begins_again_in_each_chapter(book, text):
         ("Table 1.1", "../nbs/first.html#tbl-first-frame"),
         ("Equation 1.3", "../nbs/first.html#eq-first-c"),
         ("Theorem 1.1", "../nbs/first.html#thm-first-one"),
-        ("Chapter 1", "../nbs/first.html"),
-        ("Section 1.1.1", "../nbs/first.html#sec-first-deep"),
+        ("First x2 1", "../nbs/first.html"),
+        ("Deeper 1.1.1", "../nbs/first.html#sec-first-deep"),
         ("1.1", "../nbs/first.html#eq-first-a"),
         ("Table 2.1", "#tbl-second-x"),
         ("Figs. 1.1", "../nbs/first.html#fig-first-plot"),
@@ -275,7 +275,7 @@ def test_references_lead_across_pages(book, text, target):
 def test_links_between_sources_become_links_between_pages(book):
     assert 'href="../nbs/first.html#sec-first-set"' in page(book, "nbs/second.html")
     assert 'href="nbs/second.html"' in page(book, "index.html")
-    assert "Begin with Chapter 1" in words(page(book, "index.html"))
+    assert "Begin with First x2 1" in words(page(book, "index.html"))
 
 
 def test_citations_are_told_apart_over_the_whole_book(book):
@@ -294,7 +294,7 @@ def test_cell_options_are_honoured(book):
     assert "only source" in html and "hidden output" not in html
     assert "never shown" not in html
     assert "#|" not in html
-    assert re.search(r'<details class="fold"><summary>\s*Code\s*</summary>', html)
+    assert re.search(r'<details class="fold"><summary>\s*Code: the frame\s*</summary>', html)
 
 
 def test_exported_cells_are_marked_and_named(book):
@@ -336,9 +336,12 @@ def test_columns_of_words_read_from_the_left(rows):
     frame = pd.DataFrame(rows, columns=["method", "loss", "share"]).assign(
         share=lambda frame: ["1 of 2", *frame["share"][1:]]
     )
-    for one in (frame, frame.set_index("loss"), frame.T):
+    for one in (frame, frame.T):
         html = one.to_html()
         assert marked(html).replace(' class="words"', "") == html
+    named = marked(frame.set_index("loss").to_html())
+    assert re.findall(r"<th>(\w+)</th>", named)[0] == "loss"
+    assert named.count("<tr") == len(rows) + 1
     html = marked(frame.to_html())
     assert html.count('<td class="words">w') == len(rows) == html.count('<td class="words">')
     assert re.findall(r'<th class="words">(\w+)', html) == ["method"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tools import folders
 
-from . import audit, cells, code, config, links, maths, pages, search
+from . import audit, cells, code, config, ledger, links, maths, pages, previews, search
 from .numbering import Numbering
 from .spread import spread
 from .tree import each, read_aloud, save
@@ -49,6 +49,10 @@ def prepare(book: config.Book) -> tuple[dict, dict]:
             files[page.path] = page.file.read_bytes()
         numbering.run(page, meta)
     links.resolve(book, numbering.labels)
+    book.labels, book.rows = numbering.labels, ledger.mark(book)
+    ledger.resolve(book, book.rows)
+    for page in book.pages:
+        page.told = pages.first_words(page)
     return files | _pictures(book, files), exports
 
 
@@ -56,6 +60,7 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     "Write the site into `folder` and look at what was written."
     files["assets/search.js"] = search.script(book)
     maths.convert(book)
+    files["assets/previews.js"] = previews.script(book, book.labels, book.rows)
     site = pages.Site(book, exports)
 
     def written(page: config.Page) -> audit.Seen:
@@ -66,7 +71,7 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     seen = dict(zip((page.url for page in book.pages), spread(written, book.pages)))
     for name, content in files.items():
         save(folder / name, content)
-    for name in ("style.css", "book.js"):
+    for name in ("style.css", "book.js", "favicon.svg"):
         save(folder / "assets" / name, (pages.ASSETS / name).read_bytes())
     audit.audit(folder, seen, {page.url: page.path for page in book.pages}, book.problems)
 
