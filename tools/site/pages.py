@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from .cells import Cell
 from .config import Book, Page
-from .tree import attr, text, unlinked, write, write_many
+from .tree import attr, document, pandoc, string, text, unlinked, write, write_many
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = Template((ASSETS / "page.html").read_text(encoding="utf-8"))
@@ -141,14 +141,14 @@ def _cut(words: str, most: int = 200) -> str:
     return words if len(words) <= most else words[:most].rsplit(" ", 1)[0] + "…"
 
 
-def first_words(page: Page) -> str:
-    "What a chapter claims, as plain words, before its formulas are MathML."
-    if not page.is_notebook or not _begins(page.blocks):
-        return ""
-    words = re.sub(
-        r"\\(?:mathbb|mathbf|mathrm|text|,|;|!|left|right)|[\\{}$]", "", text(page.blocks[0])
-    )
-    return re.sub(r"\s+", " ", words).strip()
+def describe(pages: list) -> None:
+    "Note what each chapter claims, as plain words, while its formulas can still be read."
+    chapters = [page for page in pages if page.is_notebook and _begins(page.blocks)]
+    mark = "@@page@@"
+    blocks = [b for page in chapters for b in (page.blocks[0], {"t": "Para", "c": [string(mark)]})]
+    told = pandoc(document(blocks), "-f", "json", "-t", "plain", "--wrap=none")[0].split(mark)
+    for page, words in zip(chapters, told):
+        page.told = re.sub(r"\s+", " ", words).strip()
 
 
 def _begins(blocks: list) -> bool:

@@ -51,8 +51,7 @@ def prepare(book: config.Book) -> tuple[dict, dict]:
     links.resolve(book, numbering.labels)
     book.labels, book.rows = numbering.labels, ledger.mark(book)
     ledger.resolve(book, book.rows)
-    for page in book.pages:
-        page.told = pages.first_words(page)
+    pages.describe(book.pages)
     return files | _pictures(book, files), exports
 
 

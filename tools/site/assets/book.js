@@ -55,8 +55,8 @@
     return Promise.resolve();
   }
 
-  // search: the index is loaded when it is first wanted; every word must occur, titles weigh more, and a word that
-  // occurs nowhere counts as the nearest one that does
+  // search: the index is loaded when it is first wanted; every word must occur if a section has them all, titles weigh more,
+  // and a word that occurs nowhere counts as the nearest one that does
   var query = document.getElementById("query"), results = document.getElementById("results"), found = document.getElementById("found");
   var index = null, asked = false, vocabulary = null;
   function plain(text) { return text.toLowerCase().normalize("NFD").replace(/[\u0300-\u036f]/g, ""); }
@@ -124,18 +124,22 @@
     }
     part.appendChild(document.createTextNode(text.slice(at)));
   }
-  function score(entry, words) {
-    var total = 0;
+  function score(entry, words, any) {
+    var total = entry.own.replace(/^[\d.]+ /, "") === words.join(" ") ? 60 : 0;
     for (var i = 0; i < words.length; i++) {
       var word = words[i], edge = new RegExp("(^|[^a-z0-9])" + word.replace(/[.*+?^$()|[\]{}\\]/g, "\\$&"));
       var body = entry.body.split(word).length - 1, value = Math.min(body, 5);
       if (edge.test(entry.body)) value += 2;
       if (entry.head.indexOf(word) >= 0) value += 8;
       if (edge.test(entry.own)) value += 20;
-      if (!value) return 0;
+      if (!value && !any) return 0;
       total += value;
     }
     return total;
+  }
+  function ranked(words, any) {
+    return index.map(function (entry) { return [score(entry, words, any), entry]; })
+      .filter(function (hit) { return hit[0]; }).sort(function (a, b) { return b[0] - a[0]; }).slice(0, 12);
   }
   function excerpt(entry, words) {
     var first = Math.max.apply(null, words.map(function (word) { return entry.body.indexOf(word); }));
@@ -156,8 +160,8 @@
       note.className = "note";
       note.textContent = "Nothing for “" + typed + "”; this is “" + words.join(" ") + "”";
     }
-    var hits = index.map(function (entry) { return [score(entry, words), entry]; })
-      .filter(function (hit) { return hit[0]; }).sort(function (a, b) { return b[0] - a[0]; }).slice(0, 12);
+    var hits = ranked(words, false);
+    if (!hits.length) hits = ranked(words, true);
     hits.forEach(function (hit) {
       var entry = hit[1], item = document.createElement("li"), link = document.createElement("a");
       var place = entry.url.split("#");
