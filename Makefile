@@ -24,7 +24,8 @@ outputs: $(STAMP)
 	$(PY) -m tools.outputs
 
 clean:
-	rm -rf _build _site
+	rm -rf _build
+	$(PYTHON) -m tools.folders _site
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'

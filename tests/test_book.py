@@ -13,6 +13,7 @@ import pytest
 
 from tools import book
 from tools.book import chapter_key, closure, main
+from tools.execute import tidy
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
@@ -173,6 +174,37 @@ def test_book_is_executed_once_and_a_failure_stays_alone(project, capsys):
         and ">torch/nn.py:1: UserWarning" in page
         and "ipykernel" not in page
     )
+
+
+def test_a_chapter_is_not_written_over_its_source(project, capsys):
+    (project / "_build/smoke").mkdir(parents=True)
+    (project / "_build/smoke/nbs").symlink_to(project / "nbs")
+    before = (project / "nbs/a.ipynb").read_bytes()
+    assert main(["--profile", "smoke", "--only", "a", "--no-render"], project) == 1
+    assert "leads to the source itself" in capsys.readouterr().err
+    assert (project / "nbs/a.ipynb").read_bytes() == before
+
+
+PRINTED = [
+    ("/x/lib/site-packages/torch/nn.py:1: W", "torch/nn.py:1: W"),
+    ("a /x/site-packages/b/site-packages/c d/site-packages/e", "a c e"),
+    ("/tmp/ipykernel_12/345.py:2: W /ipykernel_1/x.py", "cell:2: W /ipykernel_1/x.py"),
+    ("/site-packages", "/site-packages"),
+]
+
+
+@pytest.mark.parametrize("text, tidied", PRINTED)
+def test_printed_folders_of_this_machine_are_taken_out(text, tidied):
+    cells = [{"outputs": [{"output_type": "stream", "text": text}]}, {}]
+    tidy(cells)
+    assert cells[0]["outputs"][0]["text"] == tidied
+
+
+@pytest.mark.parametrize("unit", ["x", "/", "/ipykernel_1", "1", "/ipykernel_1/1.p", "x "])
+def test_tidying_takes_time_in_proportion_to_what_is_printed(unit):
+    start = time.process_time()
+    tidy([{"outputs": [{"output_type": "stream", "text": unit * (150_000 // len(unit))}]}])
+    assert time.process_time() - start < 2  # a hundredth; what is quadratic takes half a minute
 
 
 def test_an_older_processor_has_its_arithmetic_and_its_folders(project, monkeypatch):

@@ -12,12 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_book.core.figures import INK, PALETTE
 from tools.site.__main__ import main
 from tools.site.audit import FETCHING, REMOTE
 from tools.site.frames import marked
 from tools.site.maths import mathml
+from tools.site.pages import ASSETS
 from tools.site.render import render
 from tools.site.spread import FORKS, spread
+from tools.site.svg import HUES
+from tools.site.svg import INK as SVG_INK
 
 PNG = base64.b64encode(
     base64.b64decode(
@@ -151,7 +155,7 @@ def book(tmp_path_factory) -> Path:
             shown(png=PNG, plain="<Figure>"),
         ),
         code(
-            "#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\nframe",
+            "#| label: tbl-first-frame\n#| tbl-cap: A frame.\n#| code-fold: true\n#| code-summary: 'Code: the frame'\nframe",
             shown(html="<table><tr><td>7</td></tr></table>", plain="7"),
         ),
         code("#| echo: false\n'hidden source'", shown(plain="'only output'")),
@@ -256,8 +260,8 @@ def test_counting_begins_again_in_each_chapter(book, text):
         ("Table 1.1", "../nbs/first.html#tbl-first-frame"),
         ("Equation 1.3", "../nbs/first.html#eq-first-c"),
         ("Theorem 1.1", "../nbs/first.html#thm-first-one"),
-        ("Chapter 1", "../nbs/first.html"),
-        ("Section 1.1.1", "../nbs/first.html#sec-first-deep"),
+        ("First x2 1", "../nbs/first.html"),
+        ("Deeper 1.1.1", "../nbs/first.html#sec-first-deep"),
         ("1.1", "../nbs/first.html#eq-first-a"),
         ("Table 2.1", "#tbl-second-x"),
         ("Figs. 1.1", "../nbs/first.html#fig-first-plot"),
@@ -275,7 +279,7 @@ def test_references_lead_across_pages(book, text, target):
 def test_links_between_sources_become_links_between_pages(book):
     assert 'href="../nbs/first.html#sec-first-set"' in page(book, "nbs/second.html")
     assert 'href="nbs/second.html"' in page(book, "index.html")
-    assert "Begin with Chapter 1" in words(page(book, "index.html"))
+    assert "Begin with First x2 1" in words(page(book, "index.html"))
 
 
 def test_citations_are_told_apart_over_the_whole_book(book):
@@ -294,7 +298,7 @@ def test_cell_options_are_honoured(book):
     assert "only source" in html and "hidden output" not in html
     assert "never shown" not in html
     assert "#|" not in html
-    assert re.search(r'<details class="fold"><summary>\s*Code\s*</summary>', html)
+    assert re.search(r'<details class="fold"><summary>\s*Code: the frame\s*</summary>', html)
 
 
 def test_exported_cells_are_marked_and_named(book):
@@ -336,9 +340,12 @@ def test_columns_of_words_read_from_the_left(rows):
     frame = pd.DataFrame(rows, columns=["method", "loss", "share"]).assign(
         share=lambda frame: ["1 of 2", *frame["share"][1:]]
     )
-    for one in (frame, frame.set_index("loss"), frame.T):
+    for one in (frame, frame.T):
         html = one.to_html()
         assert marked(html).replace(' class="words"', "") == html
+    named = marked(frame.set_index("loss").to_html())
+    assert re.findall(r"<th>(\w+)</th>", named)[0] == "loss"
+    assert named.count("<tr") == len(rows) + 1
     html = marked(frame.to_html())
     assert html.count('<td class="words">w') == len(rows) == html.count('<td class="words">')
     assert re.findall(r'<th class="words">(\w+)', html) == ["method"]
@@ -376,6 +383,160 @@ def test_search_index_has_every_section_and_exported_name(book):
     assert "doubled" in by_address["nbs/first.html"][3]
     assert "Folded" in by_address["nbs/first.html#sec-first-deep"][3]
     assert "<" not in script and "2x" not in script
+
+
+def previews(root: Path) -> dict:
+    return json.loads(page(root, "assets/previews.js").split("=", 1)[1].rstrip().rstrip(";"))
+
+
+def test_references_have_previews_without_links_and_identifiers(book):
+    shown = previews(book)
+    assert {"eq-first-a", "thm-first-one", "ref-hu", "page:nbs/first.html"} <= set(shown)
+    assert "<math" in shown["eq-first-a"] and "(1.1)" in shown["eq-first-a"]
+    assert "The claim." in shown["page:nbs/first.html"] and "Low Ranks" in shown["ref-hu"]
+    assert not {"fig-first-plot", "sec-first"} & set(shown)
+    assert not any(re.search(r"<a\b| id=|Cited in", html) for html in shown.values())
+
+
+def test_folded_code_stands_behind_its_output_and_a_check_is_one_line(tmp_path):
+    folded = "#| code-fold: true\n#| code-summary: "
+    cells = [
+        md("# A {#sec-a}\n\nClaim."),
+        code(folded + "'Code: the sum'\n1 + 1", shown(plain="two")),
+        code(folded + "'✓ the sum is even'\nassert 2 % 2 == 0\nassert True"),
+        code(folded + "'Imports'\n%matplotlib inline\nimport re"),
+        code("1 + 2", shown(plain="three")),
+    ]
+    assert problems(write(tmp_path, {"a.ipynb": cells})) == ""
+    html = page(tmp_path, "a.html")
+    assert html.index("two") < html.index("Code: the sum") < html.index("✓ the sum is even")
+    assert re.search(r'<details class="fold check"><summary>\s*✓ the sum is even', html)
+    assert html.count('class="fold"') == 2 and html.index("three") > html.rindex("</details>")
+
+
+SVG = """<?xml version="1.0"?>
+<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
+<svg xmlns:xlink="http://www.w3.org/1999/xlink" width="72pt" height="36pt" viewBox="0 0 72 36">
+ <metadata><rdf/></metadata>
+ <defs><path id="glyph" d="M 0.123456 1"/><clipPath id="clip"><path/></clipPath></defs>
+ <g id="axes_1" style="fill: #6b6b6b"><use xlink:href="#glyph"/></g>
+ <path d="M 1.23456 2" clip-path="url(#clip)" style="stroke: #0072B2; fill: #123456"/>
+</svg>
+"""
+
+
+def test_vector_figures_are_part_of_the_page_and_follow_its_theme(tmp_path):
+    cells = [md("# A {#sec-a}\n\nClaim.")]
+    cells += [code(f"#| fig-alt: 'A < {n}'\nplot()", shown(svg=SVG)) for n in "bc"]
+    assert problems(write(tmp_path, {"a.ipynb": cells})) == ""
+    html = page(tmp_path, "a.html")
+    assert html.count("<svg role=") == 2 and "A &lt; b" in html and "<img" not in html
+    assert "fill: currentColor" in html and "stroke: var(--hue-blue, #0072B2)" in html
+    assert "fill: #123456" in html and "width: 1.00in" in html and "M 1.23 2" in html
+    for ident in ("c01-0-glyph", "c02-0-glyph", "c01-0-clip"):
+        assert html.count(f'id="{ident}"') == 1
+        assert f'href="#{ident}"' in html or f"url(#{ident})" in html
+    assert "axes_1" not in html and "metadata" not in html and "DOCTYPE svg" not in html
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def test_every_colour_of_text_and_figures_has_contrast_in_both_themes():
+    style = (ASSETS / "style.css").read_text()
+    pairs = dict(re.findall(r"--([\w-]+): light-dark\((#\w{6}, #\w{6})\)", style))
+    inks = {name: value for name, value in pairs.items() if name.startswith("hue-")}
+    assert set(inks) == {f"hue-{name}" for name in HUES.values()} == {f"hue-{n}" for n in PALETTE}
+    assert set(HUES) == {value.lower() for value in PALETTE.values()} and INK.lower() in SVG_INK
+    inks |= {name: pairs[name] for name in ("ink", "soft", "accent", "tip", "warning", "important")}
+    for theme in (0, 1):
+        paper = luminance(pairs["paper"].split(", ")[theme])
+        for name, value in inks.items():
+            bright, dim = sorted((paper, luminance(value.split(", ")[theme])), reverse=True)
+            assert (bright + 0.05) / (dim + 0.05) >= 4.5, (name, theme)
+
+
+def ledger(*ids: str, output: str = "") -> dict:
+    rows = "".join(
+        f'<tr class="claim typo"><td><a href="second.html">{ident}</a></td><td>Says {ident}</td></tr>'
+        for ident in ids
+    )
+    head = "<thead><tr><th>id</th><th>claim</th></tr></thead>"
+    return shown(html=f'<div class="ledger"><table>{head}<tbody>{rows}</tbody></table></div>')
+
+
+def test_ids_of_the_ledger_are_links_that_show_their_row(tmp_path):
+    text = """
+        # A {#sec-a}
+
+        Claim.
+
+        By ledger A1, A2 and B10, and (ledger A2). The F1 and A1 of a test; claims A1 to B10 hold.
+
+        | Paper | none; A1 |
+        |---|---|
+        | Ledger | A1, B10 |
+        """
+    pages = {
+        "a.ipynb": [md(text)],
+        "second.ipynb": [md("# B {#sec-b}\n\nClaim."), code("rows", ledger("A1", "A2", "B10"))],
+    }
+    assert problems(write(tmp_path, pages)) == ""
+    html = page(tmp_path, "a.html")
+    found = re.findall(r'<a href="second.html#claim-(\w+)"[^>]*claim-id[^>]*>(\w+)</a>', html)
+    assert found == [(name, name) for name in "A1 A2 B10 A2 A1 B10 A1 B10".split()]
+    assert page(tmp_path, "second.html").count('<tr class="claim typo" id="claim-A1">') == 1
+    assert "Says B10" in previews(tmp_path)["claim-B10"]
+
+
+def test_an_id_that_the_ledger_has_not_is_refused(tmp_path):
+    pages = {
+        "a.ipynb": [md("# A {#sec-a}\n\nClaim, by ledger A7.")],
+        "second.ipynb": [md("# B {#sec-b}\n\nClaim."), code("rows", ledger("A1"))],
+    }
+    assert "a.ipynb: A7: the ledger has no such claim" in problems(write(tmp_path, pages))
+
+
+@pytest.mark.parametrize("name", ["n_trainable", "mi_bound", "TABLE_OF", "method_of"])
+def test_search_finds_names_with_underscores(tmp_path, name):
+    cells = [
+        md("# A {#sec-a}\n\nCount `n_trainable`, _emphasis_ and $x_i$."),
+        code("#| export: true\nTABLE_OF: dict = {}\ndef mi_bound(): pass"),
+        code("class One:\n    def method_of(self): pass"),
+    ]
+    assert problems(write(tmp_path, {"a.ipynb": cells})) == ""
+    index = page(tmp_path, "assets/search.js")
+    assert re.search(rf"\b{name}\b", index) and "_emphasis" not in index
+
+
+@pytest.mark.parametrize("repository", ["", "https://github.com/who/book", "https://example.org/x"])
+def test_buttons_and_cards(tmp_path, repository):
+    cells = [md('# A {#sec-a}\n\nA claim with $r\\le m$ & "quotes".')]
+    root = write(tmp_path, {"nbs/a.ipynb": cells})
+    config = (root / "_quarto.yml").read_text()
+    given = f"book:\n  repo-url: {repository}\n" if repository else "book:\n"
+    (root / "_quarto.yml").write_text(config.replace("book:\n", given, 1))
+    assert problems(root) == ""
+    html = page(root, "nbs/a.html")
+    on = "github.com" in repository
+    assert ("colab.research.google.com/github/who/book/blob/HEAD/nbs/a.ipynb" in html) == on
+    assert ("mybinder.org/v2/gh/who/book/HEAD?labpath=nbs%2Fa.ipynb" in html) == on
+    assert '<a href="a.ipynb" download>Download notebook</a>' in html
+    told = 'content="A claim with r ≤ m &amp; “quotes”."'
+    assert f'name="description" {told}' in html and f'property="og:description" {told}' in html
+    assert 'property="og:title" content="A"' in html and "assets/favicon.svg" in html
+    assert html.index("Source of this chapter") > html.index('class="claim"')
+
+
+def test_a_wide_cell_takes_the_page_and_no_other_column_is_known(tmp_path):
+    cells = [md("# A {#sec-a}\n\nClaim."), code("#| column: page\n1", shown(plain="1"))]
+    assert problems(write(tmp_path / "one", {"a.ipynb": cells})) == ""
+    assert 'class="cell column-page"' in page(tmp_path / "one", "a.html")
+    cells[1] = code("#| column: margin\n1")
+    assert "column: margin isn't supported" in problems(write(tmp_path / "two", {"a.ipynb": cells}))
 
 
 def test_the_way_through_the_book(book):
@@ -512,6 +673,17 @@ def test_a_page_with_a_fault_is_refused(tmp_path, text, label, message):
             ),
             "fig-a",
             "print it",
+        ),
+        (code("#| code-fold: true\nx = 1"), "cell 1", "needs #| code-summary"),
+        (
+            code("#| label: tbl-a\n#| code-fold: show\n#| code-summary: Code\nx = 1"),
+            "tbl-a",
+            "needs #| code-summary",
+        ),
+        (
+            code("#| code-fold: true\n#| code-summary: 'Code: it'\nassert 1\nassert (\n  2\n)"),
+            "cell 1",
+            "✓ what was checked",
         ),
         (code("#| export\nx = 1"), "cell 1", "as '#| export: true'"),
         (code("#| layout-ncol: 2\nx = 1"), "cell 1", "'layout-ncol' isn't supported"),

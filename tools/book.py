@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from tools import folders
 from tools.execute import is_skipped
 from tools.quarto import render_quarto
 from tools.settings import load_settings
@@ -211,6 +212,8 @@ class Run:
 
     def execute(self, source: Path, target: Path, key: str) -> tuple[int, str]:
         "Have one chapter run by a server that is idle, or by a new one: exit status and message."
+        if target.resolve() == source.resolve():
+            return 1, f"{target} leads to the source itself: remove the link in _build"
         target.unlink(missing_ok=True)
         try:
             server = self.idle.get_nowait()
@@ -383,6 +386,9 @@ def main(arguments: list | None = None, root: Path = ROOT) -> int:
         more = OLDER[chosen.processor] | {
             "LORA_BOOK_CACHE_DIR": f"{settings.cache_dir}-{chosen.processor}"
         }
+    if not chosen.no_render and (reason := folders.fault(site, root)):
+        print(f"{site} {reason}", file=sys.stderr)
+        return 1
     if chosen.render_only:
         return render(root, build, site, chosen.renderer, True)
     listed = [page.path for page in config.load(root).pages if page.is_notebook]

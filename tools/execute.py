@@ -35,8 +35,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 MARKS = re.compile(r"^#\|\s*(slow|gpu|eval)\s*:?\s*(\w*)", re.MULTILINE)
 SKIP = "skip-execution"
 PLACES = (
-    (re.compile(r"\S*/site-packages/"), ""),
-    (re.compile(r"\S*/ipykernel_\d+/\d+\.py"), "cell"),
+    (re.compile(r"(?<!\S)\S*/site-packages/"), ""),
+    (re.compile(r"(?<!\S)\S*/ipykernel_\d+/\d+\.py"), "cell"),
 )
 FORKS = sys.platform == "linux"
 
@@ -49,7 +49,9 @@ def is_skipped(source: str, wanted: set) -> bool:
 
 
 def tidy(cells: list) -> None:
-    "Take this machine's folders out of printed text, such as the file that a warning names."
+    """Take this machine's folders out of printed text, such as the file that a warning names. A
+    place is looked for from the beginning of a word alone: the time is that of one pass.
+    """
     for output in (output for cell in cells for output in cell.get("outputs", [])):
         if output["output_type"] == "stream":
             for place, name in PLACES:

@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from tools import folders
 from tools.site import config
 from tools.site.audit import elsewhere
 from tools.site.cells import assemble
@@ -62,7 +64,6 @@ def prepare(root: Path, build: Path, copy: Path) -> dict:
     """Write the book's sources to `copy`, with the chapters as they were executed in `build` and
     made ready; {path: chapter} as they were.
     """
-    shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(
         root, copy, ignore=shutil.ignore_patterns(".*", "_build", "_site*", "__pycache__")
     )
@@ -82,7 +83,12 @@ def render_quarto(root: Path, build: Path, site: Path, quarto: str) -> int:
     """Render a copy of the book, executed, with Quarto. A warning about a reference, a link, a
     citation or a formula is a failure, and so is a page that needs another host.
     """
-    copy = build / "quarto"
+    with tempfile.TemporaryDirectory(prefix="quarto-", dir=build) as place:
+        return render_copy(root, build, site, quarto, Path(place) / "book")
+
+
+def render_copy(root: Path, build: Path, site: Path, quarto: str, copy: Path) -> int:
+    "Do so in the folder `copy`, which isn't there yet."
     executed = prepare(root, build, copy)
     done = subprocess.run(
         [quarto, "render", str(copy)], capture_output=True, text=True, encoding="utf-8", check=False
@@ -95,7 +101,7 @@ def render_quarto(root: Path, build: Path, site: Path, quarto: str) -> int:
         return 1
     for path, chapter in executed.items():
         (copy / "_site" / path).write_bytes(chapter)
-    shutil.rmtree(site, ignore_errors=True)
-    shutil.move(copy / "_site", site)
+    with folders.replacing(site, root) as new:
+        shutil.copytree(copy / "_site", new)
     print(f"{(site / 'index.html').resolve()}")
     return 0

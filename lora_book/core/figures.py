@@ -4,6 +4,7 @@
 __all__ = ['PALETTE', 'INK', 'MARKERS', 'COLOURS', 'colour', 'marker', 'use_style']
 
 # %% ../../nbs/core/figures.ipynb #c02
+from contextlib import suppress
 from zlib import crc32
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ PALETTE = {
     "grey": "#7F7F7F",
     "olive": "#A6A61E",
 }
-INK = "#7A7A7A"
+INK = "#6B6B6B"
 MARKERS = "osD^vPX*<>hp"
 
 # %% ../../nbs/core/figures.ipynb #c06
@@ -64,8 +65,12 @@ def marker(method: str) -> str:
 # %% ../../nbs/core/figures.ipynb #c08
 def use_style(width: float = 6.4, height: float = 3.4) -> None:
     """Set matplotlib's defaults for the book's figures; `width` and `height`
-    in inches.
+    in inches. In a notebook figures are SVG.
     """
+    with suppress(ImportError):  # it comes with notebooks, not with matplotlib
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata={"Date": None})
     ink = dict.fromkeys(
         (
             "text.color",
@@ -89,6 +94,7 @@ def use_style(width: float = 6.4, height: float = 3.4) -> None:
         ink
         | clear
         | {
+            "svg.hashsalt": "lora_book",
             "figure.figsize": (width, height),
             "figure.dpi": 120,
             "savefig.dpi": 120,

@@ -6,6 +6,7 @@ cells; captions and markdown outputs travel inside the places, so that reference
 them are read with the rest.
 """
 
+import ast
 import base64
 import json
 import re
@@ -15,6 +16,7 @@ import yaml
 
 from .config import Page, Problems
 from .frames import marked
+from .svg import inline
 from .tree import attr, div, plain, raw_block, read
 
 OPTIONS = {
@@ -32,6 +34,7 @@ OPTIONS = {
     "warning",
     "code-fold",
     "code-summary",
+    "column",
     "export",
     "exporti",
     "default_exp",
@@ -216,9 +219,12 @@ class _Filler:
         cell = self.cell
         label = str(cell.options.get("label", ""))
         content = self.code() if cell.says("echo") and cell.source.strip() else []
-        if cell.says("output"):
-            content += self.wrapped(label, self.outputs())
-        return div(content, f"cell-{cell.ident}", ("cell",))
+        shown = self.wrapped(label, self.outputs()) if cell.says("output") else []
+        content = shown + content if shown and self.folded() else content + shown
+        wide = ("column-page",) if "column" in cell.options else ()
+        if cell.options.get("column", "page") != "page":
+            self.problem(f"#| column: {cell.options['column']} isn't supported: page is")
+        return div(content, f"cell-{cell.ident}", ("cell", *wide))
 
     def code(self) -> list:
         options = self.cell.options
@@ -229,16 +235,36 @@ class _Filler:
         if options.get("lst-label"):
             block["c"][0][0] = str(options["lst-label"])
             block["c"][0][2] = [["lst-cap", str(options.get("lst-cap", ""))]]
-        fold = str(options.get("code-fold", self.fold)).lower()
-        if fold not in ("true", "show"):
+        if not self.folded():
             return [block]
-        summary = plain([{"t": "Str", "c": str(options.get("code-summary", "Code"))}])
-        begin = (
-            '<details class="fold" open><summary>'
-            if fold == "show"
-            else '<details class="fold"><summary>'
-        )
-        return [raw_block(begin), summary, raw_block("</summary>"), block, raw_block("</details>")]
+        words = self.summary()
+        kind = "fold check" if words.startswith("✓") else "fold"
+        state = " open" if self.folded() == "show" else ""
+        begin = f'<details class="{kind}"{state}><summary>'
+        shown = plain([{"t": "Str", "c": words}])
+        return [raw_block(begin), shown, raw_block("</summary>"), block, raw_block("</details>")]
+
+    def folded(self) -> str:
+        "true, show, or nothing for a cell that isn't folded."
+        fold = str(self.cell.options.get("code-fold", self.fold)).lower()
+        return fold if fold in ("true", "show") else ""
+
+    def summary(self) -> str:
+        "A folded cell's one line, which must say what is inside; with a tick it's a check."
+        words = str(self.cell.options.get("code-summary") or "").strip()
+        if "code-fold" in self.cell.options and words in ("", "Code"):
+            self.problem('a folded cell needs #| code-summary: "what is inside"')
+        elif self.is_bare_check() and not words.startswith("✓"):
+            self.problem('a folded cell of asserts needs #| code-summary: "✓ what was checked"')
+        return words or "Code"
+
+    def is_bare_check(self) -> bool:
+        "Whether the cell is nothing but asserts."
+        try:
+            body = ast.parse(self.cell.source).body
+        except SyntaxError:  # IPython's own lines
+            return False
+        return bool(body) and all(isinstance(node, ast.Assert) for node in body)
 
     def wrapped(self, label: str, outputs: list) -> list:
         """Pictures (or tables) of a labelled cell become one numbered figure (or table); printed
@@ -323,14 +349,17 @@ class _Filler:
         "The image as a file beside the page; its alt text is the cell's #| fig-alt."
         body = "".join(output["data"][mime])
         extension = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}[mime]
-        name = f"{self.page.url.removesuffix('.html')}_files/{self.cell.ident}-{k}.{extension}"
-        self.files[name] = body.encode() if extension == "svg" else base64.b64decode(body)
         alts = self.cell.options.get("fig-alt", "")
         alts = alts if isinstance(alts, list) else [alts]
         self.pictures += 1
         alt = str(alts[min(self.pictures, len(alts)) - 1]) if alts else ""
         if not alt.strip():
             self.problem("image without alt text: add #| fig-alt")
+        if extension == "svg":
+            drawn = raw_block(inline(body, f"{self.cell.ident}-{k}", alt))
+            return div([drawn], "", ("output", "image"))
+        name = f"{self.page.url.removesuffix('.html')}_files/{self.cell.ident}-{k}.{extension}"
+        self.files[name] = base64.b64decode(body)
         size = output.get("metadata", {}).get(mime, {})
         pairs = [[key, str(size[key])] for key in ("width", "height") if key in size] or _pixels(
             self.files[name]

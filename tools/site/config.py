@@ -28,7 +28,7 @@ class Page:
     part's title.
 
     `title` is a list of inlines, `outline` the headings below it as [level, identifier, number,
-    inlines].
+    inlines], `told` its first words, for a description.
     """
 
     path: str
@@ -39,6 +39,7 @@ class Page:
     title: list = field(default_factory=list)
     ident: str = ""
     blocks: list = field(default_factory=list)
+    told: str = ""
     outline: list = field(default_factory=list)
 
     @property
@@ -64,7 +65,11 @@ class Book:
     bibliography: list
     code_fold: str
     library: str
+    repository: str
+    description: str
     problems: Problems
+    labels: dict = field(default_factory=dict)
+    rows: dict = field(default_factory=dict)
 
 
 def _entries(items: list, part: str = ""):
@@ -116,6 +121,8 @@ def load(root: Path, build: Path | None = None, partial: bool = False) -> Book:
         _listed(config.get("bibliography")),
         str(html.get("code-fold", False)).lower(),
         _library(root),
+        str(book.get("repo-url") or "").rstrip("/"),
+        str(book.get("description") or book.get("subtitle") or ""),
         problems,
     )
 

@@ -14,7 +14,24 @@ def marked(html: str) -> str:
     """
     if 'class="dataframe"' not in html and 'class="dataframe ' not in html:
         return html
-    return re.sub(r"<table\b.*?</table>", lambda table: _table(table[0]), html, flags=re.DOTALL)
+    return re.sub(
+        r"<table\b.*?</table>", lambda table: _table(_one_head(table[0])), html, flags=re.DOTALL
+    )
+
+
+def _one_head(html: str) -> str:
+    """The same table with the name of its index, for which pandas takes a row of its own, in the
+    first row.
+    """
+    head = re.search(r"<thead>.*?</thead>", html, re.DOTALL)
+    rows = [row[0] for row in ROW.finditer(head[0])] if head else []
+    if len(rows) != 2:
+        return html
+    upper, lower = ([cell[3].strip() for cell in CELL.finditer(row)] for row in rows)
+    if upper[0] or any(lower[1:]) or len(upper) != len(lower):
+        return html
+    named = re.sub(r"<th></th>", lambda _: f"<th>{lower[0]}</th>", rows[0], count=1)
+    return html.replace(rows[0], named, 1).replace(rows[1], "", 1)
 
 
 def _table(html: str) -> str:

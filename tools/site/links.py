@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from .config import Book, Page
 from .numbering import LABEL, NAMES, Label
-from .tree import div, document, each, link, pandoc, span, string, text, transform
+from .tree import div, document, each, link, pandoc, span, string, text, transform, unlinked
 
 CROSS = re.compile(LABEL.pattern, re.IGNORECASE)
 
@@ -72,12 +72,22 @@ def _reference(entry: dict, name: str, page: Page, labels: dict, book: Book) -> 
     word = _word(target)
     if not target.number:
         words = target.title or [string(word)]
+    elif target.kind == "sec" and target.title and not prefix and not suppressed:
+        return [*_titled(target, page), *entry["citationSuffix"]]
     elif prefix:
         words = [*prefix, string("\u00a0" + target.number)]
     else:
         words = [string(target.number if suppressed else f"{word}\u00a0{target.number}")]
     title = "" if target.kind == "eq" else text(target.title, False).strip()
     return [link(words, address(page, target), ("ref",), title), *entry["citationSuffix"]]
+
+
+def _titled(target: Label, page: Page) -> list:
+    "A chapter or a section by its title, with its number as a small mark behind it."
+    named = f"{_word(target)} {target.number}"
+    mark = span([string(target.number)], "", ("chno",))
+    words = [*unlinked(target.title), string("\u00a0"), mark]
+    return [link(words, address(page, target), ("ref",), named)]
 
 
 def _word(target: Label) -> str:

@@ -45,7 +45,7 @@ LITERAL = re.compile(r"^(:::|```|~~~|\$\$|\\begin\{)")
 EXECUTABLE = re.compile(r"^\{=?[a-z]+\}\s")
 UNNAMED = {"proof": "Proof", "remark": "Remark", "solution": "Solution"}
 UNSUPPORTED = re.compile(
-    r"^(panel-|column-|aside$|content-(visible|hidden)|grid$|g-col-|incremental$|hidden$|layout)"
+    r"^(panel-|column-(?!page$)|aside$|content-(visible|hidden)|grid$|g-col-|incremental$|hidden$|layout)"
 )
 SHORTCODE = re.compile(r"\{\{<|\{\{%")
 

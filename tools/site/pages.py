@@ -7,21 +7,14 @@ import re
 from html import escape
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 from .cells import Cell
 from .config import Book, Page
-from .tree import attr, text, transform, write, write_many
+from .tree import attr, document, pandoc, string, text, unlinked, write, write_many
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = Template((ASSETS / "page.html").read_text(encoding="utf-8"))
-
-
-def unlinked(inlines: list) -> list:
-    "A title without the links in it, to stand inside a link."
-    return transform(
-        inlines,
-        lambda item: item["c"][1] if item["t"] == "Link" else [] if item["t"] == "Note" else None,
-    )
 
 
 class Site:
@@ -53,7 +46,8 @@ class Site:
             sidebar=self.sidebar(page),
             contents=self.contents(page),
             header=self.header(page),
-            body=write(_claim(page, blocks)),
+            body=write(_claim(page, blocks)) + self.source(page),
+            description=self.describe(page, name),
             neighbours=self.neighbour(page, before, "prev", "Previous")
             + self.neighbour(page, after, "next", "Next"),
         )
@@ -66,13 +60,37 @@ class Site:
         kicker = f"{page.part} · Chapter {page.number}" if page.number and page.part else page.part
         kicker = f'<p class="kicker">{escape(kicker)}</p>' if kicker else ""
         ident = f' id="{page.ident}"' if page.ident else ""
-        source = (
-            source_of(page, self.book.library, *self.exports[page.path]) if page.is_notebook else ""
-        )
-        return (
-            "<header"
-            f' class="chapter">{kicker}<h1{ident}>{self.titles[page.path]}</h1>{source}</header>'
-        )
+        title = f"<h1{ident}>{self.titles[page.path]}</h1>"
+        return f'<header class="chapter">{kicker}{title}{self.buttons(page)}</header>'
+
+    def buttons(self, page: Page) -> str:
+        "Where a chapter can be opened, which needs the book's repository, and its file."
+        if not page.is_notebook:
+            return ""
+        links = [*elsewhere(self.book.repository, page.path)]
+        links.append((Path(page.path).name, "Download notebook", " download"))
+        shown = "".join(f'<a href="{escape(to)}"{how}>{words}</a>' for to, words, how in links)
+        switch = '<button type="button" class="all" aria-pressed="false">Show all code</button>'
+        return f'<p class="tools">{shown}{switch}</p>'
+
+    def source(self, page: Page) -> str:
+        "Where the page comes from, at its foot: for those who change the book."
+        if not page.is_notebook:
+            return ""
+        return source_of(page, self.book.library, *self.exports[page.path])
+
+    def describe(self, page: Page, name: str) -> str:
+        "What search engines and messages show of a page: its claim, or the book's description."
+        words = _cut(page.told or self.book.description)
+        told = {"og:title": name, "og:description": words, "og:type": "article"}
+        told |= {"og:site_name": self.book.title, "twitter:card": "summary"}
+        lines = [f'<meta name="description" content="{escape(words)}">'] if words else []
+        lines += [
+            f'<meta property="{key}" content="{escape(value)}">'
+            for key, value in told.items()
+            if value
+        ]
+        return "\n".join(lines)
 
     def sidebar(self, page: Page) -> str:
         out, part, opened = [], None, False
@@ -106,9 +124,40 @@ class Site:
         )
 
 
+def elsewhere(repository: str, path: str) -> list:
+    """Colab and Binder for a notebook of a repository on GitHub, as (address, words, attributes);
+    nothing without one.
+    """
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?", repository)
+    if not found:
+        return []
+    colab = f"https://colab.research.google.com/github/{found[1]}/blob/HEAD/{path}"
+    binder = f"https://mybinder.org/v2/gh/{found[1]}/HEAD?labpath={quote(path, safe='')}"
+    return [(colab, "Open in Colab", ""), (binder, "Open in Binder", "")]
+
+
+def _cut(words: str, most: int = 200) -> str:
+    "At most so many characters, cut between words."
+    return words if len(words) <= most else words[:most].rsplit(" ", 1)[0] + "…"
+
+
+def describe(pages: list) -> None:
+    "Note what each chapter claims, as plain words, while its formulas can still be read."
+    chapters = [page for page in pages if page.is_notebook and _begins(page.blocks)]
+    mark = "@@page@@"
+    blocks = [b for page in chapters for b in (page.blocks[0], {"t": "Para", "c": [string(mark)]})]
+    told = pandoc(document(blocks), "-f", "json", "-t", "plain", "--wrap=none")[0].split(mark)
+    for page, words in zip(chapters, told):
+        page.told = re.sub(r"\s+", " ", words).strip()
+
+
+def _begins(blocks: list) -> bool:
+    return bool(blocks) and blocks[0]["t"] == "Para"
+
+
 def _claim(page: Page, blocks: list) -> list:
     "A chapter's first paragraph is its claim."
-    if page.is_notebook and blocks and blocks[0]["t"] == "Para":
+    if page.is_notebook and _begins(blocks):
         return [{"t": "Div", "c": [attr("", ("claim",)), blocks[:1]]}, *blocks[1:]]
     return blocks
 

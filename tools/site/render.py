@@ -6,7 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from . import audit, cells, code, config, links, maths, pages, search
+from tools import folders
+
+from . import audit, cells, code, config, ledger, links, maths, pages, previews, search
 from .numbering import Numbering
 from .spread import spread
 from .tree import each, read_aloud, save
@@ -15,17 +17,18 @@ from .tree import each, read_aloud, save
 def render(
     root: Path, build: Path | None, out: Path, partial: bool = False, draft: bool = False
 ) -> tuple:
-    """Render the book of `root` into `out`; with problems the last good site stays, unless a
-    `draft` is wanted.
+    """Render the book of `root` into `out`, which must be a folder for a site (tools.folders); with
+    problems the last good site stays, unless a `draft` is wanted.
     """
+    folders.check(out, root)
     book = config.load(root, build, partial)
     files, exports = prepare(book)
     with tempfile.TemporaryDirectory(prefix="lora-book-") as folder:
         part = Path(folder) / "site"
         publish(book, files, exports, part)
         if draft or not book.problems:
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.copytree(part, out)
+            with folders.replacing(out, root) as place:
+                shutil.copytree(part, place)
     return book, len(book.pages)
 
 
@@ -46,6 +49,9 @@ def prepare(book: config.Book) -> tuple[dict, dict]:
             files[page.path] = page.file.read_bytes()
         numbering.run(page, meta)
     links.resolve(book, numbering.labels)
+    book.labels, book.rows = numbering.labels, ledger.mark(book)
+    ledger.resolve(book, book.rows)
+    pages.describe(book.pages)
     return files | _pictures(book, files), exports
 
 
@@ -53,6 +59,7 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     "Write the site into `folder` and look at what was written."
     files["assets/search.js"] = search.script(book)
     maths.convert(book)
+    files["assets/previews.js"] = previews.script(book, book.labels, book.rows)
     site = pages.Site(book, exports)
 
     def written(page: config.Page) -> audit.Seen:
@@ -63,7 +70,7 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     seen = dict(zip((page.url for page in book.pages), spread(written, book.pages)))
     for name, content in files.items():
         save(folder / name, content)
-    for name in ("style.css", "book.js"):
+    for name in ("style.css", "book.js", "favicon.svg"):
         save(folder / "assets" / name, (pages.ASSETS / name).read_bytes())
     audit.audit(folder, seen, {page.url: page.path for page in book.pages}, book.problems)
 

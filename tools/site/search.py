@@ -6,6 +6,8 @@ import re
 from .config import Book
 from .tree import each, text, transform
 
+NAMES = re.compile(r"^\s*(?:def|class)\s+(\w+)|^([A-Za-z]\w*)(?:\s*:[^=\n]+)? = ", re.MULTILINE)
+
 
 def entries(book: Book) -> list:
     "[address, page title, section title, words] for each section of each page."
@@ -36,7 +38,7 @@ def _flat(blocks: list):
 def _words(block: dict) -> str:
     "The words of a block, and of its code the names that it defines."
     if block["t"] == "CodeBlock":
-        return " ".join(re.findall(r"^(?:def|class)\s+(\w+)", block["c"][1], re.MULTILINE))
+        return " ".join(name for pair in NAMES.findall(block["c"][1]) for name in pair if name)
     if block["t"] == "RawBlock":
         return ""
     return " ".join(
@@ -50,7 +52,8 @@ def _readable(item: dict) -> list | None:
 
 
 def _clean(words: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"[\\{}$&^_]+", " ", words)).strip()
+    "Words without TeX's signs; an underscore within a name stays."
+    return re.sub(r"\s+", " ", re.sub(r"[\\{}$&^]+|(?<!\w)_+|_+(?!\w)", " ", words)).strip()
 
 
 def script(book: Book) -> str:

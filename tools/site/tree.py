@@ -123,6 +123,14 @@ def text(node, mathematics: bool = True) -> str:
     return text(content, mathematics) if content is not None else ""
 
 
+def unlinked(inlines: list) -> list:
+    "A title without the links and notes in it, to stand inside a link."
+    return transform(
+        inlines,
+        lambda item: item["c"][1] if item["t"] == "Link" else [] if item["t"] == "Note" else None,
+    )
+
+
 def attr(ident: str = "", classes: tuple = (), **pairs) -> list:
     return [
         ident,
