@@ -7,6 +7,7 @@ __all__ = ['declared', 'COMMON', 'wide', 'widened', 'keep_wide', 'Options', 'che
 
 # %% ../../nbs/core/adapter.ipynb #c03
 import hashlib
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
@@ -92,7 +93,7 @@ def check_declared_once(kind: type) -> None:
             )
 
 # %% ../../nbs/core/adapter.ipynb #c08
-class Adapter(nn.Module):
+class Adapter(nn.Module, metaclass=ABCMeta):
     """A trainable change ΔW of one frozen weight W0 of shape (n, m).
 
     A method writes `init` and `delta`, and `rank_bound`, `rest` and `Options`
@@ -136,19 +137,19 @@ class Adapter(nn.Module):
 
     # The method's own
 
+    @abstractmethod
     def init(
         self, W0: Tensor, r: int, generator: torch.Generator
     ) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
         """The start of every tensor that the change is made of, by name; a
         pair is A and B. W0 (n, m) is float32 or wider.
         """
-        raise BadType(f"{type(self).__name__} has no init: no parameters")
 
+    @abstractmethod
     def delta(self, W0: Tensor) -> Tensor:
         """ΔW of shape (n, m), float32 or wider; differentiable in the
         adapter's parameters.
         """
-        raise BadType(f"{type(self).__name__} has no delta: no change")
 
     def rank_bound(self, n: int, m: int) -> int:
         "The largest rank that `delta` can have."
@@ -465,13 +466,11 @@ class LowRank(Adapter):
         "s, the factor before B A."
         return self.options.scale
 
+    @abstractmethod
     def init(
         self, W0: Tensor, r: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         "The start: A of shape (r, m) and B of shape (n, r)."
-        raise BadType(
-            f"{type(self).__name__} has no init: no A and B to start"
-        )
 
     def moving(self) -> list:
         "The products that train: a list of (A_j, B_j, s_j)."

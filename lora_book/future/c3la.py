@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.adapter import declared
 from ..core.adapter import generator as seeded
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.chain import Chain
 from ..core.errors import BadValue, check_choice
 from .cla import SELECTORS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import declared
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import check_choice
 from ..present.paca import Columns
 

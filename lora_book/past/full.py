@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, effective_product, wide, widened
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType
 from ..core.targets import in_modules, own_linear
 

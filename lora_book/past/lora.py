@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import check_choice
 
 # %% ../../nbs/past/lora.ipynb #c16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadValue, check_choice, check_number
 from ..past.lora import kaiming
 

@@ -7,7 +7,7 @@ __all__ = ['cola', 'CoLA']
 import torch
 
 from ..core.adapter import declared
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.chain import Chain
 from ..core.errors import check_choice
 from ..past.lora import INITS

@@ -15,7 +15,7 @@ from lora_book.core.adapter import (
     wide,
     widened,
 )
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType, check_choice
 from ..core.peft import LoraForm
 from lora_book.core.products import (

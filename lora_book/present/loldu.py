@@ -20,7 +20,7 @@ from lora_book.core.adapter import (
     wide,
     widened,
 )
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.ldu import ldu, unpermute
 from ..core.products import Product, rows_of

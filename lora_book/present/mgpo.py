@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Block, Nudge, generator, widened
-from ..core.adapting import Method, record_of
+from ..core.method import Method
+from ..core.adapting import record_of
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.hosts import adapters, site_name, sites
 from ..core.steps import PlainStep

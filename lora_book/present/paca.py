@@ -4,13 +4,14 @@
 __all__ = ['paca', 'spread', 'Columns', 'PaCA']
 
 # %% ../../nbs/present/paca.ipynb #c04
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.adapter import LowRank
-from ..core.adapting import Method
-from ..core.errors import BadType
+from ..core.method import Method
 from ..core.products import column_linear
 
 # %% ../../nbs/present/paca.ipynb #c12
@@ -28,9 +29,9 @@ class Columns(LowRank):
 
     trainable = "B"
 
+    @abstractmethod
     def pick(self, m: int, r: int, generator: torch.Generator) -> Tensor:
         "The columns to train: r different numbers below m, int64."
-        raise BadType(f"{type(self).__name__} has no pick: no columns")
 
     def init(
         self, W0: Tensor, r: int, generator: torch.Generator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
-from ..core.adapting import Method
+from ..core.method import Method
 
 # %% ../../nbs/present/pissa.ipynb #c12
 def principal(W0: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ __all__ = ['rac', 'RAC']
 import torch
 
 from ..core.adapter import declared
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.chain import Chain
 from .asymmetric import frozen_law
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType, check_number
 from ..core.steps import PlainStep
 from ..past.lora import LoRA

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared, generator
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import check_number
 from ..core.peft import VeraForm
 
