@@ -189,8 +189,8 @@ def form_of(block: Block, as_lora: bool) -> LoraForm | VeraForm:
     adapter = block.adapter
     if block.b0 is not None and adapter.bias_delta(block.b0) is not None:
         raise BadType(f"{type(adapter).__name__} changes a bias")
-    form = (None if as_lora else adapter.peft()) or one_product(
-        adapter.factors()
+    form = (None if as_lora else adapter.peft(block.W0)) or one_product(
+        adapter.factors(block.W0)
     )
     gap = (
         (form.change(block.W0) - adapter.delta(block.W0).double())

@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.adapter import declared
 from ..core.adapter import generator as seeded
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.chain import Chain
 from ..core.errors import BadValue, check_choice
 from .cla import SELECTORS
@@ -18,8 +19,8 @@ from ..present.paca import Columns, spread
 
 # %% ../../nbs/future/c3la.ipynb #c12
 class ColumnChain(Columns, Chain):
-    """ΔW = Σ_j s·B^j S^j (@eq-c3la-delta): each link trains columns, and
-    finished links rest. A subclass says which columns, in `pick`.
+    """ΔW = Σ_j s·B^j S^j (@eq-c3la-delta): each link trains columns, which a
+    method says in `pick`, and finished links rest.
     """
 
     kept = ("idx", "B")
@@ -28,9 +29,8 @@ class ColumnChain(Columns, Chain):
         """The columns of all finished links, (k·r,), and their B side by side,
         (n, k·r).
         """
-        return self.links_idx.flatten(), self.links_B.transpose(0, 1).flatten(
-            1
-        )
+        B = self.links_B.transpose(0, 1).flatten(1)
+        return self.links_idx.flatten(), B
 
     def columns(self) -> tuple[Tensor, Tensor]:
         "The columns of all links and their B, the training one last."
@@ -39,21 +39,16 @@ class ColumnChain(Columns, Chain):
 
     def resting(self) -> list:
         "The finished links as (S^j, B^j, s); S^j is made when asked for."
+        eye = torch.eye(self.m).to(self.B)
         return [
-            (torch.eye(self.m).to(B)[idx], B, self.scaling)
+            (eye[idx], B, self.scaling)
             for idx, B in zip(self.links_idx, self.links_B, strict=True)
         ]
 
-    def rest(self, W0: Tensor) -> Tensor:
-        """W0 with the finished links in their columns, summed in 32 bits or
-        more, in W0's type.
-        """
+    def finished(self) -> Tensor:
+        "The finished links in their columns, (n, m)."
         idx, M = self.rested()
-        return (
-            (W0 + self.scaling * spread(M, idx, self.m)).to(W0.dtype)
-            if self.done
-            else W0
-        )
+        return self.scaling * spread(M, idx, self.m)
 
     def renew(self, S: Tensor, B: Tensor) -> None:
         "Turn to a new link's columns, with B = 0 in the same parameter."
@@ -109,41 +104,20 @@ class RandomC3LA(ColumnChain):
     `selector` may name another law of starts. P2 Algorithm 4, ledger A7.
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        chain_length: int | None = None,
-        reset_every: int | None = None,
-        selector: str = "block",
-    ):
-        check_choice("selector", selector, STARTS)
-        self.selector = selector
-        super().__init__(
-            W0,
-            bias,
-            r=r,
-            alpha=alpha,
-            seed=seed,
-            dtype=dtype,
-            chain_length=chain_length,
-            reset_every=reset_every,
-        )
+    @declared
+    class Options(ColumnChain.Options):
+        selector: str = "block"
+
+        def __post_init__(self):
+            super().__post_init__()
+            check_choice("selector", self.selector, STARTS)
 
     def pick(self, m, r, generator):
-        """The next block in this lap's order, which the seed and the lap
-        decide.
-        """
-        starts = torch.tensor(STARTS[self.selector](m, r))
+        "The next block in this lap's order, which the seed and the lap decide."
+        starts = torch.tensor(STARTS[self.options.selector](m, r))
         lap, j = divmod(self.done, len(starts))
-        order = torch.randperm(
-            len(starts), generator=seeded(self.seed, "lap", lap)
-        )
+        draws = seeded(self.seed, "lap", lap)
+        order = torch.randperm(len(starts), generator=draws)
         return (starts[order[j]] + torch.arange(r)) % m
 
 

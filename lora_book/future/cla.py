@@ -7,7 +7,8 @@ __all__ = ['cla', 'SELECTORS', 'random_cla', 'CLA', 'first_columns', 'RandomCLA'
 import torch
 from torch import Tensor
 
-from ..core.adapting import Method
+from ..core.adapter import declared
+from ..core.method import Method
 from ..core.errors import check_choice
 from ..present.paca import Columns
 
@@ -50,27 +51,18 @@ class RandomCLA(Columns):
     law (@eq-cla-laws). P2 Algorithm 2, ledger C3 to C5.
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        selector: str = "block",
-    ):
-        check_choice("selector", selector, SELECTORS)
-        self.selector = selector
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
+    @declared
+    class Options(Columns.Options):
+        selector: str = "block"
+
+        def __post_init__(self):
+            check_choice("selector", self.selector, SELECTORS)
 
     def pick(self, m, r, generator):
         "start .. start + r − 1, with the start uniform over `first_columns`."
-        starts = first_columns(self.selector, m, r)
-        return starts[
-            torch.randint(len(starts), (), generator=generator)
-        ] + torch.arange(r)
+        starts = first_columns(self.options.selector, m, r)
+        drawn = torch.randint(len(starts), (), generator=generator)
+        return starts[drawn] + torch.arange(r)
 
 
 random_cla = Method(

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.adapter import LowRank
-from ..core.adapting import Method
+from ..core.adapter import LowRank, declared
+from ..core.method import Method
 from ..core.errors import check_choice
 
 # %% ../../nbs/past/lora.ipynb #c16
@@ -32,26 +32,17 @@ class LoRA(LowRank):
     both train. Hu et al. 2022.
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        init: str = "normal",
-    ):
-        check_choice("init", init, INITS)
-        self.start = INITS[init]
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
+    @declared
+    class Options(LowRank.Options):
+        init: str = "normal"
+
+        def __post_init__(self):
+            check_choice("init", self.init, INITS)
 
     def init(self, W0, r, generator):
         "A by the chosen law, (r, m); B = 0, (n, r)."
-        return self.start(r, W0.shape[1], generator), torch.zeros(
-            W0.shape[0], r
-        )
+        n, m = W0.shape
+        return INITS[self.options.init](r, m, generator), torch.zeros(n, r)
 
 
 lora = Method(

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core.adapter import LowRank
-from ..core.adapting import Method
+from ..core.adapter import LowRank, declared
+from ..core.method import Method
 from ..core.errors import BadValue, check_choice, check_number
 from ..past.lora import kaiming
 
@@ -57,29 +57,28 @@ class Asymmetric(LowRank):
     (@eq-asymmetric-delta); P2 Eq. (8).
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        train: str = "B",
-        init: str = "normal",
-        sigma: float | None = None,
-    ):
-        check_choice("train", train, ("B", "A"))
-        self.trainable, self.law = train, frozen_law(init, sigma)
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
+    @declared
+    class Options(LowRank.Options):
+        train: str = "B"
+        init: str = "normal"
+        sigma: float | None = None
+
+        def __post_init__(self):
+            check_choice("train", self.train, ("B", "A"))
+            frozen_law(self.init, self.sigma)
+
+    @property
+    def trainable(self) -> str:
+        "The factor that trains."
+        return self.options.train
 
     def init(self, W0, r, generator):
         "The frozen factor by the chosen law, the trained one 0."
         n, m = W0.shape
+        law = frozen_law(self.options.init, self.options.sigma)
         if self.trainable == "B":
-            return self.law(r, m, generator), torch.zeros(n, r)
-        return torch.zeros(r, m), self.law(r, n, generator).t()
+            return law(r, m, generator), torch.zeros(n, r)
+        return torch.zeros(r, m), law(r, n, generator).t()
 
 
 asymmetric = Method(

@@ -5,9 +5,9 @@ __all__ = ['cola', 'CoLA']
 
 # %% ../../nbs/present/cola.ipynb #c10
 import torch
-from torch import Tensor
 
-from ..core.adapting import Method
+from ..core.adapter import declared
+from ..core.method import Method
 from ..core.chain import Chain
 from ..core.errors import check_choice
 from ..past.lora import INITS
@@ -18,37 +18,18 @@ class CoLA(Chain):
     and both its factors train. P2 Eq. (7).
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        chain_length: int | None = None,
-        reset_every: int | None = None,
-        init: str = "normal",
-    ):
-        check_choice("init", init, INITS)
-        self.start = INITS[init]
-        super().__init__(
-            W0,
-            bias,
-            r=r,
-            alpha=alpha,
-            seed=seed,
-            dtype=dtype,
-            chain_length=chain_length,
-            reset_every=reset_every,
-        )
+    @declared
+    class Options(Chain.Options):
+        init: str = "normal"
+
+        def __post_init__(self):
+            super().__post_init__()
+            check_choice("init", self.init, INITS)
 
     def init(self, W0, r, generator):
         "A link: A by the chosen law, B = 0."
-        return self.start(r, W0.shape[1], generator), torch.zeros(
-            W0.shape[0], r
-        )
+        n, m = W0.shape
+        return INITS[self.options.init](r, m, generator), torch.zeros(n, r)
 
 
 cola = Method(

@@ -6,11 +6,17 @@ __all__ = ['ROWS', 'dora', 'sums', 'divided', 'RowLengths', 'row_lengths', 'unsc
 
 # %% ../../nbs/present/dora.ipynb #c09
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.adapter import wide, widened
-from ..core.adapting import Method
-from ..core.errors import BadType
+from lora_book.core.adapter import (
+    Adapter,
+    check_low_rank,
+    declared,
+    wide,
+    widened,
+)
+from ..core.method import Method
+from ..core.errors import BadType, check_choice
 from ..core.peft import LoraForm
 from lora_book.core.products import (
     Product,
@@ -20,7 +26,7 @@ from lora_book.core.products import (
     rows_of,
     summed,
 )
-from ..past.lora import LoRA
+from ..past.lora import INITS
 
 # %% ../../nbs/present/dora.ipynb #c11
 ROWS = 256
@@ -262,51 +268,50 @@ def all_ratios(n: int, blocks: list, V: Tensor | None = None) -> Tensor:
     return torch.cat([*parts, parts[1].new_ones(n - at)])
 
 # %% ../../nbs/present/dora.ipynb #c22
-class _Lengths(LoRA):
-    """V = W0 + s·B A, the lengths of its rows, and the change that gives each
-    row a length of its own.
+class DoRA(Adapter):
+    """ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta).
+    Liu et al. 2024, eq. 5.
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        init: str = "normal",
-        detach_norm: bool = True,
-    ):
-        if not isinstance(detach_norm, bool):
-            raise BadType(
-                f"detach_norm must be True or False, not {detach_norm!r}"
-            )
-        super().__init__(
-            W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype, init=init
-        )
-        self.detach_norm = detach_norm
-        self.magnitude = nn.Parameter(
-            self.lengths(W0).detach().to(self.A.dtype)
-        )
+    @declared
+    class Options(Adapter.Options):
+        init: str = "normal"
+        detach_norm: bool = True
+
+        def __post_init__(self):
+            check_choice("init", self.init, INITS)
+            if not isinstance(self.detach_norm, bool):
+                raise BadType(
+                    "detach_norm must be True or False, not"
+                    f" {self.detach_norm!r}"
+                )
+
+    def check(self, W0: Tensor) -> None:
+        "As for LoRA: raise unless 1 <= r <= min(n, m) and alpha > 0."
+        check_low_rank(W0, self.options.r, self.options.alpha)
+        self.r, self.scaling = int(self.options.r), self.options.scale
+        self.detach_norm = self.options.detach_norm
+
+    def init(self, W0, r, generator):
+        "A and B as in LoRA; g, the lengths of W0's rows, (n,)."
+        n, m = W0.shape
+        A, B = INITS[self.options.init](r, m, generator), torch.zeros(n, r)
+        widest = torch.promote_types(self.options.dtype or W0.dtype, W0.dtype)
+        return {"A": A, "B": B, "magnitude": W0.to(widest).norm(dim=1)}
 
     def lengths(self, W0: Tensor) -> Tensor:
         """‖V‖ of each row of V = W0 + s·B A, (n,); a constant with
         `detach_norm`.
         """
-        A, B = (
-            (self.A.detach(), self.B.detach())
-            if self.detach_norm
-            else (self.A, self.B)
-        )
-        return row_lengths(W0, A, B, self.scaling)
+        factors = (self.A, self.B)
+        if self.detach_norm:
+            factors = (self.A.detach(), self.B.detach())
+        return row_lengths(W0, *factors, self.scaling)
 
     def ratio(self, W0: Tensor, V: Tensor | None = None) -> Tensor:
         "d = g / ‖V‖, (n,); V (n, m), if it is at hand, is a constant."
-        return divided(
-            self.magnitude, self.lengths(W0) if V is None else V.norm(dim=1)
-        )
+        lengths = self.lengths(W0) if V is None else V.norm(dim=1)
+        return divided(self.magnitude, lengths)
 
     def moved(self, W0: Tensor) -> Tensor:
         "V = W0 + s·B A, (n, m)."
@@ -316,72 +321,35 @@ class _Lengths(LoRA):
         "diag(d) V − W0, (n, m) (@eq-dora-delta)."
         return self.ratio(W0)[:, None] * self.moved(W0) - W0
 
-# %% ../../nbs/present/dora.ipynb #c22c
-class _Turning(_Lengths):
-    "How the weight moves while g, A and B do."
-
-    def tangent(self, M: dict, W0: Tensor | None = None) -> Tensor:
-        """d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B
-        A + B M_A), (n, m); raises BadType without W0.
-        """
-        if W0 is None:
-            raise BadType("how DoRA's weight moves depends on W0: give it")
-        V, dV, lengths = self.moved(W0), super().tangent(M), self.lengths(W0)
-        along = divided((V * dV).sum(1), lengths**2)[:, None] * V
-        stretched = (
-            divided(M.get("magnitude", torch.zeros_like(lengths)), lengths)[
-                :, None
-            ]
-            * V
-        )
-        return self.ratio(W0)[:, None] * (dV - along) + stretched
-
     def direction(self, M: dict, W0: Tensor) -> list:
-        "The tangent, which has no low rank."
-        return [(None, self.tangent(M, W0).detach(), 1.0)]
-
-# %% ../../nbs/present/dora.ipynb #c22d
-class DoRA(_Turning):
-    """ΔW = g ⊙ (W0 + s·B A) / ‖W0 + s·B A‖ − W0, row by row (@eq-dora-delta).
-    Liu et al. 2024, eq. 5.
-    """
-
-    def rank_bound(self, n: int, m: int) -> int:
-        "min(n, m)."
-        return min(n, m)
-
-    def forward(self, x: Tensor, W0: Tensor) -> Tensor:
-        "x ΔWᵀ; a whole layer takes `product` instead."
-        return x @ self.delta(W0).to(x.dtype).t()
+        """d ⊙ (dV less its part along V's rows) + (M_g / ‖V‖) ⊙ V, dV = s (M_B
+        A + B M_A), whole: the lengths move too, also where their gradient is
+        dropped.
+        """
+        zero = torch.zeros_like
+        A, B = M.get("A", zero(self.A)), M.get("B", zero(self.B))
+        dV = self.scaling * (B @ self.A + self.B @ A)
+        V, lengths = self.moved(W0), self.lengths(W0)
+        along = divided((V * dV).sum(1), lengths**2)[:, None] * V
+        own = divided(M.get("magnitude", zero(lengths)), lengths)[:, None] * V
+        turned = self.ratio(W0)[:, None] * (dV - along) + own
+        return [(None, turned.detach(), 1.0)]
 
     @classmethod
     def product(
         cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
     ) -> Tensor:
         "The layer's output (@eq-dora-product)."
-        terms, V = (
-            [
-                (b.rows, b.adapter.A, b.adapter.B, b.adapter.scaling)
-                for b in blocks
-            ],
-            shared_sum(x, W, blocks),
-        )
+        terms = [
+            (b.rows, b.adapter.A, b.adapter.B, b.adapter.scaling)
+            for b in blocks
+        ]
+        V = shared_sum(x, W, blocks)
         return scaled_linear(
             x, W, bias, all_ratios(W.shape[0], blocks, V), terms, V
         )
 
-    def factors(self) -> list:
-        "Raises BadType: the change isn't a product of small factors."
-        raise BadType(
-            "DoRA's change of lengths has full rank: it isn't a product of"
-            " small factors"
-        )
-
-    def moving(self) -> list:
-        "Raises BadType, as `factors`."
-        return self.factors()
-
-    def peft(self) -> LoraForm:
+    def peft(self, W0: Tensor) -> LoraForm:
         "PEFT's DoRA: A, B, s and the lengths g."
         return LoraForm(self.A, self.B, self.scaling, self.magnitude)
 

@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'SIGMA_MIN', 'loldu', 'GROWTH', 'BLOCK', 'ROWS', 'uniform', 'normal', 'check_flags', 'check_constraints',
-           'project', 'Triangles', 'Diagonal', 'same_pivots', 'LoLDU', 'Part', 'is_whole', 'row_strips',
-           'column_strips', 'times', 'in_cache', 'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct',
-           'ldu_linear']
+           'project', 'same_pivots', 'LoLDU', 'Part', 'is_whole', 'row_strips', 'column_strips', 'times', 'in_cache',
+           'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct', 'ldu_linear']
 
 # %% ../../nbs/present/loldu.ipynb #c02
 from collections.abc import Iterable
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 from lora_book.core.adapter import (
     Adapter,
     check_low_rank,
+    declared,
     generator,
     wide,
     widened,
 )
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.ldu import ldu, unpermute
 from ..core.products import Product, rows_of
@@ -95,113 +95,6 @@ def project(adapters: dict, step: int) -> None:
         adapter.constrain()
 
 # %% ../../nbs/present/loldu.ipynb #c13
-class Triangles(Adapter):
-    """The frozen P L_r and U_r of a weight (@eq-factors-ldu), computed from
-    it, and saved only where they can't be; `between` puts a diagonal there.
-    """
-
-    def freeze(self, W0: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-        """Register U_r and P L_r in `dtype`, or for a whole block L and the
-        order of its rows; returns the pivots z_r in float64.
-        """
-        p, L, z, U = ldu(
-            W0.to("cpu", torch.float64), torch.finfo(wide(W0.dtype)).eps
-        )
-        self.whole = (
-            W0.dtype
-            if r == min(W0.shape) and is_whole(W0, p, L, z, U)
-            else None
-        )
-        frozen = {
-            "left": L if self.whole else unpermute(p, L[:, :r]),
-            "right": U[:r],
-        }
-        for name, M in frozen.items():
-            self.register_buffer(
-                name, M.to(W0.device, dtype).contiguous(), persistent=False
-            )
-        for name, index in (("order", p), ("inverse", p.argsort())):
-            self.register_buffer(
-                name,
-                index.to(W0.device) if self.whole else None,
-                persistent=False,
-            )
-        return z[:r]
-
-    def ordered(self, M: Tensor) -> Tensor:
-        "Rows in the order of `left`, (n, ...), put into the order of W0."
-        return M if self.inverse is None else M[self.inverse]
-
-    def between(self, d: Tensor) -> Tensor:
-        "P L_r diag(d) U_r, (n, m), for a diagonal d (r,)."
-        return self.ordered((self.left * d) @ self.right)
-
-    def forward(self, x: Tensor, W0: Tensor) -> Tensor:
-        "x ΔWᵀ through the factors."
-        ((A, B, s),) = self.factors()
-        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
-
-# %% ../../nbs/present/loldu.ipynb #c15
-class _Between(Triangles):
-    """Between the triangles: z and σ, and where the residual takes them to
-    start, z0 and σ0 (a subclass sets both).
-    """
-
-    def begin(self, z: Tensor, sigma: Tensor, train_scale: bool) -> None:
-        """Register z and σ as parameters; σ as a constant that isn't saved
-        unless `train_scale`.
-        """
-        self.z = nn.Parameter(z)
-        if train_scale:
-            self.sigma = nn.Parameter(sigma)
-        else:
-            self.register_buffer("sigma", sigma, persistent=False)
-
-    def change(self) -> Tensor:
-        "σ z − σ0 z0, the diagonal of ΔW, (r,); float32 or wider."
-        return widened(self.sigma) * widened(self.z) - self.sigma0 * widened(
-            self.z0
-        )
-
-    def delta(self, W0: Tensor) -> Tensor:
-        "P L_r diag(σ z − σ0 z0) U_r, (n, m) (@eq-loldu-delta)."
-        return self.between(self.change())
-
-    def residual(self, W0: Tensor) -> Tensor:
-        "P4's RSM, W0 − σ0 P L_r diag(z0) U_r, (n, m) (@eq-loldu-residual)."
-        return widened(W0) - self.between(self.sigma0 * widened(self.z0))
-
-    def factors(self) -> list:
-        """ΔW as one product [(A, B, 1)], A = U_r and B = P L_r diag(σ z − σ0
-        z0).
-        """
-        return [(self.right, self.ordered(self.left) * self.change(), 1.0)]
-
-# %% ../../nbs/present/loldu.ipynb #c15x
-class Diagonal(_Between):
-    "The same with its tangent, for the steps that move the diagonal."
-
-    def along(self, M: dict) -> Tensor:
-        """σ M_z + M_σ z, the derivative of the diagonal along M, (r,), with a
-        missing M_z or M_σ standing for 0.
-        """
-        z, sigma = (
-            M.get(name, torch.zeros_like(p))
-            for name, p in (("z", self.z), ("sigma", self.sigma))
-        )
-        return widened(self.sigma * z + sigma * self.z)
-
-    def tangent(self, M: dict) -> Tensor:
-        "P L_r diag(σ M_z + M_σ z) U_r, (n, m)."
-        return self.between(self.along(M))
-
-    def direction(self, M: dict, W0: Tensor) -> list:
-        "The tangent as one product [(A, B, 1)] of rank r."
-        return [
-            (self.right, self.ordered(self.left) * self.along(M).detach(), 1.0)
-        ]
-
-# %% ../../nbs/present/loldu.ipynb #c17
 def same_pivots(own: Tensor, saved: Tensor) -> bool:
     """Whether two eliminations began with the same weight: their pivots agree
     but for the rounding of different machines.
@@ -211,14 +104,77 @@ def same_pivots(own: Tensor, saved: Tensor) -> bool:
         saved.to(own), own, rtol=1e-5, atol=near
     )
 
+# %% ../../nbs/present/loldu.ipynb #c17c
+class LoLDU(Adapter):
+    "ΔW = P L_r diag(σ z − σ0 z0) U_r (@eq-loldu-delta); z and σ train."
 
-class _Anchored(Diagonal):
-    """Takes from a weight what isn't saved; a subclass sets r, seed, init,
-    keep_start and σ0 first.
-    """
+    @declared
+    class Options(Adapter.Options):
+        init: str = "regular"
+        keep_start: bool = False
+        train_scale: bool = True
+        project: bool = False
+        eps: float | None = None
+        scale_lr_ratio: float = 1.0
 
-    made, on_its_own = None, False
+        def __post_init__(self):
+            check_choice("init", self.init, INITS)
+            check_flags(
+                keep_start=self.keep_start,
+                train_scale=self.train_scale,
+                project=self.project,
+            )
+            check_number("scale_lr_ratio", self.scale_lr_ratio, above=0)
+
     frozen = ("left", "right", "z0")
+    made, on_its_own = None, False
+
+    def check(self, W0: Tensor) -> None:
+        "Raise unless the rank fits W0 and the constraints can be met."
+        own = self.options
+        check_low_rank(W0, own.r, own.alpha)
+        check_constraints(own.project, own.eps, own.scale)
+        self.r, self.keep_start = int(own.r), own.keep_start
+
+    def __init__(self, W0: Tensor, bias: Tensor | None = None, **options):
+        super().__init__(W0, bias, **options)
+        own, dtype = self.options, self.options.dtype or wide(W0.dtype)
+        sigma = torch.tensor(own.scale, dtype=dtype, device=W0.device)
+        self.sigma0 = sigma.item()
+        self.z = nn.Parameter(self.anchor(W0.detach(), dtype).clone())
+        if own.train_scale:
+            self.sigma = nn.Parameter(sigma)
+        else:
+            self.register_buffer("sigma", sigma, persistent=False)
+        largest = max(self.pivots.norm().item(), self.z.norm().item())
+        bound = largest if own.eps is None else float(own.eps)
+        self.eps = bound if own.project else None
+
+    def init(self, W0, r, generator):
+        "Nothing yet: what trains lies between triangles of W0 (`anchor`)."
+        return {}
+
+    # The frozen triangles
+
+    def freeze(self, W0: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+        """Register U_r and P L_r in `dtype`, or for a whole block L and the
+        order of its rows; returns the pivots z_r in float64.
+        """
+        eps = torch.finfo(wide(W0.dtype)).eps
+        p, L, z, U = ldu(W0.to("cpu", torch.float64), eps)
+        whole = r == min(W0.shape) and is_whole(W0, p, L, z, U)
+        self.whole = W0.dtype if whole else None
+        frozen = {
+            "left": L if self.whole else unpermute(p, L[:, :r]),
+            "right": U[:r],
+        }
+        for name, M in frozen.items():
+            M = M.to(W0.device, dtype).contiguous()
+            self.register_buffer(name, M, persistent=False)
+        for name, index in (("order", p), ("inverse", p.argsort())):
+            index = index.to(W0.device) if self.whole else None
+            self.register_buffer(name, index, persistent=False)
+        return z[:r]
 
     def anchor(self, W0: Tensor, dtype: torch.dtype) -> Tensor:
         """Register the triangles, the pivots, z0, and what a whole block's
@@ -226,18 +182,13 @@ class _Anchored(Diagonal):
         """
         self.source, self.on_its_own = W0.dtype, False
         pivots = self.freeze(W0, self.r, wide(dtype))
-        z = INITS[self.init](pivots, generator(self.seed)).to(W0.device, dtype)
+        start = INITS[self.options.init](pivots, generator(self.seed))
+        z = start.to(W0.device, dtype)
         self.register_buffer("pivots", pivots.to(W0.device, dtype))
-        self.register_buffer(
-            "z0",
-            (z if self.keep_start else self.pivots).clone(),
-            persistent=False,
-        )
-        self.register_buffer(
-            "beside",
-            widened(self.pivots) - self.sigma0 * widened(self.z0),
-            persistent=False,
-        )
+        z0 = (z if self.keep_start else self.pivots).clone()
+        self.register_buffer("z0", z0, persistent=False)
+        beside = widened(self.pivots) - self.sigma0 * widened(self.z0)
+        self.register_buffer("beside", beside, persistent=False)
         return z
 
     def rebase(self, W0: Tensor) -> None:
@@ -250,6 +201,100 @@ class _Anchored(Diagonal):
             self.seed = seed
             if self.keep_start and not self.on_its_own:
                 self.anchor(W0, self.z.dtype)
+
+    def ordered(self, M: Tensor) -> Tensor:
+        "Rows in the order of `left`, (n, ...), put into the order of W0."
+        return M if self.inverse is None else M[self.inverse]
+
+    def between(self, d: Tensor) -> Tensor:
+        "P L_r diag(d) U_r, (n, m), for a diagonal d (r,)."
+        return self.ordered((self.left * d) @ self.right)
+
+    # The change and how it moves
+
+    def change(self) -> Tensor:
+        "σ z − σ0 z0, the diagonal of ΔW, (r,); float32 or wider."
+        now = widened(self.sigma) * widened(self.z)
+        return now - self.sigma0 * widened(self.z0)
+
+    def delta(self, W0: Tensor) -> Tensor:
+        "P L_r diag(σ z − σ0 z0) U_r, (n, m) (@eq-loldu-delta)."
+        return self.between(self.change())
+
+    def residual(self, W0: Tensor) -> Tensor:
+        "P4's RSM, W0 − σ0 P L_r diag(z0) U_r, (n, m) (@eq-loldu-residual)."
+        return widened(W0) - self.between(self.sigma0 * widened(self.z0))
+
+    def factors(self, W0: Tensor) -> list:
+        """ΔW as one product [(A, B, 1)], A = U_r and B = P L_r diag(σ z − σ0
+        z0).
+        """
+        return [(self.right, self.ordered(self.left) * self.change(), 1.0)]
+
+    def direction(self, M: dict, W0: Tensor) -> list:
+        """P L_r diag(σ M_z + M_σ z) U_r as one product [(A, B, 1)] of rank r,
+        with a missing M_z or M_σ standing for 0.
+        """
+        z = M.get("z", torch.zeros_like(self.z))
+        sigma = M.get("sigma", torch.zeros_like(self.sigma))
+        along = widened(self.sigma * z + sigma * self.z).detach()
+        return [(self.right, self.ordered(self.left) * along, 1.0)]
+
+    def forward(self, x: Tensor, W0: Tensor) -> Tensor:
+        "x ΔWᵀ through the factors."
+        ((A, B, s),) = self.factors(W0)
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+
+    def rank_bound(self, n: int, m: int) -> int:
+        "r."
+        return self.r
+
+    def rates(self) -> dict:
+        "The learning rate of σ over that of z, where it isn't 1."
+        ratio = float(self.options.scale_lr_ratio)
+        return {} if ratio == 1 else {"sigma": ratio}
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (P4, equation 10);
+        nothing without project=True.
+        """
+        if self.eps is not None:
+            self.z.mul_(torch.clamp(self.eps / self.z.norm(), max=1))
+            self.sigma.clamp_(SIGMA_MIN, 1)
+
+    # What a layer runs
+
+    @classmethod
+    def product(
+        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
+    ) -> Tensor:
+        """The base product plus each block's change (@eq-loldu-product); for a
+        whole block its factors (@eq-loldu-whole).
+        """
+        parts = [block.adapter.part(block.rows, x.dtype) for block in blocks]
+        return ldu_linear(x, W, bias, parts)
+
+    def part(self, rows: slice | None, dtype: torch.dtype) -> tuple:
+        """What `ldu_linear` needs of this block: its frozen factors for inputs
+        of `dtype`, and their diagonal.
+        """
+        if self.whole == dtype:
+            d = self.beside + widened(self.sigma) * widened(self.z)
+            return self.standing(rows, self.left.to(dtype)), d
+        PL = self.ordered(self.left).to(dtype)
+        return Part(rows, PL, self.right.to(dtype)), self.change()
+
+    def standing(self, rows: slice | None, L: Tensor) -> "Whole":
+        """A whole block's factors for `ldu_linear`; made once, and again when
+        the buffers were moved.
+        """
+        if self.made is None or self.made.L is not L or self.made.rows != rows:
+            U = self.right.to(L.dtype)
+            self.made = Whole(rows, L, U, self.order, self.inverse)
+        return self.made
+
+    # How the tensors are kept
 
     def keep(self) -> None:
         """From now on save the triangles: the weight that they were taken from
@@ -285,119 +330,6 @@ class _Anchored(Diagonal):
             if self.on_its_own or name == "pivots"
         }
         super()._load_from_state_dict(own | state, prefix, *rest)
-
-    def standing(self, rows: slice | None, L: Tensor) -> "Whole":
-        """A whole block's factors for `ldu_linear`; made once, and again when
-        the buffers were moved.
-        """
-        if self.made is None or self.made.L is not L or self.made.rows != rows:
-            self.made = Whole(
-                rows, L, self.right.to(L.dtype), self.order, self.inverse
-            )
-        return self.made
-
-# %% ../../nbs/present/loldu.ipynb #c17b
-class _Started(_Anchored):
-    """Checks the options and sets the start: the triangles, the pivots, z, z0,
-    σ and the bound on z.
-    """
-
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        init: str = "regular",
-        keep_start: bool = False,
-        train_scale: bool = True,
-        project: bool = False,
-        eps: float | None = None,
-        scale_lr_ratio: float = 1.0,
-    ):
-        super().__init__()
-        check_low_rank(W0, r, alpha)
-        check_choice("init", init, INITS)
-        check_flags(
-            keep_start=keep_start, train_scale=train_scale, project=project
-        )
-        check_number("scale_lr_ratio", scale_lr_ratio, above=0)
-        scale = (r if alpha is None else alpha) / r
-        check_constraints(project, eps, scale)
-        self.r, self.seed, self.init, self.keep_start = (
-            int(r),
-            seed,
-            init,
-            keep_start,
-        )
-        self.scale_lr_ratio = float(scale_lr_ratio)
-        sigma = torch.tensor(
-            scale,
-            dtype=wide(W0.dtype) if dtype is None else dtype,
-            device=W0.device,
-        )
-        self.sigma0 = sigma.item()
-        z = self.anchor(W0.detach(), sigma.dtype)
-        self.begin(z.clone(), sigma, train_scale)
-        largest = max(self.pivots.norm().item(), z.norm().item())
-        self.eps = (
-            (largest if eps is None else float(eps)) if project else None
-        )
-
-# %% ../../nbs/present/loldu.ipynb #c17c
-class LoLDU(_Started):
-    "ΔW = P L_r diag(σ z − σ0 z0) U_r (@eq-loldu-delta); z and σ train."
-
-    def rank_bound(self, n: int, m: int) -> int:
-        "r."
-        return self.r
-
-    def rates(self) -> dict:
-        "The learning rate of σ over that of z, where it isn't 1."
-        return (
-            {} if self.scale_lr_ratio == 1 else {"sigma": self.scale_lr_ratio}
-        )
-
-    @torch.no_grad()
-    def constrain(self) -> None:
-        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (P4, equation 10);
-        nothing without project=True.
-        """
-        if self.eps is not None:
-            self.z.mul_(torch.clamp(self.eps / self.z.norm(), max=1))
-            self.sigma.clamp_(SIGMA_MIN, 1)
-
-    @classmethod
-    def product(
-        cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
-    ) -> Tensor:
-        """The base product plus each block's change (@eq-loldu-product); for a
-        whole block its factors (@eq-loldu-whole).
-        """
-        return ldu_linear(
-            x,
-            W,
-            bias,
-            [block.adapter.part(block.rows, x.dtype) for block in blocks],
-        )
-
-    def part(self, rows: slice | None, dtype: torch.dtype) -> tuple:
-        """What `ldu_linear` needs of this block: its frozen factors for inputs
-        of `dtype`, and their diagonal.
-        """
-        if self.whole == dtype:
-            return self.standing(
-                rows, self.left.to(dtype)
-            ), self.beside + widened(self.sigma) * widened(self.z)
-        return (
-            Part(
-                rows, self.ordered(self.left).to(dtype), self.right.to(dtype)
-            ),
-            self.change(),
-        )
 
 
 loldu = Method(

@@ -4,7 +4,7 @@
 __all__ = ['lora_plus']
 
 # %% ../../nbs/present/lora_plus.ipynb #c12
-from ..core.adapting import Method
+from ..core.method import Method
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/lora_plus.ipynb #c13

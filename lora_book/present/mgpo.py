@@ -5,6 +5,7 @@ __all__ = ['BUFFERS', 'CAP', 'TINY', 'mgpo', 'ggpo', 'stacked', 'square', 'row_n
            'moved_by', 'marks', 'changed', 'check_momentum', 'check_tangents', 'Moving', 'Mgpo', 'Ggpo']
 
 # %% ../../nbs/present/mgpo.ipynb #c02
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Block, Nudge, generator, widened
-from ..core.adapting import Method, record_of
+from ..core.method import Method
+from ..core.adapting import record_of
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.hosts import adapters, site_name, sites
-from ..core.steps import PlainStep
+from ..core.steps import Step
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/mgpo.ipynb #c10
@@ -176,8 +178,13 @@ def check_tangents(blocks: dict, name: str) -> None:
         )
 
 # %% ../../nbs/present/mgpo.ipynb #c19
-class _Noting(PlainStep):
-    "A step that remembers what it learnt of its gradients, by adapter."
+class Moving(Step):
+    """One gradient, taken where `nudges` puts the weights, and a memory of what
+    it learnt of its gradients, by adapter. A step of this kind says where
+    (`nudges`), and what to learn (`learn`).
+    """
+
+    checked = False
 
     def __init__(self):
         self.memory: dict[str, Tensor] = {}
@@ -186,7 +193,7 @@ class _Noting(PlainStep):
     def __call__(
         self, model, optimizer, run: Callable, max_grad_norm: float | None
     ) -> Tensor:
-        """As `PlainStep`; what was learnt counts only if the optimizer did
+        """As `Step`; what was learnt counts only if the optimizer did
         step.
         """
         before = marks(model, optimizer)
@@ -204,14 +211,6 @@ class _Noting(PlainStep):
         device = next((p.device for p in model.parameters()), "cpu")
         self.memory = {name: t.to(device) for name, t in state.items()}
 
-# %% ../../nbs/present/mgpo.ipynb #c19b
-class Moving(_Noting):
-    """One gradient, taken where `nudges` puts the weights. A subclass says
-    where, and what to learn from the gradient.
-    """
-
-    checked = False
-
     def check(self, model, optimizer) -> None:
         """Raise BadType or BadValue for an optimizer, or adapters, that the
         step can't work with.
@@ -225,13 +224,13 @@ class Moving(_Noting):
             check_tangents(adapted_blocks(model), type(self).__name__.lower())
             self.checked = True
 
+    @abstractmethod
     def nudges(self, model, optimizer) -> dict[str, Nudge]:
         "The nudge of each adapter that has one, by its name."
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self, model) -> dict[str, Tensor]:
         "What to remember of the gradients that now hang on the parameters."
-        raise NotImplementedError
 
     def gradient(self, model, optimizer, run: Callable) -> Tensor:
         """The gradient at the moved weights, which stay moved until backward
@@ -245,13 +244,13 @@ class Moving(_Noting):
             self.fresh = self.learn(model)
         return loss
 
-# %% ../../nbs/present/mgpo.ipynb #c19d
+# %% ../../nbs/present/mgpo.ipynb #c20
 CAP, TINY = 10.0, 1e-30
 
 
-class _Lengths(Moving):
-    """The length of ε, ρ·min(1/ḡ, 10), from norms by adapter or over all of
-    them.
+class Mgpo(Moving):
+    """The gradient at W + ε, ε = sign·ρ·v/‖v‖·min(1/ḡ, 10) (@eq-mgpo-epsilon),
+    v along the optimizer's momentum. Chang et al. 2025.
     """
 
     def __init__(
@@ -303,12 +302,6 @@ class _Lengths(Moving):
         """
         size = self.sign * self.rho / norm * torch.clamp(1 / level, max=CAP)
         return torch.where((norm > TINY) & torch.isfinite(size), size, 0.0)
-
-# %% ../../nbs/present/mgpo.ipynb #c20
-class Mgpo(_Lengths):
-    """The gradient at W + ε, ε = sign·ρ·v/‖v‖·min(1/ḡ, 10) (@eq-mgpo-epsilon),
-    v along the optimizer's momentum. Chang et al. 2025.
-    """
 
     def check(self, model, optimizer) -> None:
         "As `Moving`, and BadValue for an optimizer without momentum."

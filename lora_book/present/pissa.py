@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
-from ..core.adapting import Method
+from ..core.method import Method
 
 # %% ../../nbs/present/pissa.ipynb #c12
 def principal(W0: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -27,24 +27,10 @@ class PiSSA(LowRank):
     W0 (@eq-pissa-start). Meng et al. 2024.
     """
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(W0, bias, r=r, alpha=alpha, seed=seed, dtype=dtype)
-        self.register_buffer("A0", self.A.detach().clone())
-        self.register_buffer("B0", self.B.detach().clone())
-
     def init(self, W0, r, generator):
-        "The principal factors of W0, each divided by √s."
-        A, B = principal(W0, r)
-        return A / math.sqrt(self.scaling), B / math.sqrt(self.scaling)
+        "The principal factors of W0, each divided by √s; and a frozen copy."
+        A, B = (M / math.sqrt(self.scaling) for M in principal(W0, r))
+        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def resting(self) -> list:
         "The start with the opposite sign."

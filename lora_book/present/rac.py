@@ -5,9 +5,9 @@ __all__ = ['rac', 'RAC']
 
 # %% ../../nbs/present/rac.ipynb #c09
 import torch
-from torch import Tensor
 
-from ..core.adapting import Method
+from ..core.adapter import declared
+from ..core.method import Method
 from ..core.chain import Chain
 from .asymmetric import frozen_law
 
@@ -17,37 +17,22 @@ class RAC(Chain):
     A0^j and trains B^j from 0. P2 Eq. (9).
     """
 
-    trainable = "B"
+    @declared
+    class Options(Chain.Options):
+        init: str = "normal"
+        sigma: float | None = None
 
-    def __init__(
-        self,
-        W0: Tensor,
-        bias: Tensor | None = None,
-        *,
-        r: int = 8,
-        alpha: float | None = None,
-        seed: int = 0,
-        dtype: torch.dtype | None = None,
-        chain_length: int | None = None,
-        reset_every: int | None = None,
-        init: str = "normal",
-        sigma: float | None = None,
-    ):
-        self.law = frozen_law(init, sigma)
-        super().__init__(
-            W0,
-            bias,
-            r=r,
-            alpha=alpha,
-            seed=seed,
-            dtype=dtype,
-            chain_length=chain_length,
-            reset_every=reset_every,
-        )
+        def __post_init__(self):
+            super().__post_init__()
+            frozen_law(self.init, self.sigma)
+
+    trainable = "B"
 
     def init(self, W0, r, generator):
         "A link: A0 by the chosen law, B = 0."
-        return self.law(r, W0.shape[1], generator), torch.zeros(W0.shape[0], r)
+        n, m = W0.shape
+        law = frozen_law(self.options.init, self.options.sigma)
+        return law(r, m, generator), torch.zeros(n, r)
 
 
 rac = Method(

@@ -6,7 +6,7 @@ __all__ = ['rslora', 'RsLoRA']
 # %% ../../nbs/present/rslora.ipynb #c09
 import math
 
-from ..core.adapting import Method
+from ..core.method import Method
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/rslora.ipynb #c10

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.adapting import Method
+from ..core.method import Method
 from ..core.errors import BadType, check_number
-from ..core.steps import PlainStep
+from ..core.steps import Step
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/sharpness.ipynb #c13
@@ -82,7 +82,7 @@ sam = Method(
 )
 
 # %% ../../nbs/present/sharpness.ipynb #c17
-class Sam(PlainStep):
+class Sam(Step):
     """The gradient at θ + ρ g/‖g‖, g the gradient at θ (@eq-sharpness-sam);
     loss_fn is called twice. Foret et al. 2021.
     """
