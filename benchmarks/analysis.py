@@ -42,9 +42,9 @@ from lora_book.analysis.loss_landscape import (  # noqa: E402
 )
 from lora_book.analysis.spectra import spectra_of, weight_pairs  # noqa: E402
 from lora_book.core.adapter import generator  # noqa: E402
-from lora_book.core.data import load_data  # noqa: E402
-from lora_book.core.models import load_model  # noqa: E402
-from lora_book.core.training import evaluate  # noqa: E402
+from lora_book.lab.data import load_data  # noqa: E402
+from lora_book.lab.models import load_model  # noqa: E402
+from lora_book.lab.training import evaluate  # noqa: E402
 
 GOALS = (
     {"intruders": {"seconds": 30, "copies": 2}}

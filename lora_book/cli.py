@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from .core.errors import BadValue, LoraBookError
-from .core.hub import switched_off
-from .core.settings import load_settings
+from .lab.hub import switched_off
+from .lab.settings import load_settings
 from .registry import METHODS
 
 # %% ../nbs/cli.ipynb #c04

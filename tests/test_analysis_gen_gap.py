@@ -13,7 +13,7 @@ from torch import nn
 import lora_book as lb
 from lora_book.analysis import gen_gap as gg
 from lora_book.core.adapter import generator
-from lora_book.core.data import Split
+from lora_book.lab.data import Split
 from lora_book.theory.generalization import rank_correlation
 
 NUMBERS = st.lists(st.integers(-50, 50), min_size=2, max_size=9)

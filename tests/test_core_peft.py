@@ -20,12 +20,10 @@ from torch import nn
 
 import lora_book as lb
 from lora_book.core import peft as core_peft
-from lora_book.core import settings as core_settings
 from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import Method, commit, plan
 from lora_book.core.hosts import sites
 from lora_book.core.laws import Case, randomise
-from lora_book.core.models import load_model
 from lora_book.core.peft import (
     CONFIG,
     TAME,
@@ -41,6 +39,8 @@ from lora_book.core.peft import (
     values_by,
 )
 from lora_book.core.steps import PlainStep
+from lora_book.lab import settings as core_settings
+from lora_book.lab.models import load_model
 from lora_book.registry import METHODS
 
 peft = pytest.importorskip("peft")

@@ -24,13 +24,13 @@ from safetensors.torch import load, save
 from torch import nn
 
 import lora_book as lb
-from lora_book.core.models import load_model
 from lora_book.core.saving import (
     base_tensors,
     description_bytes,
     fingerprint,
     tensors_name,
 )
+from lora_book.lab.models import load_model
 
 METHODS = lb.methods()
 every_method = pytest.mark.parametrize("method", METHODS)

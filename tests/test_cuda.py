@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from interface_tools import CHAINS, adapted, inputs, largest, move, moved, net, trained
 from test_core_peft import EXPORTED, IDS, off_by, peft
-from test_core_training import RUN, made, model_of, told
+from test_lab_training import RUN, made, model_of, told
 from test_laws import COUNTS, cases
 
 import lora_book as lb
-from lora_book.core.data import batches, load_data
 from lora_book.core.laws import Case, check, randomise
-from lora_book.core.models import load_model
-from lora_book.core.training import fit
 from lora_book.experiments import runner
+from lora_book.lab.data import batches, load_data
+from lora_book.lab.models import load_model
+from lora_book.lab.training import fit
 from lora_book.registry import METHODS
 
 pytestmark = [

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lora_book as lb
 from lora_book.core.laws import randomise
-from lora_book.core.models import load_model
+from lora_book.lab.models import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FEW = ("lora", "cla", "cola", "c3la")

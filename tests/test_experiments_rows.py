@@ -11,9 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core import data as book_data
-from lora_book.core import hub as book_hub
-from lora_book.core import models as book_models
 from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import rows as module
 from lora_book.experiments.report import PROFILES
@@ -32,6 +29,9 @@ from lora_book.experiments.rows import settings as settings_of
 from lora_book.experiments.runner import BOOK
 from lora_book.experiments.runner import results as book_results
 from lora_book.experiments.tasks import prepare
+from lora_book.lab import data as book_data
+from lora_book.lab import hub as book_hub
+from lora_book.lab import models as book_models
 from lora_book.registry import METHODS, methods
 from lora_book.theory.tables import table
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_book as lb
-from lora_book.core.training import SCHEDULERS, rate_at
 from lora_book.experiments import runner
 from lora_book.experiments.rows import row
+from lora_book.lab.training import SCHEDULERS, rate_at
 from tools.colab import CELL, MARK, opened
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -354,8 +354,8 @@ def all_together(crew) -> list:
     """The numbers of short runs of several methods: 29 rows in batches of 8, so that the last one
     holds 5.
     """
-    from test_core_training import StopsAt, fit, told
-    from test_core_training import made as toy
+    from test_lab_training import StopsAt, fit, told
+    from test_lab_training import made as toy
 
     found = []
     for accumulate, (method, options) in enumerate(CASES):
@@ -465,7 +465,7 @@ def test_two_processes_compute_what_one_computes():
 )
 @settings(max_examples=60, deadline=None)
 def test_the_parts_of_a_batch_weigh_as_much_as_the_batch(rows, processes, accumulate, data):
-    from lora_book.core.training import share
+    from lora_book.lab.training import share
 
     labels = torch.tensor(
         data.draw(st.lists(st.sampled_from([-100, 0, 1, 2]), min_size=rows, max_size=rows))
@@ -569,7 +569,7 @@ def test_the_cell_is_put_in_once_and_changes_nothing_else(path):
 
 def test_no_experiment_names_a_device():
     for path in [
-        ROOT / "lora_book/core/training.py",
+        ROOT / "lora_book/lab/training.py",
         *(ROOT / "lora_book/experiments").glob("*.py"),
     ]:
         assert not any(

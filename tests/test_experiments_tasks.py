@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from sklearn import metrics
 
-from lora_book.core import data as book
 from lora_book.core.errors import BadValue, MissingFile, UnknownName
-from lora_book.core.models import load_model
 from lora_book.experiments import tasks
+from lora_book.lab import data as book
+from lora_book.lab.models import load_model
 
 CLASSES = st.integers(1, 40).flatmap(
     lambda rows: st.tuples(*[st.lists(st.integers(0, 4), min_size=rows, max_size=rows)] * 2)

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_book as lb
-from lora_book.core.models import load_model
+from lora_book.lab.models import load_model
 
 METHODS = lb.methods()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ from interface_tools import CHAINS, TARGETS, Net, adapted, inputs, move, moved, 
 from torch import nn
 
 import lora_book as lb
-from lora_book.core.models import load_model
+from lora_book.lab.models import load_model
 
 METHODS = lb.methods()
 every_method = pytest.mark.parametrize("method", METHODS)

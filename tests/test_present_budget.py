@@ -17,11 +17,11 @@ from torch import nn
 import lora_book as lb
 from lora_book.core.adapter import Block, effective_product
 from lora_book.core.adapting import Method
-from lora_book.core.data import load_data
 from lora_book.core.laws import BrokenLaw, Case, check
-from lora_book.core.models import load_model
 from lora_book.core.products import saved_bytes
-from lora_book.core.training import fit
+from lora_book.lab.data import load_data
+from lora_book.lab.models import load_model
+from lora_book.lab.training import fit
 from lora_book.present.adalora import (
     AdaLoRA,
     allocate,

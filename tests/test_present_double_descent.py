@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lora_book as lb
 from lora_book.core.laws import randomise
-from lora_book.core.models import load_model
+from lora_book.lab.models import load_model
 from lora_book.present import double_descent as chapter
 from lora_book.present.double_descent import (
     Task,

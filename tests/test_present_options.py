@@ -13,7 +13,7 @@ from test_laws import COUNTS
 from torch import nn
 
 import lora_book as lb
-from lora_book.core.models import load_model
+from lora_book.lab.models import load_model
 
 TRAINS_AN_ADAPTER = [m for m in lb.methods() if m not in ("full", "linear_probe", "bitfit")]
 PLAIN = [m for m in TRAINS_AN_ADAPTER if m not in ("sam", "mgpo", "ggpo")]

@@ -13,8 +13,8 @@ from lora_book.core.adapter import Block, effective_product
 from lora_book.core.adapting import Method
 from lora_book.core.hosts import sites
 from lora_book.core.laws import BrokenLaw, Case, check, conv1d
-from lora_book.core.models import load_model
 from lora_book.core.products import saved_bytes
+from lora_book.lab.models import load_model
 from lora_book.present.dora import DoRA, row_lengths, scaled_linear
 from lora_book.present.pissa import PiSSA, principal
 

@@ -29,13 +29,14 @@ MODULES = sorted(
 )
 LAYERS = {
     "core": 0,
-    "past": 1,
-    "present": 2,
-    "future": 3,
-    "registry": 4,
-    "": 4,
-    "experiments": 5,
-    "cli": 6,
+    "lab": 1,
+    "past": 2,
+    "present": 3,
+    "future": 4,
+    "registry": 5,
+    "": 5,
+    "experiments": 6,
+    "cli": 7,
 }
 BESIDE = ("theory", "analysis")
 BY_HAND = re.compile(r"lora_book/([\w/]+/)?__init__\.py")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_book.core.figures import INK, PALETTE
+from lora_book.lab.figures import INK, PALETTE
 from tools.site.__main__ import main
 from tools.site.audit import FETCHING, REMOTE
 from tools.site.frames import marked

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .spectra import check_ready
 from ..core.adapter import generator
-from ..core.data import Split, batches
+from ..lab.data import Split, batches
 from lora_book.core.errors import (
     BadType,
     BadValue,
@@ -25,8 +25,8 @@ from lora_book.core.errors import (
     check_count,
     check_number,
 )
-from ..core.models import logits
-from ..core.training import to_device
+from ..lab.models import logits
+from ..lab.training import to_device
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c06
 def row_losses(scores: Tensor, labels: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from lora_book.core.errors import (
     check_count,
     check_number,
 )
-from ..core.figures import PALETTE
+from ..lab.figures import PALETTE
 from ..core.hosts import sites
 from ..core.merging import merge, merged_bias, merged_weight, unmerge
 from ..core.saving import fingerprint

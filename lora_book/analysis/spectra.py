@@ -38,7 +38,7 @@ from lora_book.core.hosts import (
     sites,
 )
 from ..core.merging import merged_weight
-from ..core.settings import write_atomic
+from ..lab.settings import write_atomic
 
 # %% ../../nbs/analysis/spectra.ipynb #c06
 def weights_of(source: nn.Module | Mapping | str | Path) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ class Step(ABC):
         """Raise if this step can't work with the model or the optimizer;
         called before anything else.
         """
+        return None
 
     @abstractmethod
     def gradient(
@@ -45,6 +46,7 @@ class Step(ABC):
 
     def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         "Take back what `state` gave."
+        return None
 
     def __call__(
         self, model, optimizer, run: Callable, max_grad_norm: float | None

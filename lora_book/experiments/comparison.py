@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from ..core.adapting import n_trainable, param_groups
-from ..core.data import load_data
-from ..core.models import load_model
-from ..core.settings import write_atomic
+from ..lab.data import load_data
+from ..lab.models import load_model
+from ..lab.settings import write_atomic
 from ..core.steps import train_step
-from ..core.training import evaluate, fit, loss_of
+from ..lab.training import evaluate, fit, loss_of
 from ..registry import adapt
 
 # %% ../../nbs/experiments/comparison.ipynb #c06

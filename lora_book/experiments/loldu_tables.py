@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 import lora_book as lb
-from ..core.data import load_data
+from ..lab.data import load_data
 from ..core.errors import check_choice
-from ..core.models import load_model
-from ..core.settings import write_atomic
-from ..core.training import evaluate, fit
+from ..lab.models import load_model
+from ..lab.settings import write_atomic
+from ..lab.training import evaluate, fit
 from ..past.first_results import TASKS
 from ..present.loldu import INITS
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from scipy import stats
 
 from ..core.errors import BadValue
-from ..core.settings import load_settings
+from ..lab.settings import load_settings
 from .rows import Row, printed, row, rows, whole
 from .runner import results
 from .tasks import WRITTEN

@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from ..core.chain import Chain
 from ..core.errors import BadValue, unknown
-from ..core.settings import Settings, load_settings
+from ..lab.settings import Settings, load_settings
 from ..registry import method as registered
 from ..theory.tables import Cell, table
 

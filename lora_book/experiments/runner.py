@@ -38,10 +38,10 @@ from lora_book.core.errors import (
     check_count,
     unknown,
 )
-from ..core.hub import reachable, switched_off
-from ..core.models import HUB_MODELS, is_timm
-from ..core.settings import load_settings, write_atomic
-from ..core.training import Stopped, fit, recompute_activations
+from ..lab.hub import reachable, switched_off
+from ..lab.models import HUB_MODELS, is_timm
+from ..lab.settings import load_settings, write_atomic
+from ..lab.training import Stopped, fit, recompute_activations
 from .rows import Row, row, settings
 from .tasks import prepare, task
 

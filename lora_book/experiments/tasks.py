@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_book.core.data import (
+from lora_book.lab.data import (
     Data,
     Split,
     batches,
@@ -26,8 +26,8 @@ from lora_book.core.data import (
     load_tokenizer,
 )
 from ..core.errors import BadValue, unknown
-from ..core.models import load_model, logits, tokens_of
-from ..core.training import Alone, to_device
+from ..lab.models import load_model, logits, tokens_of
+from ..lab.training import Alone, to_device
 
 # %% ../../nbs/experiments/tasks.ipynb #c05
 def share_right(guesses: Tensor, labels: Tensor) -> float:

@@ -183,7 +183,7 @@ def dots(
     """Draw the test metric of every stored run, a line of dots a method, and a
     bar at each mean.
     """
-    from lora_book.core.figures import INK, colour
+    from lora_book.lab.figures import INK, colour
 
     for at, (method, own) in enumerate(
         runs_of(row_id, profile, found).items()

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from ..core.adapting import Method, commit, n_trainable, plan
-from ..core.data import batches, load_data
+from ..lab.data import batches, load_data
 from ..core.errors import check_choice
-from ..core.models import load_model
+from ..lab.models import load_model
 from ..core.products import saved_bytes
-from ..core.settings import write_atomic
+from ..lab.settings import write_atomic
 from ..core.steps import PlainStep
-from ..core.training import evaluate, fit, loss_of
+from ..lab.training import evaluate, fit, loss_of
 from .full import bitfit, full, linear_probe
 from .lora import lora
 

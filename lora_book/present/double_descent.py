@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..core.adapter import generator, site_seed
 from ..core.adapting import param_groups
-from ..core.data import Split, batches, load_data
+from ..lab.data import Split, batches, load_data
 from ..core.errors import BadValue, check_count, check_number
 from ..core.hosts import sites
 from ..core.merging import merge
-from ..core.models import load_model
-from ..core.settings import write_atomic
+from ..lab.models import load_model
+from ..lab.settings import write_atomic
 from ..core.steps import train_step
-from ..core.training import evaluate, loss_of
+from ..lab.training import evaluate, loss_of
 from .sharpness import ascent_gap, random_gap, total_norm
 
 # %% ../../nbs/present/double_descent.ipynb #c07

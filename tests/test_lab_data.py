@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core import data as book
-from lora_book.core import hub, kinship
 from lora_book.core.errors import BadType, BadValue, LoraBookError, MissingFile, UnknownName
+from lora_book.lab import data as book
+from lora_book.lab import hub, kinship
 
 TEXTS = ("docstrings/source", "docstrings/match", "kinship", "kinship/2")
 ALL = (
@@ -66,7 +66,7 @@ def is_balanced(labels, classes: int) -> bool:
 def test_another_process_with_another_hash_seed_gets_the_same_rows():
     names = ("docstrings/source", "docstrings/signature", "kinship/2")
     code = (
-        "from lora_book.core.data import load_data; print([load_data(n, limit=60).hash for n in"
+        "from lora_book.lab.data import load_data; print([load_data(n, limit=60).hash for n in"
         f" {names!r}])"
     )
     assert ast.literal_eval(fresh(code, PYTHONHASHSEED="77")) == [
@@ -79,7 +79,7 @@ def test_importing_the_module_loads_none_of_the_heavy_packages():
         "import sys, types; sys.modules['lora_book'] = types.ModuleType('lora_book'); import"
         " importlib.util as u;sys.modules['lora_book'].__path__ ="
         f" [{str(os.path.dirname(os.path.dirname(book.__file__)))!r}];import"
-        " lora_book.core.data;print([n for n in ('transformers', 'datasets', 'sklearn', 'pandas',"
+        " lora_book.lab.data;print([n for n in ('transformers', 'datasets', 'sklearn', 'pandas',"
         " 'timm', 'matplotlib', 'torchvision') if n in sys.modules])"
     )
     assert fresh(code) == "[]"
@@ -97,7 +97,7 @@ def test_images_are_enlarged_as_pytorch_does_it(n, times, seed):
 
 def test_an_older_processor_has_the_same_images():
     code = (
-        "from lora_book.core.data import load_data; import torch;"
+        "from lora_book.lab.data import load_data; import torch;"
         " print([torch.backends.cpu.get_cpu_capability(), *(load_data(n).hash for n in ('digits',"
         " 'mnist5000'))])"
     )

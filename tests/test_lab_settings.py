@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core import settings as book
 from lora_book.core.errors import BadValue, LoraBookError, MissingFile, UnknownName
+from lora_book.lab import settings as book
 
 ROOT = Path(__file__).resolve().parents[1]
 

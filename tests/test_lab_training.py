@@ -18,9 +18,9 @@ from interface_tools import CHAINS, adapted, net, numbers, snapshot
 from torch import nn
 
 import lora_book as lb
-from lora_book.core.data import Data, Split
-from lora_book.core.models import load_model, logits
-from lora_book.core.training import Alone, Stopped, fit, rate_at, recompute_activations
+from lora_book.lab.data import Data, Split
+from lora_book.lab.models import load_model, logits
+from lora_book.lab.training import Alone, Stopped, fit, rate_at, recompute_activations
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"epochs": 3, "lr": 1e-2, "batch_size": 8, "seed": 4}
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(method, options, tmp_pa
 KILLED = """
 import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
-import test_core_training as t
+import test_lab_training as t
 slow = lambda model, batch: (time.sleep(0.05), t.StopsAt(10**6)(model, batch))[1]
 t.fit(t.model_of("cola", reset_every=4), t.made(), loss=slow, checkpoint={folder!r}, save_every=1, **t.RUN)
 """
