@@ -36,14 +36,16 @@ class Effect:
         "Whether the two are told apart, all comparisons considered."
         return self.held < RISK
 
-    def text(self, digits: int = 3, scale: float = 1.0) -> str:
-        "The mean with its interval, and a star where they are told apart."
+    def text(self, digits: int = 3, scale: float = 1.0, star=True) -> str:
+        """The mean with its interval, and a star (if wanted) where the two are
+        told apart.
+        """
         mean, low, high = (
             f"{scale * value:+.{digits}f}"
             for value in (self.mean, self.low, self.high)
         )
         interval = f"[{low}, {high}]" if self.low > -math.inf else "[?]"
-        return f"{mean} {interval}" + " *" * self.told
+        return f"{mean} {interval}" + " *" * (star and self.told)
 
 
 def paired(
@@ -109,9 +111,9 @@ def told_sentence(found: Mapping, digits: int = 3, scale: float = 1.0) -> str:
         for name, effect in found.items()
         if effect.told
     ]
+    rest = "for the others the" if told else "each"
     return (
         f"{len(told)} of {len(found)} comparisons tell two methods apart"
         + f" ({'; '.join(told)})" * bool(told)
-        + "; for the others the interval says how large a difference could"
-        " hide"
+        + f"; {rest} interval says how large a difference could hide"
     )
