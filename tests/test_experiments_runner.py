@@ -275,7 +275,7 @@ class FakeRay:
     """Ray's part in a grid: each run is made at once, unless its process is lost the next time."""
 
     def __init__(self, losses: dict):
-        self.losses, self.exceptions, self.begun = losses, ray_errors(), []
+        self.losses, self.exceptions, self.begun, self.made = losses, ray_errors(), [], []
 
     def is_initialized(self):
         return True
@@ -284,7 +284,8 @@ class FakeRay:
         def bound(function):
             def begin(chosen, *own):
                 self.begun.append(chosen.name)
-                return len(self.begun), chosen, lambda: function(chosen, *own)
+                self.made.append((chosen, lambda: function(chosen, *own)))
+                return len(self.made) - 1
 
             return SimpleNamespace(remote=begin)
 
@@ -294,7 +295,7 @@ class FakeRay:
         return waiting[:1], waiting[1:]
 
     def get(self, ready):
-        _, chosen, act = ready
+        chosen, act = self.made[ready]
         if self.losses.get(chosen.method, 0):
             self.losses[chosen.method] -= 1
             raise self.exceptions.RayError("The worker died unexpectedly")
