@@ -65,7 +65,11 @@ class Measured:
 
     @property
     def spread(self) -> float | None:
-        "The standard deviation over seeds; None for a single run."
+        """The standard deviation over seeds; None for a single run, nan where
+        one wasn't measured.
+        """
+        if not all(map(math.isfinite, self.values)):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
