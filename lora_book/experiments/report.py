@@ -47,7 +47,8 @@ PROFILES = ("gpu", "workstation", "laptop", "smoke")
 class Measured:
     """The runs of one method on one row in one profile: `values` of the test
     metric, one a seed (in percent where the metric is a share, unscaled
-    where the book doesn't know it, nan where it wasn't measured), `judged` test rows each, and what stood in for the paper's model and data.
+    where the book doesn't know it, nan where it wasn't measured), `judged`
+    test rows each, and what stood in for the paper's model and data.
     """
 
     row: str
