@@ -1,5 +1,6 @@
 """The command line from outside: what it prints and how it exits."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,45 @@ def test_doctor_knows_what_the_experiments_may_need(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
     assert all(package in out for package in ("ray", "tensorboard", "diffusers", "accelerate"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["methods"],
+        ["claims"],
+        ["claims", "C2"],
+        ["claims", "C2³\udcff"],
+        ["doctor"],
+        ["table", "2"],
+        ["table", "III"],
+        ["table", "³"],
+        ["run", "vit_tiny/cifar³"],
+    ],
+)
+def test_a_console_without_the_letters_gets_question_marks(arguments, encoding, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    code = main(arguments)
+    said = [stream.buffer.getvalue().decode(encoding) for stream in (out, err)]
+    assert (code, bool(said[0]), bool(said[1])) in {(0, True, False), (2, False, True)}
+
+
+@pytest.mark.parametrize("name", [[], ["run"], ["table"], ["claims"], ["methods"], ["doctor"]])
+def test_help_is_ascii(name, capsys):
+    with pytest.raises(SystemExit):
+        main([*name, "--help"])
+    assert capsys.readouterr().out.isascii()
+
+
+def test_rows_that_cannot_run_yet_are_named_by_doctor_and_refused(tmp_path, capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for one in ("p4/llama2_7b/mmlu", "p4/sd15/dino"):
+        assert one in out
+        assert main(["run", one, "--profile", "gpu", "--out", str(tmp_path)]) == 2
+        assert "can't run in the profile gpu yet" in capsys.readouterr().err
+    assert main(["run", "p4/sd15/dino", "--profile", "laptop", "--out", str(tmp_path)]) == 2
+    assert "can't run yet" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import math
 import pytest
 from test_laws import COUNTS
 
+from lora_book.core.errors import BadValue
 from lora_book.experiments import comparison
 from lora_book.experiments.comparison import (
     ABLATIONS,
@@ -149,3 +150,14 @@ def test_relative_times_compare_within_a_round():
     times = {m: [1.0, 2.0, 4.0, 8.0] for m in TEN} | {"full": [2.0, 4.0, 8.0, 16.0]}
     found = relative(times)
     assert found["full"] == [2.0, 2.0, 2.0] and found["cla"] == [1.0, 1.0, 1.0]
+
+
+def test_a_copied_result_is_refused_with_its_name(tmp_path):
+    place = data_folder() / "comparison"
+    content = (place / file_name("digits", "cla", 8, 0)).read_text()
+    (tmp_path / file_name("digits", "cla", 8, 0)).write_text(content)
+    assert len(stored(tmp_path)) == 1
+    wrong = tmp_path / file_name("digits", "cla", 8, 1)
+    wrong.write_text(content)
+    with pytest.raises(BadValue, match=wrong.name):
+        stored(tmp_path)

@@ -35,7 +35,7 @@ from lora_book.experiments.report import (
     tau,
     verdict,
 )
-from lora_book.experiments.rows import printed, row, rows, whole
+from lora_book.experiments.rows import printed, row, rows, whole, whole_hash
 from lora_book.experiments.rows import settings as settings_of
 from lora_book.experiments.runner import BOOK, finished, job, results
 from lora_book.experiments.tasks import WRITTEN
@@ -370,3 +370,46 @@ def test_a_table_of_which_only_the_beginning_is_read_ends_without_a_traceback():
         timeout=300,
     )
     assert done.stdout.startswith("Table 2 of P2") and not done.stderr
+
+
+# Metrics and rows that the tables don't know or can't run
+
+
+@pytest.mark.parametrize("test", [{"loss": 1.0, "bleu": 0.25}, {"loss": 1.0}])
+@pytest.mark.parametrize("row_id", [ROW, "p4/llama2_7b/mmlu"])
+def test_a_metric_that_is_not_known_is_printed_with_its_name_and_no_scale(test, row_id):
+    own = result("lora", 0, row_id=row_id, metric="bleu") | {"test": test}
+    (line,) = [
+        line
+        for line in table_lines("2" if row_id == ROW else "III", found=[own])
+        if line.endswith(" bleu")
+    ]
+    assert ("0.25 no spread" if "bleu" in test else "not measured bleu") in line
+    assert all("nan" not in line for line in table_lines("2", found=[own]))
+
+
+def test_a_measure_that_is_not_the_papers_says_what_it_is():
+    own = result("lora", 0, 12.5, "p4/llama2_7b/mmlu", metric="perplexity")
+    assert any(line.endswith("(1 seed) perplexity") for line in table_lines("III", found=[own]))
+    same = result("lora", 0, 0.5)
+    assert not any(line.endswith(" accuracy") for line in table_lines("2", found=[same]))
+
+
+def test_a_value_that_was_not_measured_is_no_difference():
+    lost = group((math.nan, 1.0, 2.0))
+    assert verdict(lost, group((50.0, 51.0, 52.0))) == "none" and str(lost) == "not measured"
+
+
+def test_rows_say_what_they_cannot_do_and_what_is_not_the_papers():
+    for number, words in (("III", ["lm-eval"]), ("VI", ["diffusion models", "prior preservation"])):
+        lines = table_lines(number, found=[])
+        for word in words:
+            assert sum(word in line for line in lines) == len(rows_of(address(number)))
+    assert not any("can't run" in line for line in table_lines("2", found=[]))
+
+
+def test_the_count_of_a_whole_stand_in_belongs_to_the_hash_of_its_rows():
+    own = {"settings": {"judged": 0, "data": "docstrings/near"}, "metric": "accuracy"}
+    of_here = own | {"data_hash": whole_hash("docstrings/near") + "0" * 48}
+    assert judged_rows(of_here) == whole("docstrings/near")["test"]
+    assert judged_rows(own | {"data_hash": "0" * 64}) == 0

@@ -4,6 +4,7 @@ own, every name exists.
 
 import csv
 import json
+import platform
 import re
 from importlib.resources import files
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_book.core.errors import BadValue, UnknownName
+from lora_book.core.errors import BadValue, MissingFile, UnknownName
 from lora_book.experiments import rows as module
+from lora_book.experiments import runner
 from lora_book.experiments.report import PROFILES
 from lora_book.experiments.rows import (
     Row,
@@ -269,13 +271,26 @@ def test_a_stand_in_is_whole_on_a_workstation(name):
             )
 
 
+HERE = platform.python_version().rpartition(".")[0]
+
+
 @pytest.mark.parametrize(
     "name", sorted(json.loads((DATA / "experiments" / "sizes.json").read_text())["whole"])
 )
 def test_the_rows_of_whole_stand_ins_are_counted(name):
-    assert module.whole(name) == {
-        split: len(found) for split, found in book_data.load_data(name).splits.items()
+    found, begins = book_data.load_data(name), module.whole_hash(name)
+    if HERE != module.whole_python() and not found.hash.startswith(begins):
+        pytest.skip(f"the docstrings of Python {HERE} are others than the ones counted")
+    assert found.hash.startswith(begins)
+    assert module.whole(name) == {split: len(part) for split, part in found.splits.items()}
+
+
+def test_data_made_of_docstrings_says_that_it_belongs_to_a_version_of_python():
+    counted = json.loads((DATA / "experiments" / "sizes.json").read_text())["whole"]
+    assert {name for name in counted if module.whole_hash(name)} == {
+        name for name in counted if name.startswith("docstrings/")
     }
+    assert re.fullmatch(r"3\.\d+", module.whole_python())
 
 
 def test_data_of_the_hub_is_not_counted():
@@ -381,6 +396,39 @@ def test_rows_of_multiple_choice_adapt_a_generator_and_nothing_beside_it():
             assert (own["kind"], own["head"], own["metric"]) == ("choice", None, "accuracy")
             assert own["model"] == ("tinyllama" if profile == "gpu" else "byte_llama")
             assert own["data"] in (book_hub.HUB_DATA if profile == "gpu" else book_data.OFFLINE)
+
+
+MEASURED = {
+    "accuracy",
+    "matthews",
+    "pearson",
+    "spearman",
+    "exact_match",
+    "token_accuracy",
+    "perplexity",
+    "loss",
+}
+
+
+def test_a_row_whose_measure_the_book_does_not_make_says_that_it_cannot_run():
+    for row_id in RESULTS + POINTS:
+        chosen = row(row_id)
+        assert bool(chosen.unfinished) == (chosen.metric not in MEASURED), row_id
+        assert set(chosen.notes) <= set(chosen.methods)
+        if chosen.stand_in:
+            assert place(chosen, "laptop")["metric"] in MEASURED
+
+
+def test_a_row_that_cannot_run_yet_is_refused_with_the_reason_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr(runner, "missing", lambda chosen: [])
+    for row_id in (i for i in RESULTS if row(i).unfinished):
+        method = row(row_id).methods[-1]
+        with pytest.raises(MissingFile, match=re.escape(row(row_id).unfinished)):
+            runner.check_ready(runner.job(row_id, method, "gpu"))
+        if not row(row_id).stand_in:
+            with pytest.raises(BadValue, match=re.escape(row(row_id).unfinished)):
+                settings_of(row_id, method, "laptop")
+    runner.check_ready(runner.job("vit_tiny/cifar10", "lora", "gpu"))
 
 
 def test_an_unknown_method_or_profile_is_refused():

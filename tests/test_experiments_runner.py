@@ -6,9 +6,11 @@ import getpass
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +162,32 @@ def test_results_are_the_books_and_the_folders(made, place):
     assert len(found) == len({(r["row"], r["method"], r["profile"], r["seed"]) for r in found})
 
 
+@pytest.mark.parametrize(("method", "seed"), [("lora", 1), ("mgpo", 0), ("full", 0), ("dora", 2)])
+def test_a_copy_under_another_name_is_refused_by_every_reader(made, place, tmp_path, method, seed):
+    copy = tmp_path / f"{runner.job(ROW, method, 'smoke', seed).name}.json"
+    copy.write_bytes((place / "vit_tiny--cifar10--lora--smoke--0.json").read_bytes())
+    before = copy.read_bytes()
+    for read in (
+        lambda: runner.read_result(copy),
+        lambda: runner.results(tmp_path),
+        lambda: small(method, folder=tmp_path, seed=seed),
+        lambda: runner.grid(ROW, [method], [seed], profile="smoke", folder=tmp_path, **SMALL),
+    ):
+        with pytest.raises(lb.LoraBookError, match=re.escape(copy.name)):
+            read()
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [[], "text", 3, None, {}, {"row": 1}])
+def test_a_file_that_holds_no_run_is_refused_with_its_name(tmp_path, content):
+    path = tmp_path / "vit_tiny--cifar10--lora--smoke--0.json"
+    if isinstance(content, dict):
+        content = content | {"sha256": runner.digest(content)}
+    path.write_text(json.dumps(content))
+    with pytest.raises(lb.LoraBookError, match=re.escape(path.name)):
+        runner.results(tmp_path)
+
+
 # The schedule
 
 
@@ -241,6 +269,63 @@ def test_a_grid_through_ray_gives_the_same_results(tmp_path, made, monkeypatch):
         found[0]
     ) == numbers(made)
     assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+class FakeRay:
+    """Ray's part in a grid: each run is made at once, unless its process is lost the next time."""
+
+    def __init__(self, losses: dict):
+        self.losses, self.exceptions, self.begun, self.made = losses, ray_errors(), [], []
+
+    def is_initialized(self):
+        return True
+
+    def remote(self, **resources):
+        def bound(function):
+            def begin(chosen, *own):
+                self.begun.append(chosen.name)
+                self.made.append((chosen, lambda: function(chosen, *own)))
+                return len(self.made) - 1
+
+            return SimpleNamespace(remote=begin)
+
+        return bound
+
+    def wait(self, waiting):
+        return waiting[:1], waiting[1:]
+
+    def get(self, ready):
+        chosen, act = self.made[ready]
+        if self.losses.get(chosen.method, 0):
+            self.losses[chosen.method] -= 1
+            raise self.exceptions.RayError("The worker died unexpectedly")
+        return act()
+
+
+def ray_errors():
+    class RayError(Exception):
+        pass
+
+    return SimpleNamespace(RayError=RayError, RayTaskError=type("RayTaskError", (RayError,), {}))
+
+
+@pytest.mark.parametrize("losses", [0, 1, 2])
+def test_a_lost_worker_is_replaced_once_and_then_that_one_run_has_failed(
+    tmp_path, made, monkeypatch, losses
+):
+    fake = FakeRay({"cola": losses})
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(runner, "installed", lambda package: True)
+    told = []
+    args = {"profile": "smoke", "folder": tmp_path, "engine": "ray", **SMALL}
+    args["told"] = lambda *one: told.append(one)
+    if losses < runner.TRIES:
+        runner.grid(ROW, ["lora", "cola"], [0], **args)
+    else:
+        with pytest.raises(lb.LoraBookError, match="1 of 2 runs failed.*\n.*cola--smoke--0.*kill"):
+            runner.grid(ROW, ["lora", "cola"], [0], **args)
+    assert len(told) == 2 and len(fake.begun) == 2 + min(losses, 1)
+    assert len(list(tmp_path.glob("*.json"))) == 2 - (losses == 2)
 
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch):

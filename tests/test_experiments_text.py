@@ -161,3 +161,8 @@ def test_dots_draw_every_run_once_and_name_what_is_missing():
         len(row(ROW).methods) - 2
     )
     plt.close("all")
+
+
+def test_a_measure_that_was_not_made_is_said_to_be_missing():
+    stored = [run("lora", seed, 0.5, metric="bleu") for seed in range(3)]
+    assert text.compared(ROW, found=stored)["lora"]["test"] == "not measured"

@@ -317,3 +317,14 @@ def test_stored_results_are_whole():
     have = {(d["task"], d["method"], d["r"], d["lr"]) for d in chapter.stored("sweep")}
     wanted = {(task, *setting) for task in chapter.TASKS for setting in chapter.sweep(task)}
     assert have <= wanted and {key for key in wanted if key[0] == "digits"} <= have
+
+
+@pytest.mark.parametrize("kind", ["sweep", "ways"])
+def test_a_copied_result_is_refused_with_its_name(tmp_path, kind):
+    first = next(chapter.RESULTS.glob(f"{kind}-digits-*-0.01.json"))
+    (tmp_path / first.name).write_bytes(first.read_bytes())
+    assert len(chapter.stored(kind, tmp_path)) == 1
+    wrong = tmp_path / first.name.replace("-0.01", "-0.001")
+    wrong.write_bytes(first.read_bytes())
+    with pytest.raises(lb.LoraBookError, match=wrong.name):
+        chapter.stored(kind, tmp_path)

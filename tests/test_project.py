@@ -133,7 +133,7 @@ def crossings(code: str, module: str) -> list:
         other = layer(name)
         beside = (
             own in BESIDE
-            and other not in (own, "core")
+            and other not in (own, "core", *(["lab"] if own == "analysis" else []))
             or other in BESIDE
             and own != other
             and LAYERS.get(own, 0) < LAYERS["registry"]

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TEN', 'CHAINS', 'BOTH_FACTORS', 'TASKS', 'SELECTION_SEED', 'RATES', 'DATA', 'ABLATIONS', 'SMALL_RANKS', 'build',
-           'sized', 'run', 'ranks', 'file_name', 'chosen_rate', 'save', 'run_all', 'data_folder', 'stored', 'batch_of',
-           'step_times', 'relative', 'ablation_plan', 'ablation_run', 'run_ablations']
+           'sized', 'run', 'ranks', 'file_name', 'chosen_rate', 'save', 'run_all', 'data_folder', 'read', 'stored',
+           'batch_of', 'step_times', 'relative', 'ablation_plan', 'ablation_run', 'run_ablations']
 
 # %% ../../nbs/experiments/comparison.ipynb #c03
 import json
@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.adapting import n_trainable, param_groups
 from ..lab.data import load_data
+from ..core.errors import BadValue
 from ..lab.models import load_model
 from ..lab.settings import write_atomic
 from ..core.steps import train_step
@@ -190,12 +191,21 @@ def data_folder() -> Path:
     return comparison.DATA
 
 
-def stored() -> list[dict]:
-    "All results that come with the book."
-    return [
-        json.loads(path.read_text())
-        for path in sorted((data_folder() / "comparison").glob("*.json"))
-    ]
+def read(path: Path) -> dict:
+    """A stored result; raises BadValue for one under the name of another
+    run.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    own = file_name(*(result[key] for key in ("task", "method", "r", "seed")))
+    if own != path.name:
+        raise BadValue(f"the result {path.name} holds another run, {own}")
+    return result
+
+
+def stored(folder: Path | None = None) -> list[dict]:
+    "All results that come with the book, or those of another folder."
+    place = folder or data_folder() / "comparison"
+    return [read(path) for path in sorted(place.glob("*.json"))]
 
 # %% ../../nbs/experiments/comparison.ipynb #c35
 def batch_of(task: str, size: int) -> dict:

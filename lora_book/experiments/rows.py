@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'WHOLE', 'ORDER', 'Row', 'rows', 'row', 'group', 'is_chain', 'printed', 'addresses', 'printed_settings',
-           'place', 'at_paper_scale', 'whole', 'our_radius', 'our_rates', 'at_our_scale', 'settings']
+           'place', 'at_paper_scale', 'whole', 'whole_hash', 'whole_python', 'our_radius', 'our_rates', 'at_our_scale',
+           'settings']
 
 # %% ../../nbs/experiments/rows.ipynb #c03
 import json
@@ -27,7 +28,9 @@ class Row:
     choice or diffusion. `model`, `data`, `head`, `targets`: at the paper's
     scale; `stand_in`: the same at ours, empty if there is none.
     `extras`: packages it needs beyond the book's; `needs`: what else it needs,
-    in words; `recipe`: where its settings come from.
+    in words; `unfinished`: why it can't run at the paper's scale whatever is
+    installed, empty if it can; `notes`: {method: what it is here, where the
+    paper's name says more}; `recipe`: where its settings come from.
     """
 
     id: str
@@ -45,6 +48,8 @@ class Row:
     targets: list
     extras: tuple = ()
     needs: str = ""
+    unfinished: str = ""
+    notes: dict = field(default_factory=dict)
     recipe: dict = field(default_factory=dict)
 
     @property
@@ -98,6 +103,8 @@ def _made(row_id: str, words: dict) -> Row:
         stand_in=_stand_in(words.get("stand_in", data["stand_in"])),
         extras=tuple(words.get("extras", ())),
         needs=words.get("needs", ""),
+        unfinished=words.get("unfinished", ""),
+        notes=words.get("notes", {}),
         recipe={"like": paper_row, "both": {}}
         | {key: words.get(key, {}) for key in ("printed", "own", "own_of")},
         **own,
@@ -406,6 +413,19 @@ def whole(data: str) -> dict[str, int]:
     return _file("sizes")["whole"].get(data, {})
 
 
+def whole_hash(data: str) -> str:
+    """How the hash begins of the rows that `whole` counts, of data that is
+    another in another version of Python (`whole_python`); empty for data that
+    is the same everywhere.
+    """
+    return _file("sizes")["whole_hash"].get(data, "")
+
+
+def whole_python() -> str:
+    "The version of Python whose docstrings `whole` counts."
+    return _file("sizes")["whole_python"]
+
+
 def our_radius(name: str, method: str) -> dict:
     """The radius of a perturbed step on a stand-in, chosen as its rates are;
     empty where the paper's is kept.
@@ -495,6 +515,8 @@ def settings(
     if run.profile != "gpu" and not chosen.stand_in:
         raise BadValue(
             f"the row {chosen.id!r} has no stand-in: it needs {chosen.needs}"
+            + f"; and it can't run yet: {chosen.unfinished}"
+            * bool(chosen.unfinished)
         )
     common = {
         "epochs": run.epochs,

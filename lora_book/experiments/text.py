@@ -5,6 +5,7 @@ __all__ = ['SIZES', 'scales', 'runs_of', 'gap', 'spread', 'against', 'compared',
            'printed_range', 'resolution']
 
 # %% ../../nbs/experiments/text.ipynb #c03
+import math
 import statistics
 
 from lora_book.experiments.report import (
@@ -81,6 +82,8 @@ def spread(values: list, digits: int = 3) -> str:
     "Mean and standard deviation of a few values as text."
     if not values:
         return "missing"
+    if not all(map(math.isfinite, values)):
+        return "not measured"
     mean = f"{statistics.mean(values):.{digits}f}"
     return (
         f"{mean} ± {statistics.stdev(values):.{digits}f}"

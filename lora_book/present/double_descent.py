@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'ALPHA', 'SCALES', 'WAYS', 'SELECTION_SEED', 'RESULTS', 'feature_errors', 'best_losses', 'smooth',
            'has_three_phases', 'roughness', 'turns', 'Task', 'build', 'endless', 'curves', 'weight_sharpness', 'ends',
-           'run', 'sweep', 'chosen', 'several', 'run_all', 'stored']
+           'run', 'sweep', 'chosen', 'result_name', 'several', 'run_all', 'read', 'stored']
 
 # %% ../../nbs/present/double_descent.ipynb #c02
 import copy
@@ -100,8 +100,9 @@ def roughness(losses: Tensor) -> float:
 # %% ../../nbs/present/double_descent.ipynb #c27
 def turns(means: list, spreads: list) -> str:
     """The moves of a curve beyond its spread, as "-" and "+" in turn: "-+-" is
-    double descent. A move counts if it exceeds the larger of the spreads at
-    its ends; smaller ones against it are passed over.
+    double descent. A move is noted if it exceeds the larger of the spreads at
+    its ends; smaller ones against it are passed over. A description of means,
+    not a test.
     """
     if len(means) != len(spreads):
         raise BadValue(f"{len(means)} means and {len(spreads)} spreads")
@@ -358,6 +359,12 @@ RESULTS = (
 )
 
 
+def result_name(kind: str, task: str, method: str, r: int, lr: float) -> str:
+    "The name of a setting's file; the comparison of ways has one rank alone."
+    rank = f"-{r}" * (kind == "sweep")
+    return f"{kind}-{task}-{method}{rank}-{lr:g}.json"
+
+
 def several(
     adapt: Callable,
     path: Path,
@@ -408,7 +415,7 @@ def run_all(
         for method, r, lr in sweep(task):
             several(
                 adapt,
-                folder / f"sweep-{task}-{method}-{r}-{lr:g}.json",
+                folder / result_name("sweep", task, method, r, lr),
                 task,
                 method,
                 r,
@@ -420,7 +427,8 @@ def run_all(
             for method in WAYS:
                 several(
                     adapt,
-                    folder / f"ways-{task}-{method}-{lr:g}.json",
+                    folder
+                    / result_name("ways", task, method, TASKS[task].r, lr),
                     task,
                     method,
                     TASKS[task].r,
@@ -430,13 +438,22 @@ def run_all(
                 )
 
 
+def read(kind: str, path: Path) -> dict:
+    """A stored result; raises BadValue for one under the name of another
+    setting.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    own = result_name(
+        kind, *(result[key] for key in ("task", "method", "r", "lr"))
+    )
+    if own != path.name:
+        raise BadValue(f"the result {path.name} holds another setting, {own}")
+    return result
+
+
 def stored(kind: str, folder: Path | None = None) -> list[dict]:
     "The stored results of a kind: sweep or ways."
     from lora_book.present import double_descent
 
-    return [
-        json.loads(path.read_text())
-        for path in sorted(
-            (folder or double_descent.RESULTS).glob(f"{kind}-*.json")
-        )
-    ]
+    place = folder or double_descent.RESULTS
+    return [read(kind, path) for path in sorted(place.glob(f"{kind}-*.json"))]
