@@ -24,7 +24,7 @@ outputs: $(STAMP)
 	$(PY) -m tools.outputs
 
 clean:
-	rm -rf _build
+	rm -rf _build _site.part-*
 	$(PYTHON) -m tools.folders _site
 
 $(STAMP): pyproject.toml constraints.txt

@@ -67,10 +67,12 @@ class Site:
         "Where a chapter can be opened, which needs the book's repository, and its file."
         if not page.is_notebook:
             return ""
-        links = [*elsewhere(self.book.repository, page.path)]
-        links.append((Path(page.path).name, "Download notebook", " download"))
-        shown = "".join(f'<a href="{escape(to)}"{how}>{words}</a>' for to, words, how in links)
-        switch = '<button type="button" class="all" aria-pressed="false">Show all code</button>'
+        shown = "".join(
+            f'<a href="{escape(to)}" title="{does}">{words}</a>'
+            for to, words, does in elsewhere(self.book.repository, page.path)
+        )
+        shown += f'<a href="{escape(Path(page.path).name)}" download>Download notebook</a>'
+        switch = '<button type="button" class="all" hidden>Show all code</button>'
         return f'<p class="tools">{shown}{switch}</p>'
 
     def source(self, page: Page) -> str:
@@ -125,7 +127,7 @@ class Site:
 
 
 def elsewhere(repository: str, path: str) -> list:
-    """Colab and Binder for a notebook of a repository on GitHub, as (address, words, attributes);
+    """Colab and Binder for a notebook of a repository on GitHub, as (address, words, what it does);
     nothing without one.
     """
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?", repository)
@@ -133,7 +135,7 @@ def elsewhere(repository: str, path: str) -> list:
         return []
     colab = f"https://colab.research.google.com/github/{found[1]}/blob/HEAD/{path}"
     binder = f"https://mybinder.org/v2/gh/{found[1]}/HEAD?labpath={quote(path, safe='')}"
-    return [(colab, "Open in Colab", ""), (binder, "Open in Binder", "")]
+    return [(colab, "Colab", "Open in Colab"), (binder, "Binder", "Open in Binder")]
 
 
 def _cut(words: str, most: int = 200) -> str:
