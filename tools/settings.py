@@ -1,17 +1,7 @@
-"""The book's one reader of settings.ini, taken from its module without importing the rest of the
-package.
-
-`import lora_book` brings torch with it, which takes seconds, and it fails while a chapter is
-broken, which is just when the tools have to say which one.
+"""The book's one reader of settings.ini. It needs nothing of the package that takes seconds to
+import, or that a broken chapter could break.
 """
 
-import importlib
-import sys
-import types
-from pathlib import Path
+from lora_book.lab.settings import load_settings
 
-_CORE = types.ModuleType("lora_book_core")
-_CORE.__path__ = [str(Path(__file__).resolve().parent.parent / "lora_book" / "core")]
-sys.modules[_CORE.__name__] = _CORE
-
-load_settings = importlib.import_module(f"{_CORE.__name__}.settings").load_settings
+__all__ = ["load_settings"]

@@ -6,11 +6,11 @@ __all__ = ['TOLERANCE', 'TASKS', 'LETTER', 'TAME', 'PATIENCE', 'SEARCH', 'PREFIX
            'compressed', 'one_product', 'form_of', 'lengths', 'stacked', 'layer_form', 'exact_names', 'task_of',
            'common', 'searched', 'matches', 'pattern', 'values_by', 'fitting', 'tidy', 'is_stabilised', 'lora_file',
            'vera_file', 'outermost', 'check_own', 'heads_of', 'head_tensors', 'exported', 'within', 'check_expressible',
-           'NotWritten', 'replace_file', 'header_of', 'told', 'telling', 'told_in', 'settle', 'alone', 'replace_pair',
-           'write', 'file_content', 'to_peft', 'check_settings', 'is_text', 'are_texts', 'is_index', 'stamps',
-           'content', 'read_pair', 'parsed', 'warn_of_changes', 'read_peft', 'by_layer', 'shared_projections',
-           'named_by', 'layer_numbers', 'targeted', 'check_targets', 'check_base_tensors', 'head_numbers', 'sizes',
-           'own_sizes', 'method_of', 'check_range', 'from_peft']
+           'header_of', 'told', 'telling', 'told_in', 'settle', 'replace_pair', 'write', 'file_content', 'to_peft',
+           'check_settings', 'is_text', 'are_texts', 'is_index', 'stamps', 'content', 'read_pair', 'parsed',
+           'warn_of_changes', 'read_peft', 'by_layer', 'shared_projections', 'named_by', 'layer_numbers', 'targeted',
+           'check_targets', 'check_base_tensors', 'head_numbers', 'sizes', 'own_sizes', 'method_of', 'check_range',
+           'from_peft']
 
 # %% ../../nbs/core/peft.ipynb #c03
 import io
@@ -18,14 +18,13 @@ import json
 import math
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +33,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor, nn
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 from .adapter import Adapter, Block, LowRank, widened
 from lora_book.core.adapting import (
@@ -59,10 +53,16 @@ from lora_book.core.errors import (
     check_number,
     unknown,
 )
+from lora_book.core.files import (
+    bad_file,
+    folder_of,
+    locked,
+    sweep_parts,
+    write_atomic,
+)
 from .hosts import Site, adapters, check_site_is_plain, sites
 from lora_book.core.saving import (
     fill,
-    folder_of,
     is_adapted,
     put,
     trained_tensors,
@@ -659,25 +659,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ASIDE, KEY = f".{CONFIG}.before", "adapter_config"
 
 
-class NotWritten(BadValue, OSError):
-    "A file that can't be written; what was there before is there still."
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put a file's new content in its place in one step, by way of a new file
-    whose name can't be foreseen.
-    """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def header_of(file) -> dict:
     "The header of an open safetensors file; {} if it isn't one."
     size = int.from_bytes(file.read(8), "little")
@@ -722,27 +703,10 @@ def settle(folder: Path) -> None:
     if not config.exists():
         said = told_in(folder)
         if said is not None:
-            replace_file(config, said.encode())
+            write_atomic(config, said.encode())
         elif aside.exists():
             os.replace(aside, config)
     aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Within the context no other process is in this context for the same
-    folder; without effect where the system can't lock a folder.
-    """
-    if fcntl is None:
-        yield
-        return
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(place, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(place)
 
 
 def replace_pair(folder: Path, data: bytes, settings: str) -> None:
@@ -750,12 +714,13 @@ def replace_pair(folder: Path, data: bytes, settings: str) -> None:
     one point at which the new adapter takes the old one's place; from before
     it until after it no file of settings lies beside them.
     """
-    with alone(folder):
+    with locked(folder):
+        sweep_parts(folder)
         settle(folder)
         try:
             with suppress(FileNotFoundError):
                 os.replace(folder / CONFIG, folder / ASIDE)
-            replace_file(folder / WEIGHTS, telling(data, settings))
+            write_atomic(folder / WEIGHTS, telling(data, settings))
         finally:
             if told_in(folder) != settings:
                 with suppress(FileNotFoundError):
@@ -784,9 +749,7 @@ def write(folder: Path, settings: dict, tensors: dict) -> None:
             folder, data, json.dumps(settings, indent=2, sort_keys=True) + "\n"
         )
     except (OSError, ValueError) as error:
-        raise NotWritten(
-            f"{str(folder)!r:.200} can't be written: {error}"
-        ) from error
+        raise bad_file("write", folder, error) from error
 
 # %% ../../nbs/core/peft.ipynb #c31
 def file_content(

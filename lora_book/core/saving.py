@@ -4,7 +4,6 @@
 __all__ = ['FLOATS', 'WHOLE', 'TYPES', 'DESCRIPTION', 'FORMAT', 'FIRST_TENSORS', 'OURS', 'KEYS', 'FORMAT_KEYS', 'CONFIG_KEYS',
            'digest', 'narrower', 'prints', 'same_numbers', 'base_tensors', 'is_adapted', 'is_adapters', 'fingerprints',
            'hash_numbers', 'fingerprint', 'plain_number', 'description_bytes', 'parse_description', 'tensors_name',
-           'BadFile', 'bad_file', 'folder_of', 'flush', 'write_part', 'write_atomic', 'write_pair', 'locked',
            'numbers_of', 'sweep', 'write_adapter', 'read_file', 'trained_tensors', 'describe', 'save', 'check_keys',
            'is_names', 'is_print', 'check_format', 'read_pair', 'read', 'check_base', 'check_first_base', 'fill_one',
            'check_all_finite', 'fill', 'check_fits', 'load', 'put']
@@ -12,16 +11,12 @@ __all__ = ['FLOATS', 'WHOLE', 'TYPES', 'DESCRIPTION', 'FORMAT', 'FIRST_TENSORS',
 # %% ../../nbs/core/saving.ipynb #c02
 import hashlib
 import json
-import os
 import re
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
@@ -34,14 +29,16 @@ from lora_book.core.adapting import (
     root_of,
     stored_buffers,
 )
-from .errors import BadType, BadValue, MissingFile
+from .errors import BadValue, MissingFile
+from lora_book.core.files import (
+    BadFile,
+    bad_file,
+    folder_of,
+    locked,
+    write_atomic,
+)
 from .hosts import Site, adapters, sites
 from .targets import in_modules
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 # %% ../../nbs/core/saving.ipynb #c04
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -223,120 +220,10 @@ def tensors_name(checksum: str) -> str:
     "The name of the file of numbers whose SHA-256 is `checksum`."
     return f"adapter-{checksum}.safetensors"
 
-# %% ../../nbs/core/saving.ipynb #c10
-class BadFile(BadValue, OSError):
-    "A file or folder that can't be read or written; the message says why."
-
-
-def bad_file(what: str, path: Path, error: Exception) -> BadFile:
-    "The error for a file system's `error` at a path; the caller raises it."
-    shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}…"
-    made = BadFile(f"can't {what} {shown!r}: {error}")
-    made.errno = getattr(error, "errno", None)
-    return made
-
-
-def folder_of(path: object) -> Path:
-    "`path` as a Path; raises BadType for what can't be one."
-    if not isinstance(path, (str, os.PathLike)):
-        raise BadType(f"a saved adapter is a folder's path, not {path!r}")
-    return Path(path)
-
-
-def flush(folder: Path) -> None:
-    "Push a folder's names to the disk, where a folder can be opened."
-    if fcntl is not None:
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):
-                os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def write_part(path: Path, content: bytes) -> Path:
-    """Write `content` beside `path` under a temporary name that didn't exist,
-    and push it to the disk; returns that name.
-    """
-    part = path.with_name(f".{path.name[:99]}.{secrets.token_hex(8)}.part")
-    with part.open("xb") as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            part.unlink()
-            raise
-    return part
-
-
-def write_atomic(path: Path | str, content: bytes) -> Path:
-    """Write `content` to `path` so that a reader sees the old file or the
-    whole new one, never a part, also after a power cut; makes the folder.
-
-    Raises BadFile, an OSError, with the old file untouched.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = write_part(path, content)
-        try:
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-        flush(path.parent)
-    except (OSError, ValueError) as error:
-        raise bad_file("write", path, error) from error
-    return path
-
-
-def write_pair(folder: Path, files: dict[str, bytes]) -> Path:
-    """Write all files of a folder under fixed names, or, if one can't be
-    written, none; returns the folder. A kill between two renames leaves a
-    mixed set: only a set whose last file names the others has one commit.
-    """
-    parts: dict[str, Path] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            for name, content in files.items():
-                parts[name] = write_part(folder / name, content)
-            for name, part in parts.items():
-                os.replace(part, folder / name)
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
-        flush(folder)
-    except (OSError, ValueError) as error:
-        raise bad_file("write", folder, error) from error
-    return folder
-
 # %% ../../nbs/core/saving.ipynb #c10b
 OURS = re.compile(
     r"adapter-[0-9a-f]{64}\.safetensors|\.adapter[^/]*\.[0-9a-f]{16}\.part"
 )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """One writer at a time in a folder, among threads and processes. Yields
-    False where the file system has no locks.
-    """
-    if fcntl is None:
-        with FileLock(folder / ".adapter.lock"):
-            yield True
-        return
-    opened, alone = os.open(folder, os.O_RDONLY), True
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        with suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_UN)
-        os.close(opened)
 
 
 def numbers_of(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadValue, MissingFile, check_choice, unknown
-from ..core.saving import write_atomic as write_atomic
+from ..core.files import write_atomic as write_atomic
 
 # %% ../../nbs/lab/settings.ipynb #c05
 DEFAULTS = {

@@ -43,7 +43,8 @@ from lora_book.core.errors import (
 )
 from ..core.hosts import adapters, sites
 from .models import logits
-from ..core.saving import fill, folder_of, put, trained_tensors
+from ..core.files import folder_of
+from ..core.saving import fill, put, trained_tensors
 from .settings import write_atomic
 from ..core.steps import advance, train_step
 
