@@ -496,11 +496,11 @@ class Rows(LowRank):
             W0.shape[0], r, generator=generator
         )
 
-    def peft(self):
+    def peft(self, W0):
         return LoraForm(self.A, self.B, self.scaling, self.g)
 
     def delta(self, W0):
-        return self.peft().change(W0).to(self.g)
+        return self.peft(W0).change(W0).to(self.g)
 
     def forward(self, x, W0):
         return x @ self.delta(W0).T.to(x)
@@ -957,7 +957,7 @@ def test_links_in_the_folder_are_replaced_and_not_followed(tmp_path):
 @pytest.mark.parametrize("path", ["/dev/null/x", "x" * 5000, "a\0b"])
 def test_paths_that_cannot_be_are_refused(path):
     for run in (lambda: lb.to_peft(made(2, 1), path), lambda: lb.from_peft(plain_net(), path)):
-        with pytest.raises(lb.LoraBookError, match="can't be|no file"):
+        with pytest.raises(lb.LoraBookError, match="can't|no file"):
             run()
 
 
@@ -1232,8 +1232,14 @@ HALF = "base_model.model.classifier.weight"
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda t: t.update({FIRST: t[FIRST].double() * 1e300}), "range of torch.float32"),
-        (lambda t: t.update({HALF: t[HALF].double() * 1e300}), "range of torch.float32"),
+        (
+            lambda t: t.update({FIRST: t[FIRST].double() * 1e300}),
+            "range of torch.float32|NaN or infinite",
+        ),
+        (
+            lambda t: t.update({HALF: t[HALF].double() * 1e300}),
+            "range of torch.float32|NaN or infinite",
+        ),
         (lambda t: t.update({FIRST: t[FIRST].to(torch.float8_e4m3fn)}), "float8"),
         (lambda t: t.update({FIRST: t[FIRST].to(torch.complex64)}), "complex"),
     ],

@@ -18,6 +18,7 @@ from test_experiments_runner import ROW, SMALL, numbers, small
 
 import lora_book as lb
 from lora_book.cli import main
+from lora_book.core import files
 from lora_book.experiments import runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,17 +289,16 @@ def test_a_full_disk(whole, disk, capsys):
 
 @pytest.mark.parametrize("failing", ["checkpoint.safetensors", f"{NAME}.json"])
 def test_a_write_that_fails_leaves_what_was_there(whole, tmp_path, monkeypatch, failing):
-    write, seen = Path.write_bytes, []
+    write, seen = files.write_part, []
 
     def full(path, content):
         if path.name.startswith(failing) and (
             seen.append(1) or len(seen) > 1 or failing == f"{NAME}.json"
         ):
-            write(path, content[: len(content) // 2])
             raise OSError(28, "No space left on device")
         return write(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(files, "write_part", full)
     with pytest.raises(OSError, match="No space"):
         long(tmp_path)
     monkeypatch.undo()

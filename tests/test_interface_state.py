@@ -29,7 +29,7 @@ from lora_book.present.vera import VeRA
 
 every_method = pytest.mark.parametrize("method", lb.methods())
 FEW = settings(max_examples=12, deadline=None)
-seeds = st.integers(0, 10**25)
+seeds = st.integers(0, 2**64 - 1)
 OPTIONS = {
     "loldu": [
         {},
@@ -395,7 +395,7 @@ def test_a_spawned_process_gets_the_model():
     model, x = moved("cola").requires_grad_(False), inputs()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(nn.Module.__call__, (model, x))
-    assert torch.equal(found, model(x))
+    assert torch.allclose(found, model(x), atol=1e-6)  # another process, other threads
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from lora_book.core.errors import (
 )
 from ..lab.hub import reachable, switched_off
 from ..lab.models import HUB_MODELS, is_timm
+from ..core.files import BadFile
 from ..lab.settings import load_settings, write_atomic
 from ..lab.training import Stopped, fit, recompute_activations
 from .rows import Row, row, settings
@@ -764,7 +765,9 @@ def attempt(chosen: Job, place: Path, **how) -> tuple[dict | None, str | None]:
     try:
         return make(chosen, place, **how), None
     except lb.LoraBookError as error:
-        return None, f"{chosen.name}: {error}"
+        full = "; what is finished is kept, and the last checkpoint"
+        kept = full if isinstance(error, BadFile) else ""
+        return None, f"{chosen.name}: {error}{kept}"
     except OSError as error:
         where = f" ({Path(error.filename).name})" if error.filename else ""
         return (
