@@ -748,7 +748,7 @@ FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weigh
         (lambda t: t.update({"base_model.model.bert[q].lora_A.weight": t[FIRST].clone()}), "bert"),
         (
             lambda t: t.update({"base_model.model.bert.encoder.lora_A.weight": t[FIRST].clone()}),
-            "linear",
+            "inear",
         ),
         (lambda t: t.update({"strange": t[FIRST].clone()}), "strange"),
         (lambda t: t.pop("base_model.model.classifier.bias"), "classifier.bias"),
