@@ -131,7 +131,7 @@ class RandomC3LA(ColumnChain):
             check_choice("selector", self.selector, STARTS)
 
     def pick(self, m, r, generator):
-        "The next block in this lap's order, which the seed and the lap decide."
+        "The next block in this lap's order, decided by the seed and the lap."
         starts = torch.tensor(STARTS[self.options.selector](m, r))
         lap, j = divmod(self.done, len(starts))
         draws = seeded(self.seed, "lap", lap)
