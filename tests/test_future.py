@@ -18,6 +18,9 @@ from lora_book.core.laws import HOSTS, BrokenLaw, Case, check, randomise
 from lora_book.core.products import column_linear, count_flops, saved_bytes
 from lora_book.future.c3la import C3LA, STARTS, circulant
 from lora_book.future.cla import CLA, SELECTORS, RandomCLA, first_columns
+from lora_book.lab.data import batches, load_data
+from lora_book.lab.models import load_model, logits
+from lora_book.lab.training import evaluate, fit
 from lora_book.present.paca import PaCA
 from lora_book.theory import projections
 
@@ -524,3 +527,155 @@ def test_a_chain_longer_than_the_widest_weights_columns_is_refused(method):
     with pytest.raises(lb.LoraBookError, match="chain_length = 5"):
         lb.adapt(model, method, ["0", "1"], r=2, chain_length=5)
     assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+# What the chapters tell of their runs at their own parameters
+
+
+def test_a_normal_factor_stretches_the_step():
+    A = normal(16, 64) / 8
+    stretch = torch.linalg.eigvalsh(A @ A.T)
+    assert stretch[-1] > 3 * stretch[0]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", limit=200)
+
+
+def test_the_first_columns_of_an_image_are_dead(digits):
+    pixels = digits.train["pixel_values"].flatten(1)
+
+    def gradient_norm(method, seed=0):
+        model = nn.Sequential(nn.Linear(28 * 28, 10))
+        nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+        lb.adapt(model, method, ["0"], r=10, seed=seed)
+        F.cross_entropy(model(pixels), digits.train.labels).backward()
+        return adapter_of(model).B.grad.norm().item()
+
+    assert gradient_norm("cla") == 0
+    assert all(gradient_norm("paca", seed) > 0.01 for seed in range(5))
+
+
+def test_columns_of_an_attention_layer_do_better_than_independent_ones(digits):
+    seen, vit = [], load_model("digits_vit")
+    vit.blocks[1].attn.qkv.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].detach())
+    )
+    vit(digits.train["pixel_values"])
+    x = seen[0].flatten(0, 1).double()
+    Sigma = x.T @ x / len(x)
+    for r in (1, 2, 4, 8, 16, 32, 48):
+        known = Sigma[r:, :r] @ torch.linalg.solve(Sigma[:r, :r], Sigma[:r, r:])
+        left = (Sigma[r:, r:] - known).trace() / Sigma.trace()
+        assert left < 1 - r / 64
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [("cla", {}), ("random_cla", {}), ("random_cla", {"selector": "window"}), ("paca", {})],
+)
+def test_columns_learn_digits(digits, method, options):
+    model = lb.adapt(load_model("digits_vit"), method, ["attn.qkv[q,v]"], r=4, **options)
+    before = evaluate(model, digits.test)["accuracy"]
+    fit(model, digits, epochs=2, lr=0.05, seed=0)
+    assert evaluate(model, digits.test)["accuracy"] > before
+
+
+class FullBlocks(C3LA):
+    def pick(self, m, r, generator):
+        return self.done % (m // r) * r + torch.arange(r)
+
+
+X = torch.linalg.qr(normal(400, 10)).Q * 20
+D = normal(6, 10, seed=1) / 10**0.5
+
+
+def learn(make, forget=True, links=3, steps=20):
+    case = Case(Method(make, "", ""), n=6, m=10, r=4)
+    model = case.adapt(case.base())
+    target, losses = model(X).detach() + X @ D.T, []
+    optimizer = torch.optim.Adam(lb.param_groups(model, 0.02))
+    for link in range(links):
+        lb.advance(model, optimizer if forget else None) if link else None
+        losses += [
+            lb.train_step(
+                model, optimizer, lambda: (model(X) - target).square().sum(1).mean()
+            ).item()
+            for _ in range(steps)
+        ]
+    return losses
+
+
+def test_broken_chains_end_above_a_sound_one():
+    whole, sound = D.square().sum().item(), learn(C3LA)
+    assert D[:, 4:].square().sum() > 0.3 * whole
+    assert sound[-1] < 0.03 * whole
+    assert learn(FullBlocks)[-1] >= D[:, 8:].square().sum() > 0.1 * whole
+    slides = learn(Sliding)
+    assert all(abs(slides[at] - whole) < 1e-9 * whole for at in (0, 20, 40))
+    assert learn(C3LA, forget=False)[-1] > 1.5 * sound[-1]
+    assert learn(C3LA, forget=False, steps=8)[-1] > 1.8 * learn(C3LA, steps=8)[-1]
+
+
+def test_a_window_that_moves_on_without_merging_forgets():
+    W, B = normal(6, 10, seed=2), normal(6, 4, seed=3)
+    assert (X @ W.index_add(1, torch.arange(4), B).T - X @ W.T).abs().max() > 1
+
+
+def test_a_printed_lap_reaches_less_than_independent_draws():
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.stack([torch.randint(22 // 4, (), generator=g) for _ in range(6)])
+    printed, blocks = ((step * drawn[:, None] + torch.arange(4)).unique() for step in (1, 4))
+    assert len(printed) <= 22 // 4 + 4 - 1 < len(blocks) < 22
+
+
+def test_links_with_related_inputs_need_laps():
+    def solve(Sigma, blocks):
+        E, root = D.clone(), torch.linalg.cholesky(Sigma)
+        losses = []
+        for C in blocks:
+            known = torch.linalg.solve(Sigma[C][:, C], torch.eye(10).double()[C])
+            E = E - E @ Sigma[:, C] @ known
+            losses.append(((E @ root).square().sum() / (D @ root).square().sum()).item())
+        return losses
+
+    mixing = normal(10, 10, seed=5) / 10**0.5
+    eye = torch.eye(10, dtype=torch.float64)
+    related = 0.2 * eye + mixing @ mixing.T
+    halves = [circulant(j, 10, 5) for j in range(12)]
+    assert solve(eye, halves)[1] < 1e-25 and solve(related, halves)[1] > 1e-2
+    chain, shuffled = lb.future.c3la.RandomC3LA(torch.zeros(6, 10), r=2, seed=1), []
+    for _ in range(40):
+        shuffled.append(chain.idx.clone())
+        chain.advance()
+    stays = solve(related, [circulant(0, 10, 2)] * 40)[-1]
+    for blocks in ([circulant(j, 10, 2) for j in range(40)], shuffled):
+        assert solve(related, blocks)[-1] < 0.1 * stays
+
+
+def test_a_chain_of_rank_one_fits_digits_better_than_one_column(digits):
+    def adapted_vit(method, seed=0, **options):
+        vit = load_model("digits_vit")
+        return lb.adapt(vit, method, ["attn.qkv[q,v]"], r=1, seed=seed, **options)
+
+    def loss(method, seed, **options):
+        model = adapted_vit(method, seed, **options)
+        return fit(model, digits, epochs=4, lr=0.1, seed=seed)[-1]["train_loss"]
+
+    def first_step(method, rate):
+        model = adapted_vit(method)
+        batch = next(iter(batches(digits.train, 32, seed=0)))
+        lb.train_step(
+            model,
+            torch.optim.AdamW(lb.param_groups(model, rate)),
+            lambda: F.cross_entropy(logits(model, batch), batch["labels"]),
+        )
+        changes = [change.norm().item() for change in lb.delta(model).values()]
+        return sum(changes) / len(changes)
+
+    lengths = [a.A.norm().item() for a in lb.adapters(adapted_vit("rac")).values()]
+    rate = 0.1 / (sum(lengths) / len(lengths))
+    assert 0.9 < first_step("rac", rate) / first_step("cla", 0.1) < 1.1
+    chains = sum(loss("c3la", seed, reset_every=3) for seed in range(3))
+    assert chains < sum(loss("cla", seed) for seed in range(3))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import declared
-from ..core.method import Method
+from ..core.method import Method, Part
 from ..core.errors import check_choice
 from ..present.paca import Columns
 
@@ -28,6 +28,20 @@ cla = Method(
     "Cheap LoRA (cLA)",
     "Cadenhead et al. 2026",
     count=lambda n, m, r: r * n,
+    flops=lambda T, n, m, r: (2 if T >= m else 6) * T * r * n,
+    family="columns",
+    equation=r"\frac{\alpha}{r}\,B\,[\,I_r\;\;0\,]",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("S", "r×m", start="first r columns", form="columns"),
+        ],
+    ),
+    start="B = 0",
+    use="many tokens and little memory: a step costs least of all adapters",
+    avoid="the layer reads raw inputs, whose first columns may be dead",
 )
 
 # %% ../../nbs/future/cla.ipynb #c25
@@ -69,5 +83,16 @@ random_cla = Method(
     RandomCLA,
     "Random cheap LoRA",
     "Cadenhead et al. 2026",
-    count=lambda n, m, r: r * n,
+    count=cla.count,
+    flops=cla.flops,
+    family="columns",
+    equation=r"\frac{\alpha}{r}\,B\,S,\quad S\text{ at } r"
+    r"\text{ adjacent random columns}",
+    picture=(
+        cla.picture[0],
+        [*cla.picture[1][:2], Part("S", "r×m", start="drawn", form="columns")],
+    ),
+    start="B = 0, columns drawn",
+    use="as cheap LoRA, where the first columns may be dead",
+    avoid="one draw mustn't decide: take a chain, which goes through all",
 )
