@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from typing import Any
 
 # %% ../../nbs/core/errors.ipynb #c04
 class LoraBookError(Exception):
@@ -93,7 +94,7 @@ def as_float(value: Real) -> float:
         return math.inf
 
 
-def shown(value: object, most: int = 80) -> str:
+def shown(value: Any, most: int = 80) -> str:
     "How a refused value is written in a message: shortened if it is long."
     try:
         text = repr(value)
@@ -115,14 +116,15 @@ def check_choice(kind: str, value: object, choices: Iterable) -> None:
 
 
 def check_count(
-    kind: str, value: object, least: int = 1, most: int | None = None
+    kind: str, value: Any, least: int = 1, most: int | None = None
 ) -> None:
     """Raise unless `value` is an int with least <= value <= most. Raises
     BadType for another type, BadValue out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise BadType(f"{kind} must be an int, not {value!r}")
-    if value < least or (most is not None and value > most):
+    whole: Any = value  # Integral declares no order
+    if whole < least or (most is not None and whole > most):
         raise BadValue(
             f"{kind} must be an int from"
             f" {least}{'' if most is None else f' to {most}'}, not"
@@ -132,7 +134,7 @@ def check_count(
 # %% ../../nbs/core/errors.ipynb #c11
 def check_number(
     kind: str,
-    value: object,
+    value: Any,
     above: float | None = None,
     least: float | None = None,
     below: float | None = None,
@@ -145,11 +147,12 @@ def check_number(
         raise BadType(f"{kind} must be a number, not {value!r}")
     if not math.isfinite(as_float(value)):
         raise BadValue(f"{kind} must be finite, not {shown(value)}")
+    real: Any = value  # Real declares no order with floats
     limits = [
-        (above, ">", above is None or value > above),
-        (least, ">=", least is None or value >= least),
-        (below, "<", below is None or value < below),
-        (most, "<=", most is None or value <= most),
+        (above, ">", above is None or real > above),
+        (least, ">=", least is None or real >= least),
+        (below, "<", below is None or real < below),
+        (most, "<=", most is None or real <= most),
     ]
     broken = [f"{sign} {limit}" for limit, sign, holds in limits if not holds]
     if broken:
