@@ -17,8 +17,7 @@ quick: $(STAMP)
 
 # dist/*.whl, and a try of it in an environment of its own
 wheel: $(STAMP)
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt build
-	$(PY) -m build --wheel
+	$(PY) -m build --wheel --no-isolation
 	$(PY) -m tools.wheel dist
 
 # the pages again, from what was executed last

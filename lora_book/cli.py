@@ -9,7 +9,6 @@ __all__ = ['SHAPE', 'PACKAGES', 'COMMANDS', 'told_options', 'method_line', 'shee
 # %% ../nbs/cli.ipynb #c02
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import sys
@@ -19,7 +18,12 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .core.errors import BadValue, LoraBookError
+from lora_book.core.errors import (
+    BadValue,
+    LoraBookError,
+    MissingPackage,
+    extra,
+)
 
 # %% ../nbs/cli.ipynb #c04
 SHAPE = (768, 768, 8)  # n, m and r of the sheet's counts
@@ -150,10 +154,11 @@ def version(package: str) -> str | None:
 
 def memory() -> str:
     "The machine's memory, where psutil is there to say it."
-    if importlib.util.find_spec("psutil") is None:
+    try:
+        with extra("lab"):
+            import psutil
+    except MissingPackage:
         return "unknown"
-    import psutil
-
     return f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 # %% ../nbs/cli.ipynb #c06

@@ -11,7 +11,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-TRIAL = '''
+TRIAL = """
 import sys, tempfile
 from pathlib import Path
 import torch
@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
 lb.merge(model)
 torch.testing.assert_close(model(x), out)
 print(f"lora_book {lb.__version__}: adapted, trained, saved, loaded, merged")
-'''
+"""
 
 
 def newest(folder: Path) -> Path:
