@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 TYPED = ["lora_book/core", "lora_book/registry.py", "lora_book/__init__.py"]
-QUICK = ["test_laws", "test_cli", "test_package", "test_core_saving", "test_core_products"]
+QUICK = ["test_laws", "test_package", "test_core_saving", "test_core_products"]
 BOOK = ["--profile", "smoke", "--renderer", "offline", "--out", "_build/smoke/_site"]
 
 
