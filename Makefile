@@ -3,13 +3,22 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 
-.PHONY: book test site export outputs clean
+.PHONY: book test quick wheel site export outputs clean
 
 book: $(STAMP)
 	$(PY) -m tools.book
 
 test: $(STAMP)
 	$(PY) -m tools.check
+
+# about a minute, when the type checker has its cache: lint, format, types and chosen tests
+quick: $(STAMP)
+	$(PY) -m tools.check --quick
+
+# dist/*.whl, and a try of it in an environment of its own
+wheel: $(STAMP)
+	$(PY) -m build --wheel --no-isolation
+	$(PY) -m tools.wheel dist
 
 # the pages again, from what was executed last
 site: $(STAMP)
@@ -24,7 +33,7 @@ outputs: $(STAMP)
 	$(PY) -m tools.outputs
 
 clean:
-	rm -rf _build _site.part-*
+	rm -rf _build build dist _site.part-*
 	$(PYTHON) -m tools.folders _site
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,6 +1,8 @@
 """The command line from outside: what it prints and how it exits."""
 
+import dataclasses
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import lora_book as lb
+from lora_book import registry
 from lora_book.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +20,64 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_methods_lists_every_method_in_order(capsys):
     assert main(["methods"]) == 0
     assert tuple(line.split()[0] for line in capsys.readouterr().out.splitlines()) == lb.methods()
+
+
+def test_methods_tell_the_options_of_their_steps(capsys):
+    from lora_book.core.steps import step_options
+
+    main(["methods"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, method in registry.METHODS.items():
+        for option in [*method.options(), *step_options(registry.STEPS[method.step or "plain"])]:
+            assert re.search(rf"[:,] {option}\b", lines[name])
+    assert "step mgpo: rho, ema" in lines["mgpo"]
+
+
+def test_methods_in_markdown_are_a_table(capsys, monkeypatch):
+    odd = dataclasses.replace(registry.METHODS["lora"], equation=r"\lVert B\rVert|A|", count=None)
+    monkeypatch.setitem(registry.METHODS, "odd", odd)
+    assert main(["methods", "--markdown"]) == 0
+    head, rule, *rows = (
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in capsys.readouterr().out.splitlines()
+    )
+    assert {len(row) for row in (head, rule, *rows)} == {5}
+    assert tuple(row[0].strip(" `") for row in rows) == lb.methods()
+    lora = next(row for row in rows if row[0] == " `lora` ")
+    assert "`init`" in lora[3] and lora[4].strip() == f"{8 * (768 + 768):,}"
+    assert rows[-1][2].strip() == r"$\lVert B\rVert\|A\|$" and not rows[-1][4].strip()
+
+
+@pytest.mark.parametrize("more", [[], ["--ablations"]])
+def test_rows_lists_every_row_and_where_it_runs(more, capsys):
+    from lora_book.experiments.rows import row, rows
+
+    assert main(["rows", *more]) == 0
+    told = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert tuple(name for name, _ in told) == rows(ablations=bool(more))
+    for name, rest in told:
+        able = rest.split("; ")[1].split(", ")
+        assert ("laptop" in able) == bool(row(name).stand_in)
+        assert ("gpu" in able) == (not row(name).unfinished)
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == (
+        f"lora_book {lb.__version__}"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_and_version_import_no_torch(arguments):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from lora_book.cli import main\n"
+        f"sys.exit(main({arguments}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout and ran.stderr.strip() == "False"
 
 
 def test_doctor_says_what_the_machine_can_run(capsys):
@@ -193,6 +254,8 @@ def test_doctor_knows_what_the_experiments_may_need(capsys):
     "arguments",
     [
         ["methods"],
+        ["methods", "--markdown"],
+        ["rows"],
         ["claims"],
         ["claims", "C2"],
         ["claims", "C2³\udcff"],
@@ -212,7 +275,9 @@ def test_a_console_without_the_letters_gets_question_marks(arguments, encoding, 
     assert (code, bool(said[0]), bool(said[1])) in {(0, True, False), (2, False, True)}
 
 
-@pytest.mark.parametrize("name", [[], ["run"], ["table"], ["claims"], ["methods"], ["doctor"]])
+@pytest.mark.parametrize(
+    "name", [[], ["run"], ["table"], ["claims"], ["methods"], ["rows"], ["doctor"]]
+)
 def test_help_is_ascii(name, capsys):
     with pytest.raises(SystemExit):
         main([*name, "--help"])

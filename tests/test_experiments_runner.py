@@ -330,9 +330,9 @@ def test_a_lost_worker_is_replaced_once_and_then_that_one_run_has_failed(
 
 def test_an_engine_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "installed", lambda package: False)
-    with pytest.raises(lb.LoraBookError, match="pip install ray"):
+    with pytest.raises(lb.LoraBookError, match=r"ray'.*lora_book\[scale\]"):
         runner.grid(ROW, ["lora"], [0], profile="smoke", folder=tmp_path, engine="ray", **SMALL)
-    with pytest.raises(lb.LoraBookError, match="pip install tensorboard"):
+    with pytest.raises(lb.LoraBookError, match=r"tensorboard'.*lora_book\[scale\]"):
         runner.run(ROW, "lora", profile="smoke", folder=tmp_path, tensorboard=tmp_path, **SMALL)
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 
 from .spectra import check_ready
@@ -24,9 +23,13 @@ from lora_book.core.errors import (
     check_choice,
     check_count,
     check_number,
+    extra,
 )
 from ..lab.models import logits
 from ..lab.training import to_device
+
+with extra("lab"):
+    from scipy import stats
 
 # %% ../../nbs/analysis/gen_gap.ipynb #c06
 def row_losses(scores: Tensor, labels: Tensor) -> Tensor:

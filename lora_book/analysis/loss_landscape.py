@@ -20,10 +20,8 @@ from html import escape
 from numbers import Real
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor, nn
 
 from lora_book.analysis.spectra import (
@@ -41,11 +39,16 @@ from lora_book.core.errors import (
     check_choice,
     check_count,
     check_number,
+    extra,
 )
 from ..lab.figures import PALETTE
 from ..core.hosts import sites
 from ..core.merging import merge, merged_bias, merged_weight, unmerge
 from ..core.saving import fingerprint
+
+with extra("lab"):
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
 
 # %% ../../nbs/analysis/loss_landscape.ipynb #c06
 def moved_weights(model: nn.Module, copy: bool = True) -> dict[str, Tensor]:

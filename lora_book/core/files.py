@@ -18,7 +18,7 @@ from .errors import BadType, BadValue
 try:
     import fcntl
 except ImportError:
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # %% ../../nbs/core/files.ipynb #c04
 class BadFile(BadValue, OSError):

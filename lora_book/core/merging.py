@@ -145,7 +145,7 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
     ]
     for name, _, weight, errors, _ in made:
         check_merged(name, weight, errors)
-    report = {}
+    report: dict[str, float] = {}
     for name, site, weight, errors, bias in made:
         site.kept = {"weight": site.weight.data} | (
             {} if bias is None else {"bias": site.bias.data}

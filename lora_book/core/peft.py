@@ -476,7 +476,7 @@ def lora_file(forms: dict, stabilised: bool) -> tuple[dict, dict]:
         "use_dora": any(form.g is not None for form in forms.values()),
         "init_lora_weights": True,
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, form in forms.items():
         tensors |= {
             f"{name}.lora_A.weight": form.A,

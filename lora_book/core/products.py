@@ -69,7 +69,7 @@ def summed(W: Tensor, blocks: list, factors: list) -> Tensor:
 class Given:
     "Arguments that are bound as they were given."
 
-    kwargs = {}
+    kwargs: dict = {}
 
     def __init__(self, args: tuple):
         self.args = args

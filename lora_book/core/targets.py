@@ -8,6 +8,7 @@ __all__ = ['FUSED', 'ENTRY', 'QUERY_VALUE', 'HEADS', 'Target', 'split_rows', 'en
 
 # %% ../../nbs/core/targets.ipynb #c02
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -278,7 +279,7 @@ def query_value(model: nn.Module) -> list[str]:
 
 # %% ../../nbs/core/targets.ipynb #c16
 def choose(
-    model: nn.Module, target_modules, head: list[str] = ()
+    model: nn.Module, target_modules, head: Sequence[str] = ()
 ) -> list[Target]:
     """The targets that `target_modules` stands for, in the model's order.
 
@@ -303,7 +304,7 @@ def choose(
     for name, target in merged.items():
         check_disjoint(name, target.views)
         check_runs(model, name)
-        if in_modules(name, head):
+        if in_modules(name, list(head)):
             raise BadValue(
                 f"{name!r} belongs to head={list(head)}, which trains in full;"
                 " it can't be a target too"
@@ -392,7 +393,8 @@ def exactly(model: nn.Module, names: list[str]) -> list[Target]:
     """The targets with just these public names (as `adapters` gives them), for
     reloading; raises UnknownName for a name that isn't there.
     """
-    modules, views = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    views: dict[str, dict] = {}
     for name in names:
         whole, rows = (name, None) if name in modules else split_rows(name)
         if whole not in modules:

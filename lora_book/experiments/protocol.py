@@ -9,9 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scipy import stats
 
-from ..core.errors import BadValue
+from ..core.errors import BadValue, extra
+
+with extra("lab"):
+    from scipy import stats
 
 # %% ../../nbs/experiments/protocol.ipynb #c26b
 RISK = 0.05

@@ -12,9 +12,8 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from scipy import stats
 
-from ..core.errors import BadValue
+from ..core.errors import BadValue, extra
 from ..lab.settings import load_settings
 from lora_book.experiments.rows import (
     Row,
@@ -27,6 +26,9 @@ from lora_book.experiments.rows import (
 from .runner import results
 from .tasks import WRITTEN
 from ..theory.tables import Cell, Table, table
+
+with extra("lab"):
+    from scipy import stats
 
 # %% ../../nbs/experiments/report.ipynb #c05
 PERCENT = (

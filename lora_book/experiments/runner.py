@@ -4,18 +4,16 @@
 __all__ = ['ALSO', 'WHOLE_MODEL', 'PARTS', 'BOOK', 'TRIES', 'ENGINES', 'run_name', 'Job', 'job', 'installed', 'at_hand',
            'missing', 'check_ready', 'Crew', 'adapted', 'schedule', 'train', 'trial', 'versions', 'machine',
            'forget_peak', 'peak', 'book_commit', 'digest', 'check_name', 'read_result', 'write_result', 'finished',
-           'results_folder', 'results', 'Busy', 'take', 'owned', 'owned_by_first', 'asked_to_stop', 'run', 'make',
-           'forget', 'watched', 'logged', 'jobs', 'attempt', 'in_turn', 'started', 'through_ray', 'of_worker', 'lost',
-           'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
+           'results_folder', 'results', 'Busy', 'take', 'owned_by_lock', 'owned', 'owned_by_first', 'asked_to_stop',
+           'run', 'make', 'forget', 'watched', 'logged', 'jobs', 'attempt', 'in_turn', 'started', 'through_ray',
+           'of_worker', 'lost', 'elsewhere', 'grid', 'stand_in_line', 'result_line', 'time_left']
 
 # %% ../../nbs/experiments/runner.ipynb #c04
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 import lora_book as lb
@@ -37,6 +36,8 @@ from lora_book.core.errors import (
     MissingFile,
     check_choice,
     check_count,
+    extra,
+    not_installed,
     unknown,
 )
 from ..lab.hub import reachable, switched_off
@@ -46,6 +47,12 @@ from ..lab.settings import load_settings, write_atomic
 from ..lab.training import Stopped, fit, recompute_activations
 from .rows import Row, row, settings
 from .tasks import prepare, task
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    fcntl = resource = None
 
 # %% ../../nbs/experiments/runner.ipynb #c06
 ALSO = {
@@ -121,8 +128,9 @@ def installed(package: str) -> bool:
 
 def at_hand(name: str) -> bool:
     "Whether a model of the hub is in the cache of this machine."
-    import timm
-    from huggingface_hub import try_to_load_from_cache
+    with extra("lab"):
+        import timm
+        from huggingface_hub import try_to_load_from_cache
 
     place = (
         timm.get_pretrained_cfg(name).hf_hub_id
@@ -134,7 +142,8 @@ def at_hand(name: str) -> bool:
 
 def missing(chosen: Job) -> list[str]:
     "What this machine lacks for a job at the paper's own scale."
-    from huggingface_hub import constants
+    with extra("lab"):
+        from huggingface_hub import constants
 
     lacks = [] if torch.cuda.is_available() else ["a CUDA device"]
     if switched_off() and not at_hand(chosen.settings["model"]):
@@ -185,7 +194,8 @@ class Crew:
     """
 
     def __init__(self, dtype: str = "float32"):
-        from accelerate import Accelerator
+        with extra("lab"):
+            from accelerate import Accelerator
 
         self.accelerator = Accelerator()
         self.mixed_precision = "bf16" if dtype == "bfloat16" else "no"
@@ -386,6 +396,10 @@ def peak() -> dict:
             if torch.cuda.is_available()
             else {}
         )
+    if resource is None:
+        with extra("lab"):
+            import psutil
+        return {"process": psutil.Process().memory_info().peak_wset}
     return {
         "process": (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -553,10 +567,34 @@ def take(path: Path) -> int:
             return handle
         os.close(handle)
 
+
+@contextmanager
+def owned_by_lock(path: Path) -> Iterator[None]:
+    "As `owned`, where the system has no flock: Busy without a number."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Busy(
+            f"{path.stem} is being run by another process; this one leaves it"
+            " alone"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
 # %% ../../nbs/experiments/runner.ipynb #c32b
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
     "This process owns the run inside the context."
+    if fcntl is None:
+        with owned_by_lock(path):
+            yield
+        return
     handle = take(path)
     try:
         yield
@@ -714,11 +752,9 @@ def logged(folder: Path | str, name: str) -> Iterator[Callable]:
     numbers for TensorBoard.
     """
     if not installed("tensorboard"):
-        raise MissingFile(
-            "logs for TensorBoard need the package tensorboard: pip install"
-            " tensorboard"
-        )
-    from torch.utils.tensorboard import SummaryWriter
+        raise not_installed("tensorboard", "scale")
+    with extra("scale"):
+        from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(Path(folder) / name)) as writer:
         done = set()
@@ -797,12 +833,11 @@ TRIES = 2
 
 
 def started() -> None:
-    "Start Ray, unless it runs; raises MissingFile without the package."
+    "Start Ray, unless it runs; raises MissingPackage without it."
     if not installed("ray"):
-        raise MissingFile(
-            "the engine ray needs the package ray: pip install ray"
-        )
-    import ray
+        raise not_installed("ray", "scale")
+    with extra("scale"):
+        import ray
 
     if not ray.is_initialized():
         ray.init(
@@ -822,7 +857,8 @@ def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
     is lost is begun once more, from its checkpoint, and then has failed.
     """
     started()
-    import ray
+    with extra("scale"):
+        import ray
 
     remote = ray.remote(
         num_cpus=1, num_gpus=int(torch.cuda.is_available()), max_retries=0
@@ -841,7 +877,8 @@ def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
 
 def of_worker(ready) -> tuple | None:
     "What a worker of Ray's has made; None if it was lost on the way."
-    import ray
+    with extra("scale"):
+        import ray
 
     try:
         return ray.get(ready)

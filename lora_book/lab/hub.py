@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..core.errors import BadValue, MissingFile
+from ..core.errors import BadValue, MissingFile, extra
 
 # %% ../../nbs/lab/hub.ipynb #c05
 def switched_off() -> bool:
@@ -70,8 +70,9 @@ def hub_access(kind: str, name: str, instead: str) -> Iterator:
     """Around a download: without network only cached files are tried, and a
     failure becomes the error of `cannot_fetch`.
     """
-    import datasets
-    from huggingface_hub import constants
+    with extra("lab"):
+        import datasets
+        from huggingface_hub import constants
 
     kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     away = any(kept) or switched_off() or not reachable(constants.ENDPOINT)
@@ -386,7 +387,8 @@ def hub_rows(name: str, limit: int | None = None, seed: int = 0) -> dict:
     """kind, classes, rows {split: (inputs, answers)}, source and license of a
     hub data set; MissingFile when it can't be fetched.
     """
-    import datasets
+    with extra("lab"):
+        import datasets
 
     short = short_name(name)
     keys = dict(HUB_DATA.get(short, {"path": name}))

@@ -33,6 +33,7 @@ from lora_book.core.errors import (
     check_choice,
     check_count,
     check_number,
+    extra,
     unknown,
 )
 from .hub import hub_access
@@ -120,11 +121,12 @@ def minilm(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
     """MiniLM as BertModel, or as a sequence classifier with a fresh head when
     n_classes is given.
     """
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        BertModel,
-    )
+    with extra("lab"):
+        from transformers import (
+            BertConfig,
+            BertForSequenceClassification,
+            BertModel,
+        )
 
     folder = minilm_folder()
     weights = tensors_in(verified(folder / "model.safetensors", MINILM_SHA256))
@@ -151,7 +153,8 @@ def small_vit(
     """timm's VisionTransformer for 28x28 grey images in 16 patches of 7x7,
     with fused qkv and Xavier weights.
     """
-    from timm.models.vision_transformer import VisionTransformer
+    with extra("lab"):
+        from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
         img_size=28,
@@ -360,11 +363,12 @@ def small_llama(n_classes: int | None = None) -> nn.Module:
     """transformers' Llama at width 64 for bytes: a generator, or a sequence
     classifier when n_classes is given.
     """
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        LlamaForSequenceClassification,
-    )
+    with extra("lab"):
+        from transformers import (
+            LlamaConfig,
+            LlamaForCausalLM,
+            LlamaForSequenceClassification,
+        )
 
     config = LlamaConfig(**LLAMA, num_labels=n_classes or 2)
     return (LlamaForSequenceClassification if n_classes else LlamaForCausalLM)(
@@ -466,10 +470,11 @@ def smollm2(n_classes: int | None, seed: int, dropout: float) -> nn.Module:
     """SmolLM2-135M-Instruct out of its optional wheel as a generator, or as a
     sequence classifier with a fresh head.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        LlamaForSequenceClassification,
-    )
+    with extra("lab"):
+        from transformers import (
+            AutoModelForCausalLM,
+            LlamaForSequenceClassification,
+        )
 
     folder = smollm2_folder()
     verified(folder / SMOLLM2, SMOLLM2_SHA256)
@@ -549,7 +554,8 @@ def tiny(name: str, n_classes: int | None, seed: int) -> nn.Module:
     """A random transformers model of width 32 and two layers; a sequence
     classifier when n_classes is given.
     """
-    import transformers
+    with extra("lab"):
+        import transformers
 
     family, plain, keys = TINY[name]
     ids = {
@@ -608,7 +614,8 @@ def is_timm(name: str) -> bool:
     """Whether timm knows a model of that name; a tag after a dot chooses among
     its weights.
     """
-    import timm
+    with extra("lab"):
+        import timm
 
     return timm.is_model(name.split(".")[0])
 
@@ -627,7 +634,8 @@ def hub_model(name: str, n_classes: int | None) -> nn.Module:
     """A transformers model from the hub in its published architecture, or a
     sequence classifier when n_classes is given.
     """
-    import transformers
+    with extra("lab"):
+        import transformers
 
     where = HUB_MODELS.get(name, name)
     if n_classes:
@@ -642,7 +650,8 @@ def fetched(name: str, n_classes: int | None, seed: int) -> nn.Module:
     """A model from the hub through timm or transformers, its new head drawn
     from `seed`; see load_model for the errors.
     """
-    import timm
+    with extra("lab"):
+        import timm
 
     image = is_image(name)
     heads = {"num_classes": n_classes} if n_classes else {}

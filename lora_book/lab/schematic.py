@@ -6,12 +6,14 @@ __all__ = ['SIZES', 'TRAINED', 'FROZEN', 'LETTER', 'GAP', 'size', 'words', 'insi
 # %% ../../nbs/lab/schematic.ipynb #c03
 import re
 
-import matplotlib.pyplot as plt
-from matplotlib.patches import Polygon, Rectangle
 
-from ..core.errors import BadValue
+from ..core.errors import BadValue, extra
 from ..core.method import Method, Part
 from .figures import INK, PALETTE
+
+with extra("lab"):
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Polygon, Rectangle
 
 # %% ../../nbs/lab/schematic.ipynb #c04
 SIZES = {"n": 1.15, "m": 1.5, "r": 0.34, "1": 0.11}

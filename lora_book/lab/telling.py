@@ -7,8 +7,11 @@ __all__ = ['spread', 'say', 'table']
 import statistics
 from collections.abc import Iterable, Mapping
 
-import pandas as pd
-from IPython.display import Markdown
+from ..core.errors import extra
+
+with extra("lab"):
+    import pandas as pd
+    from IPython.display import Markdown
 
 # %% ../../nbs/lab/telling.ipynb #c04
 def spread(values: Iterable[float], digits: int = 3) -> str:

@@ -40,6 +40,7 @@ from lora_book.core.errors import (
     check_choice,
     check_count,
     check_number,
+    extra,
 )
 from ..core.hosts import adapters, sites
 from .models import logits
@@ -742,8 +743,9 @@ def recompute_activations(model: nn.Module) -> nn.Module:
     are computed again in backward instead of kept. Raises BadType for a model
     of neither.
     """
-    import timm
-    import transformers
+    with extra("lab"):
+        import timm
+        import transformers
 
     if isinstance(model, transformers.PreTrainedModel):
         model.gradient_checkpointing_enable({"use_reentrant": False})

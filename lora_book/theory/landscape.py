@@ -13,9 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
-from ..core.errors import BadType, BadValue, check_count, check_number
+from lora_book.core.errors import (
+    BadType,
+    BadValue,
+    check_count,
+    check_number,
+    extra,
+)
+
+with extra("lab"):
+    from scipy.optimize import minimize
 
 # %% ../../nbs/theory/landscape.ipynb #c04
 def _matrix(kind: str, value: object, dims: int = 2) -> None:
