@@ -16,12 +16,12 @@ from torch import nn
 import lora_book as lb
 from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import record_of
-from lora_book.core.hosts import adapters, sites
+from lora_book.core.hosts import adapted_blocks, adapters, sites
 from lora_book.core.laws import randomise
 from lora_book.core.products import count_flops, low_rank_linear, nudged_linear
 from lora_book.present import mgpo as chapter
 from lora_book.present import sharpness
-from lora_book.present.mgpo import Ggpo, Mgpo, adapted_blocks, gradients, momenta, row_norms, square
+from lora_book.present.mgpo import Ggpo, Mgpo, gradients, momenta, row_norms, square
 from lora_book.present.sharpness import Sam
 from lora_book.registry import STEPS
 

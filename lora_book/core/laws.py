@@ -279,9 +279,7 @@ def other_rows_rest(case: Case) -> None:
     inside = torch.zeros(n_all, dtype=torch.bool)
     for block in blocks_of(model):
         inside[block.rows or slice(None)] = True
-    logical = [
-        t.t() if model.layer.transposed else t for t in (stored, before)
-    ]
+    logical = [model.layer.logical(t) for t in (stored, before)]
     demand(
         torch.equal(logical[0][~inside], logical[1][~inside]),
         6,

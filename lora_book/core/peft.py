@@ -4,13 +4,13 @@
 __all__ = ['TOLERANCE', 'TASKS', 'LETTER', 'TAME', 'PATIENCE', 'SEARCH', 'PREFIX', 'CONFIG', 'WEIGHTS', 'ASIDE', 'KEY', 'KINDS',
            'READ', 'SILENT', 'STARTS_AT_BASE', 'TYPES', 'NUMBERS', 'LARGEST', 'LoraForm', 'VeraForm', 'split',
            'compressed', 'one_product', 'form_of', 'lengths', 'stacked', 'layer_form', 'exact_names', 'task_of',
-           'common', 'searched', 'matches', 'pattern', 'values_by', 'fitting', 'tidy', 'is_stabilised', 'lora_file',
-           'vera_file', 'outermost', 'check_own', 'heads_of', 'head_tensors', 'exported', 'within', 'check_expressible',
-           'header_of', 'told', 'telling', 'told_in', 'settle', 'replace_pair', 'write', 'file_content', 'to_peft',
-           'check_settings', 'is_text', 'are_texts', 'is_index', 'stamps', 'content', 'read_pair', 'parsed',
-           'warn_of_changes', 'read_peft', 'by_layer', 'shared_projections', 'named_by', 'layer_numbers', 'targeted',
-           'check_targets', 'check_base_tensors', 'head_numbers', 'sizes', 'own_sizes', 'method_of', 'check_range',
-           'from_peft']
+           'settings_of_hosts', 'common', 'searched', 'matches', 'pattern', 'values_by', 'fitting', 'tidy',
+           'is_stabilised', 'lora_file', 'vera_file', 'outermost', 'check_own', 'heads_of', 'head_tensors', 'exported',
+           'within', 'check_expressible', 'header_of', 'told', 'telling', 'told_in', 'settle', 'replace_pair', 'write',
+           'file_content', 'to_peft', 'check_settings', 'is_text', 'are_texts', 'is_index', 'stamps', 'content',
+           'read_pair', 'parsed', 'warn_of_changes', 'read_peft', 'by_layer', 'shared_projections', 'named_by',
+           'layer_numbers', 'targeted', 'check_targets', 'check_base_tensors', 'head_numbers', 'sizes', 'own_sizes',
+           'method_of', 'check_range', 'from_peft']
 
 # %% ../../nbs/core/peft.ipynb #c03
 import io
@@ -298,6 +298,15 @@ TASKS = (
 )
 
 
+def settings_of_hosts(layers: list[Site]) -> dict:
+    """What the layers' hosts tell PEFT. A switch is on where it is on for all:
+    PEFT turns it off itself, layer by layer.
+    """
+    told = [site.host.peft for site in layers]
+    keys = dict.fromkeys(key for own in told for key in own)
+    return {key: all(own.get(key) for own in told) for key in keys}
+
+
 def common(
     model: nn.Module,
     peft_type: str,
@@ -323,8 +332,7 @@ def common(
         "bias": "none",
         "target_modules": exact_names(model, names),
         "modules_to_save": heads or None,
-        "fan_in_fan_out": all(modules[name].transposed for name in names),
-    }
+    } | settings_of_hosts([modules[name] for name in names])
 
 # %% ../../nbs/core/peft.ipynb #c22x
 LETTER = r"(?:[\w|.-]|\\[^\w\s])(?![*+?{])"

@@ -37,7 +37,7 @@ from lora_book.core.files import (
     locked,
     write_atomic,
 )
-from .hosts import Site, adapters, sites
+from .hosts import Site, adapters, inside, sites
 from .targets import in_modules
 
 # %% ../../nbs/core/saving.ipynb #c04
@@ -136,8 +136,7 @@ def is_adapted(model: nn.Module) -> bool:
 def is_adapters(name: str, model: nn.Module) -> bool:
     "Whether a parameter's name lies inside a site's adapters."
     return any(
-        name.startswith(f"{site}.adapters.".lstrip("."))
-        for site, _ in sites(model)
+        name.startswith(inside(site, "adapters.")) for site, _ in sites(model)
     )
 
 

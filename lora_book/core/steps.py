@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
 from .adapting import enabled_record, root_of
 from .errors import BadType, BadValue, check_number
 from .hosts import adapters, sites
@@ -101,39 +100,38 @@ def train_step(
     loss_fn() -> scalar loss, called once per gradient (once for plain steps
     and MGPO, twice for SAM). backward(loss) replaces `loss.backward()`
     (Accelerate's goes here). max_grad_norm clips the gradient's norm before
-    the optimizer steps. Afterwards gradients are zeroed, and a chain with
-    `reset_every` advances when its steps are done. Raises BadValue on a plain,
+    the optimizer steps. Afterwards gradients are zeroed, and adapters that
+    say they are due open their next link. Raises BadValue on a plain,
     disabled or merged model and for a loss that isn't one number or doesn't
     depend on what is trained, BadType for what isn't an optimizer or a loss. A
     step that raises leaves no gradient behind.
     """
-    record = enabled_record(model)
+    record, root = enabled_record(model), root_of(model)
     check_step(record, optimizer, loss_fn, max_grad_norm)
-    run = functools.partial(one_gradient, model, record, loss_fn, backward)
+    run = functools.partial(one_gradient, root, record, loss_fn, backward)
     try:
-        loss = record.step(root_of(model), optimizer, run, max_grad_norm)
+        loss = record.step(root, optimizer, run, max_grad_norm)
     except BaseException:
         optimizer.zero_grad()
         raise
     record.steps += 1
-    record.method.after(adapters(model), record.steps)
+    found = adapters(root)
+    record.method.after(found, record.steps)
     optimizer.zero_grad()
-    if (
-        reset_every := record.config["options"].get("reset_every")
-    ) and record.steps % reset_every == 0:
-        advance_if_links_left(model, optimizer)
+    if any(adapter.due(record.steps) for adapter in found.values()):
+        advance_if_links_left(root, optimizer)
     return loss
 
 # %% ../../nbs/core/steps.ipynb #c07
 def one_gradient(
-    model: nn.Module, record, loss_fn: Callable, backward: Callable | None
+    root: nn.Module, record, loss_fn: Callable, backward: Callable | None
 ) -> Tensor:
     """Compute the loss once, add the method's penalty, run backward once;
     returns the detached loss without the penalty.
     """
     loss = loss_fn()
     check_loss(loss)
-    extra = record.method.penalty(adapters(model))
+    extra = record.method.penalty(adapters(root))
     total = loss if extra is None else loss + extra
     total.backward() if backward is None else backward(total)
     return loss.detach()
@@ -190,11 +188,12 @@ def advance(
     names of methods that have links, for the message.
     """
     check_links(model, optimizer, chains)
-    found = adapters(model)
+    root = root_of(model)
+    found = adapters(root)
     with torch.inference_mode(False):
         for adapter in found.values():
             adapter.advance()
-    for _, site in sites(model):
+    for _, site in sites(root):
         site.forgets()
         site.resting_weight()
     for p in (p for adapter in found.values() for p in adapter.parameters()):
@@ -212,7 +211,7 @@ def check_links(
     """Raise unless every chain in the model may open another link; see
     `advance`.
     """
-    record, found = enabled_record(model), adapters(model)
+    record, found = enabled_record(model), adapters(root_of(model))
     if record.merged:
         raise BadValue("the model is merged; unmerge it before advancing")
     if optimizer is not None and not isinstance(
@@ -222,17 +221,17 @@ def check_links(
             "advance takes a torch optimizer or None, not a"
             f" {type(optimizer).__name__}"
         )
-    without = Adapter.check_advance
-    if not found or any(
-        type(a).check_advance is without for a in found.values()
-    ):
+    try:
+        if not found:
+            raise BadType("nothing is adapted")
+        for adapter in found.values():
+            adapter.check_advance()
+    except BadType as error:
         have = ", ".join(map(repr, chains))
         raise BadType(
             f"{record.method_id!r} has no links to advance"
             f"{f'; methods that have: {have}' if have else ''}"
-        )
-    for adapter in found.values():
-        adapter.check_advance()
+        ) from error
 
 
 def advance_if_links_left(

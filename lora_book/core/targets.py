@@ -20,10 +20,12 @@ from lora_book.core.errors import (
     unknown,
 )
 from lora_book.core.hosts import (
+    Host,
     View,
     check_site_is_plain,
+    host_of,
+    inside,
     is_linear,
-    is_transposed,
     not_linear,
     out_features,
     site_name,
@@ -42,9 +44,7 @@ class Target:
 
     def sites(self) -> list[str]:
         "The public names of the target's adapters."
-        return [
-            site_name(self.name, key, view) for key, view in self.views.items()
-        ]
+        return [site_name(self.name, view) for view in self.views.values()]
 
 # %% ../../nbs/core/targets.ipynb #c06
 FUSED = "qkv"
@@ -85,17 +85,16 @@ def ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 # %% ../../nbs/core/targets.ipynb #c07
-def parse_rows(text: str, n: int, transposed: bool, entry: str) -> list[View]:
+def parse_rows(text: str, n: int, host: Host, entry: str) -> list[View]:
     """The views that the part in brackets stands for: `q,v` blocks of a fused
     projection, `a:b` rows; n rows in all.
     """
     return [
-        parse_view(part.strip(), n, transposed, entry)
-        for part in text.split(",")
+        parse_view(part.strip(), n, host, entry) for part in text.split(",")
     ]
 
 
-def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
+def parse_view(part: str, n: int, host: Host, entry: str) -> View:
     "One view: a block named q, k or v, or rows a:b."
     if part in tuple(FUSED):
         if n % 3:
@@ -104,7 +103,7 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
                 " k, v"
             )
         at = FUSED.index(part) * (n // 3)
-        return View((at, at + n // 3), transposed, part)
+        return View((at, at + n // 3), host, part)
     match = re.fullmatch(r"(\d+):(\d+)", part)
     if not match:
         raise BadValue(
@@ -114,7 +113,7 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
     start, stop = map(int, match.groups())
     if not start < stop <= n:
         raise BadValue(f"{entry!r}: rows {part} don't lie within 0:{n}")
-    return View((start, stop), transposed, part)
+    return View((start, stop), host, part)
 
 # %% ../../nbs/core/targets.ipynb #c08
 def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
@@ -122,10 +121,8 @@ def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
     view a part in brackets.
     """
     if rows is None:
-        return {"all": View(None, is_transposed(module), "")}
-    views = parse_rows(
-        rows, out_features(module), is_transposed(module), entry
-    )
+        return {"all": View(None, host_of(module), "")}
+    views = parse_rows(rows, out_features(module), host_of(module), entry)
     return joined({}, {view.label: view for view in views}, module)
 
 
@@ -423,7 +420,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
             if p is not None:
-                found.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
+                found.setdefault(id(p), []).append(inside(name, key))
     return found
 
 
