@@ -38,16 +38,16 @@ from lora_book.core.hosts import (
     check_no_other_adapters,
     check_widens,
     fusing,
-    held,
+    holding,
     hold,
-    inside,
+    path_of,
     install,
     is_lazy,
     narrow,
     release,
     shown_types,
     sites,
-    switched_off,
+    sites_off,
     uninstall,
     untrainable,
     widen,
@@ -544,7 +544,7 @@ def check_something(
             f"{method_id!r} would train nothing: name target_modules= or head="
         )
     check_parameters(
-        model, [*in_place, *(inside(t.name, "weight") for t in chosen)]
+        model, [*in_place, *(path_of(t.name, "weight") for t in chosen)]
     )
     named = dict(model.named_parameters(remove_duplicate=False))
     check_widens(model, {name: named[name] for name in in_place})
@@ -653,9 +653,9 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
     """{name: buffer} for the buffers of a state dict that belong to no site's
     adapters.
     """
-    ours = tuple(inside(name, "adapters.") for name, _ in sites(model))
+    ours = tuple(path_of(name, "adapters.") for name, _ in sites(model))
     found = (
-        (inside(name, key), b)
+        (path_of(name, key), b)
         for name, m in model.named_modules()
         for key, b in m._buffers.items()
         if b is not None and key not in m._non_persistent_buffers_set
@@ -729,7 +729,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     record, before = record_of(model), record_of(model).disabled
     swapped = [(p, p.data, base) for p, base in base_parameters(model)]
-    with switched_off(model), base_buffers(root_of(model), record.buffers):
+    with sites_off(model), base_buffers(root_of(model), record.buffers):
         try:
             record.disabled = True
             for p, _, base in swapped:
@@ -800,7 +800,7 @@ def strip(model: nn.Module) -> None:
     for _, site in list(sites(model)):
         uninstall(site)
     narrow(root)
-    for module in held(model):
+    for module in holding(model):
         release(module)
     for guard in record.guards:
         guard.remove()

@@ -5,10 +5,11 @@ __all__ = ['ALL_HOSTS', 'LINEAR', 'EXTRA', 'NUMBERS', 'stored_by_outputs', 'stor
            'host_named', 'host_of', 'View', 'Placed', 'packed', 'unpacked', 'as_text', 'as_number', 'AdapterSet',
            'differs', 'check_loadable', 'Site', 'make_resting', 'in_autocast', 'site_class', 'blank_site', 'is_lazy',
            'title', 'untrainable', 'not_linear', 'recomputed', 'is_linear', 'is_transposed', 'out_features',
-           'peft_class', 'other_adapters', 'install', 'uninstall', 'stay_called', 'hold', 'release', 'fusing', 'held',
-           'Places', 'walked', 'sites', 'inside', 'site_name', 'adapted_blocks', 'adapters', 'switched_off',
-           'show_base', 'check_site_is_plain', 'check_no_other_adapters', 'Shown', 'InPlace', 'Made', 'in_place_class',
-           'made_type', 'retype', 'reads_weights_itself', 'check_widens', 'widen', 'shown_types', 'narrow']
+           'peft_layer_class', 'other_adapters', 'install', 'uninstall', 'stay_called', 'hold', 'release', 'fusing',
+           'holding', 'Places', 'walked', 'sites', 'path_of', 'site_name', 'adapted_blocks', 'adapters', 'sites_off',
+           'show_base', 'check_site_is_plain', 'check_no_other_adapters', 'Shown', 'InPlace', 'Remade',
+           'in_place_class', 'made_type', 'retype', 'reads_weights_itself', 'check_widens', 'widen', 'shown_types',
+           'narrow']
 
 # %% ../../nbs/core/hosts.ipynb #c02
 import copyreg
@@ -497,7 +498,7 @@ def out_features(module: nn.Module) -> int:
     return len(host_of(module).logical(module.weight))
 
 
-def peft_class() -> type | None:
+def peft_layer_class() -> type | None:
     """The class of PEFT's adapted layers, if PEFT was imported; None
     otherwise.
     """
@@ -509,7 +510,7 @@ def other_adapters(model: nn.Module) -> dict[str, nn.Module]:
     """{name: module} for the layers of the model that another library has
     adapted: PEFT's, and any that holds a lora_A and a lora_B.
     """
-    kind, factors = peft_class(), {"lora_A", "lora_B"}
+    kind, factors = peft_layer_class(), {"lora_A", "lora_B"}
     return {
         name: m
         for name, m in model.named_modules()
@@ -586,7 +587,7 @@ def fusing(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def held(model: nn.Module) -> list[nn.Module]:
+def holding(model: nn.Module) -> list[nn.Module]:
     "The modules that `hold` is on."
     return [
         m
@@ -657,7 +658,7 @@ def sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     return record.places.found()
 
 
-def inside(name: str, key: str) -> str:
+def path_of(name: str, key: str) -> str:
     "The name of a module's own `key`, where the module may be the model."
     return f"{name}.{key}" if name else key
 
@@ -688,7 +689,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 # %% ../../nbs/core/hosts.ipynb #c21
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
+def sites_off(model: nn.Module) -> Iterator[None]:
     """Within the context every site computes with its base weight, also while
     merged; afterwards all is as before.
     """
@@ -701,11 +702,11 @@ def switched_off(model: nn.Module) -> Iterator[None]:
         )
         for _, site in sites(model)
     ]
-    holding = held(model)
+    called = holding(model)
     try:
         for site, *_ in touched:
             show_base(site)
-        for module in holding:
+        for module in called:
             release(module)
         yield
     finally:
@@ -713,7 +714,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             site.switched_on, site.weight.data = on, weight
             if bias is not None:
                 site.bias.data = bias
-        for module in holding:
+        for module in called:
             hold(module)
 
 # %% ../../nbs/core/hosts.ipynb #c22
@@ -781,7 +782,7 @@ class InPlace:
         )
 
 # %% ../../nbs/core/hosts.ipynb #c26
-class Made(type):
+class Remade(type):
     "The type of the classes of `in_place_class`: pickled by their origin."
 
 
@@ -798,8 +799,8 @@ def in_place_class(base: type, names: tuple[str, ...]) -> type:
 
 @functools.cache
 def made_type(kind: type) -> type:
-    "`Made`, as a subclass of the base's own type of classes."
-    made = Made if kind is type else type("Made", (Made, kind), {})
+    "`Remade`, as a subclass of the base's own type of classes."
+    made = Remade if kind is type else type("Remade", (Remade, kind), {})
     copyreg.pickle(made, lambda cls: (in_place_class, cls.made_of))
     return made
 

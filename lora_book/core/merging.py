@@ -19,7 +19,7 @@ from lora_book.core.adapting import (
     strip,
 )
 from .errors import BadValue
-from .hosts import Site, inside, site_name, sites
+from .hosts import Site, path_of, site_name, sites
 from .targets import owners
 
 # %% ../../nbs/core/merging.ipynb #c04
@@ -105,7 +105,7 @@ def check_untied(model: nn.Module) -> None:
         others = [
             other
             for other in held[id(site._parameters["weight"])]
-            if other != inside(name, "weight")
+            if other != path_of(name, "weight")
         ]
         if others:
             raise BadValue(

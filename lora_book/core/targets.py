@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'ENTRY', 'QUERY_VALUE', 'HEADS', 'Target', 'split_rows', 'ends_with', 'parse_rows', 'parse_view', 'views_of',
-           'joined', 'check_disjoint', 'linear_names', 'modules_matching', 'almost_linear', 'choose_entry',
+           'with_views', 'check_disjoint', 'linear_names', 'modules_matching', 'almost_linear', 'choose_entry',
            'check_runs', 'head_names', 'in_modules', 'query_value', 'choose', 'entries', 'all_linear', 'runs',
            'by_expression', 'exactly', 'tied_names', 'owners', 'own_linear']
 
@@ -24,7 +24,7 @@ from lora_book.core.hosts import (
     View,
     check_site_is_plain,
     host_of,
-    inside,
+    path_of,
     is_linear,
     not_linear,
     out_features,
@@ -123,10 +123,10 @@ def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
     if rows is None:
         return {"all": View(None, host_of(module), "")}
     views = parse_rows(rows, out_features(module), host_of(module), entry)
-    return joined({}, {view.label: view for view in views}, module)
+    return with_views({}, {view.label: view for view in views}, module)
 
 
-def joined(known: dict, new: dict, module: nn.Module) -> dict:
+def with_views(known: dict, new: dict, module: nn.Module) -> dict:
     "`known` views and those `new` ones that stand for other rows than these."
     whole, found = (0, out_features(module)), dict(known)
     rows = {view.rows or whole for view in known.values()}
@@ -295,7 +295,7 @@ def choose(
         merged[target.name] = Target(
             target.name,
             target.module,
-            joined(known.views, target.views, target.module),
+            with_views(known.views, target.views, target.module),
         )
     for name, target in merged.items():
         check_disjoint(name, target.views)
@@ -420,7 +420,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
             if p is not None:
-                found.setdefault(id(p), []).append(inside(name, key))
+                found.setdefault(id(p), []).append(path_of(name, key))
     return found
 
 
