@@ -146,9 +146,9 @@ def test_norm_is_rho_over_the_smoothed_gradient_norm_capped(seed, rho, ema, sign
     optimizer, loss, level = adam(model), problem(model, seed), {}
     for _ in range(4):
         v = {
-            name: a.tangent(M).detach()
-            for name, a in adapters(model).items()
-            if (M := momenta(a, optimizer))
+            name: b.adapter.tangent(M, b.W0).detach()
+            for name, b in adapted_blocks(model).items()
+            if (M := momenta(b.adapter, optimizer))
         }
         caught = seen(model, optimizer, lambda: scale * loss())
         for name in adapters(model):
