@@ -285,7 +285,7 @@ def advance(
     change. See `core.steps.advance`, whose errors gain the names of the
     methods that have links.
     """
-    return steps.advance(model, optimizer, chains())
+    return steps.open_links(model, optimizer, chains())
 
 # %% ../nbs/registry.ipynb #c18
 def plan_of_description(model: nn.Module, description: dict) -> Plan:
@@ -326,7 +326,7 @@ def load(model: nn.Module, path) -> nn.Module:
     files, another architecture or base, NaN, or an adapted model.
     """
     with torch.inference_mode(False):
-        return saving.load(model, path, plan_of_description, commit)
+        return saving.load_by(model, path, plan_of_description, commit)
 
 
 def from_peft(model: nn.Module, path) -> nn.Module:
@@ -338,4 +338,4 @@ def from_peft(model: nn.Module, path) -> nn.Module:
     an adapted model.
     """
     with torch.inference_mode(False):
-        return peft.from_peft(model, path, make_plan)
+        return peft.from_peft_by(model, path, make_plan)

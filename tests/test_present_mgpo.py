@@ -16,12 +16,12 @@ from torch import nn
 import lora_book as lb
 from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import record_of
-from lora_book.core.hosts import adapters, sites
+from lora_book.core.hosts import adapted_blocks, adapters, sites
 from lora_book.core.laws import randomise
 from lora_book.core.products import count_flops, low_rank_linear, nudged_linear
 from lora_book.present import mgpo as chapter
 from lora_book.present import sharpness
-from lora_book.present.mgpo import Ggpo, Mgpo, adapted_blocks, gradients, momenta, row_norms, square
+from lora_book.present.mgpo import Ggpo, Mgpo, gradients, momenta, row_norms, square
 from lora_book.present.sharpness import Sam
 from lora_book.registry import STEPS
 
@@ -146,9 +146,9 @@ def test_norm_is_rho_over_the_smoothed_gradient_norm_capped(seed, rho, ema, sign
     optimizer, loss, level = adam(model), problem(model, seed), {}
     for _ in range(4):
         v = {
-            name: a.tangent(M).detach()
-            for name, a in adapters(model).items()
-            if (M := momenta(a, optimizer))
+            name: b.adapter.tangent(M, b.W0).detach()
+            for name, b in adapted_blocks(model).items()
+            if (M := momenta(b.adapter, optimizer))
         }
         caught = seen(model, optimizer, lambda: scale * loss())
         for name in adapters(model):

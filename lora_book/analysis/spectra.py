@@ -32,10 +32,9 @@ from lora_book.core.errors import (
 )
 from lora_book.core.hosts import (
     Site,
+    adapted_blocks,
     is_linear,
     is_transposed,
-    site_name,
-    sites,
 )
 from ..core.merging import merged_weight
 from ..lab.settings import write_atomic
@@ -210,14 +209,11 @@ def adapted_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     record_of(model)
     with torch.no_grad():
         return {
-            site_name(name, key, view): (
+            name: (
                 W0 := widened(block.W0.detach()),
                 W0 + block.adapter.delta(block.W0),
             )
-            for name, site in sites(model)
-            for block, (key, view) in zip(
-                site.blocks(), site.views.items(), strict=True
-            )
+            for name, block in adapted_blocks(model).items()
         }
 
 # %% ../../nbs/analysis/spectra.ipynb #c10

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['declared', 'COMMON', 'wide', 'widened', 'keep_wide', 'Options', 'check_declared_once', 'Adapter', 'named_starts',
            'derivatives', 'Block', 'default_product', 'add_to_rows', 'effective_product', 'Nudge', 'nudged_product',
-           'site_seed', 'generator', 'StoredRank', 'check_low_rank', 'LowRank', 'shifted']
+           'site_seed', 'generator', 'StoredRank', 'check_low_rank', 'LowRank', 'is_dense', 'shifts']
 
 # %% ../../nbs/core/adapter.ipynb #c03
 import hashlib
@@ -245,6 +245,12 @@ class Adapter(nn.Module, metaclass=ABCMeta):
         """
         return nudged_product(cls.product(x, W, bias, blocks), x, blocks)
 
+    def moves_along(self, nudge: "Nudge", W0: Tensor) -> list:
+        """What `nudged` needs of a nudge, as tensors that don't change while
+        it's on: here the products (A_j, B_j) of ε; A_j None is the identity.
+        """
+        return nudge.products(self, W0)
+
     # Links: only chains have any
 
     def check_advance(self) -> None:
@@ -253,6 +259,10 @@ class Adapter(nn.Module, metaclass=ABCMeta):
 
     def has_next(self) -> bool:
         "Whether another link may follow."
+        return False
+
+    def due(self, steps: int) -> bool:
+        "Whether, after so many steps of training, the next link is due."
         return False
 
     # How the tensors are kept
@@ -389,32 +399,44 @@ def effective_product(
 @dataclass
 class Nudge:
     """ε (n, m), by which a step moves one weight while it takes a gradient:
-    size·tangent(M) for M a dict, size·M for M a tensor (n, m).
+    size·tangent(M) for M a dict, size·M for M a tensor (n, m). `ready` is what
+    the layer's passes use of it, made once (`prepare`).
     """
 
     M: dict | Tensor
     size: Tensor
+    ready: list | None = None
 
-    def pieces(self, block: Block) -> list:
-        """The ε of a block as detached products [(A_j, B_j)], ε = Σ_j B_j A_j;
-        A_j None is the identity.
+    def products(self, adapter: Adapter, W0: Tensor) -> list:
+        """ε of an adapter's weight as detached products [(A_j, B_j)], ε =
+        Σ_j B_j A_j; A_j None is the identity.
         """
         if isinstance(self.M, Tensor):
             return [(None, self.size * self.M)]
         return [
-            (A, self.size * s * B)
-            for A, B, s in block.adapter.direction(self.M, block.W0)
+            (A, self.size * s * B) for A, B, s in adapter.direction(self.M, W0)
         ]
+
+    def pieces(self, block: Block) -> list:
+        "`products` of a block's weight."
+        return self.products(block.adapter, block.W0)
+
+    @torch.no_grad()
+    def prepare(self, block: Block) -> list:
+        "Make `ready`, unless it's made: the parameters don't move meanwhile."
+        if self.ready is None:
+            self.ready = block.adapter.moves_along(self, block.W0)
+        return self.ready
 
 
 def nudged_product(y: Tensor, x: Tensor, blocks: list) -> Tensor:
     """y (..., n), a layer's output for x, with x εᵀ added for every block that
-    has a nudge.
+    has a nudge made of products.
     """
     for block in (
         block for block in blocks if block.adapter.nudge is not None
     ):
-        for A, B in block.adapter.nudge.pieces(block):
+        for A, B in block.adapter.nudge.prepare(block):
             u = x if A is None else F.linear(x, A.to(x.dtype))
             y = add_to_rows(y, block.rows, F.linear(u, B.to(x.dtype)))
     return y
@@ -540,7 +562,7 @@ class LowRank(Adapter):
         """
         terms = self.moving()
         found = derivatives(
-            lambda: [t for A, B, _ in terms for t in (A, B)],
+            lambda: [t for A, B, _ in self.moving() for t in (A, B)],
             self.trained(),
             M,
         )
@@ -560,6 +582,20 @@ class LowRank(Adapter):
             ]
         return pieces
 
+    def moves_along(self, nudge: Nudge, W0: Tensor) -> list:
+        """(E_A, E_B), the nudge's moves of the factors of each product that
+        trains, 0 for one that has none; products for a whole matrix.
+        """
+        if is_dense(nudge):
+            return nudge.products(self, W0)
+        return [
+            tuple(
+                torch.zeros_like(P) if dP is None else nudge.size * dP
+                for P, dP in ((A, dA), (B, dB))
+            )
+            for A, B, _, dA, dB in self.moves(nudge.M)
+        ]
+
     @classmethod
     def nudged(
         cls, x: Tensor, W: Tensor, bias: Tensor | None, blocks: list
@@ -568,13 +604,14 @@ class LowRank(Adapter):
         (@eq-products-nudged); where one factor trains, it is moved itself. A
         nudge that is a whole matrix takes the general way.
         """
-        nudges = [b.adapter.nudge for b in blocks]
-        if any(n is not None and isinstance(n.M, Tensor) for n in nudges):
-            return super().nudged(x, W, bias, blocks)
+        if any(is_dense(block.adapter.nudge) for block in blocks):
+            return nudged_product(cls.product(x, W, bias, blocks), x, blocks)
         terms = [
-            (block.rows, *term)
+            (block.rows, *term, *move)
             for block in blocks
-            for term in shifted(block.adapter)
+            for term, move in zip(
+                block.adapter.moving(), shifts(block), strict=True
+            )
         ]
         if all(A.requires_grad != B.requires_grad for _, A, B, *_ in terms):
             moved = [
@@ -584,19 +621,15 @@ class LowRank(Adapter):
         return nudged_linear(x, W, bias, terms)
 
 
-def shifted(adapter: LowRank) -> list:
-    """The products that train as (A, B, s, E_A, E_B) of @eq-products-nudged:
-    the nudge's moves of the factors, 0 for one that has none.
-    """
-    nudge = adapter.nudge
-    size, M = (0, {}) if nudge is None else (nudge.size, nudge.M)
-    return [
-        (
-            A,
-            B,
-            s,
-            torch.zeros_like(A) if dA is None else size * dA,
-            torch.zeros_like(B) if dB is None else size * dB,
-        )
-        for A, B, s, dA, dB in adapter.moves(M)
-    ]
+def is_dense(nudge: Nudge | None) -> bool:
+    "Whether a nudge is given as a matrix, not as a move of parameters."
+    return nudge is not None and isinstance(nudge.M, Tensor)
+
+
+def shifts(block: Block) -> list:
+    "(E_A, E_B) of @eq-products-nudged for each product that trains."
+    adapter = block.adapter
+    if adapter.nudge is not None:
+        return adapter.nudge.prepare(block)
+    zero = torch.zeros_like
+    return [(zero(A), zero(B)) for A, B, _ in adapter.moving()]

@@ -75,6 +75,11 @@ class Chain(LowRank):
         "Whether another link may follow."
         return self.chain_length is None or self.done + 1 < self.chain_length
 
+    def due(self, steps: int) -> bool:
+        "Whether `reset_every` divides the number of steps."
+        every = self.options.reset_every
+        return every is not None and steps % every == 0
+
     def check_advance(self) -> None:
         "Raise BadValue if the chain has reached its length."
         if not self.has_next():

@@ -19,7 +19,7 @@ from lora_book.core.adapting import (
     strip,
 )
 from .errors import BadValue
-from .hosts import Site, site_name, sites
+from .hosts import Site, path_of, site_name, sites
 from .targets import owners
 
 # %% ../../nbs/core/merging.ipynb #c04
@@ -105,7 +105,7 @@ def check_untied(model: nn.Module) -> None:
         others = [
             other
             for other in held[id(site._parameters["weight"])]
-            if other != f"{name}.weight".lstrip(".")
+            if other != path_of(name, "weight")
         ]
         if others:
             raise BadValue(
@@ -155,7 +155,7 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, float]:
             site.bias.data = bias
         site.forgets()
         report |= {
-            site_name(name, key, site.views[key]): error
+            site_name(name, site.views[key]): error
             for key, error in errors.items()
         }
     record.merged = True

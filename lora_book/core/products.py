@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['flat', 'rows_of', 'product', 'add_product', 'copy_pays', 'summed', 'Given', 'ByPlace', 'Product', 'low_rank_output',
-           'LowRankProduct', 'pulled', 'low_rank_input_grad', 'factor_grads', 'applied', 'low_rank_linear', 'patched',
+           'LowRankProduct', 'pulled', 'low_rank_input_grad', 'low_rank_grads', 'applied', 'low_rank_linear', 'patched',
            'ColumnProduct', 'column_input_grad', 'column_linear', 'saved_bytes', 'addmm_flops', 'count_flops', 'Alive',
            'peak_bytes', 'NudgedProduct', 'nudged_linear']
 
@@ -151,7 +151,7 @@ class LowRankProduct(Product):
             if any(needs[5::2]) or needs[0] and not ctx.copy
             else GU
         )
-        grads = factor_grads(G, X, ctx.blocks, Vs, us, needs[5:])
+        grads = low_rank_grads(G, X, ctx.blocks, Vs, us, needs[5:])
         GX = (
             low_rank_input_grad(G, W, ctx.blocks, factors, Vs, ctx.copy)
             if needs[0]
@@ -193,7 +193,7 @@ def low_rank_input_grad(
     return G @ W if GX is None else add_product(GX, G, W)
 
 
-def factor_grads(
+def low_rank_grads(
     G: Tensor, X: Tensor, blocks: list, Vs: list, us: list, needs: tuple
 ) -> list:
     """∂L/∂A_i and ∂L/∂B_i of @eq-products-backward, in turn, from the V_i and

@@ -6,7 +6,7 @@ __all__ = ['FLOATS', 'WHOLE', 'TYPES', 'DESCRIPTION', 'FORMAT', 'FIRST_TENSORS',
            'hash_numbers', 'fingerprint', 'plain_number', 'description_bytes', 'parse_description', 'tensors_name',
            'numbers_of', 'sweep', 'write_adapter', 'read_file', 'trained_tensors', 'describe', 'save', 'check_keys',
            'is_names', 'is_print', 'check_format', 'read_pair', 'read', 'check_base', 'check_first_base', 'fill_one',
-           'check_all_finite', 'fill', 'check_fits', 'load', 'put']
+           'check_all_finite', 'fill', 'check_fits', 'load_by', 'put']
 
 # %% ../../nbs/core/saving.ipynb #c02
 import hashlib
@@ -37,7 +37,7 @@ from lora_book.core.files import (
     locked,
     write_atomic,
 )
-from .hosts import Site, adapters, sites
+from .hosts import Site, adapters, path_of, sites
 from .targets import in_modules
 
 # %% ../../nbs/core/saving.ipynb #c04
@@ -136,8 +136,7 @@ def is_adapted(model: nn.Module) -> bool:
 def is_adapters(name: str, model: nn.Module) -> bool:
     "Whether a parameter's name lies inside a site's adapters."
     return any(
-        name.startswith(f"{site}.adapters.".lstrip("."))
-        for site, _ in sites(model)
+        name.startswith(path_of(site, "adapters.")) for site, _ in sites(model)
     )
 
 
@@ -649,7 +648,7 @@ def check_fits(name: str, own: Tensor, saved: Tensor | None) -> None:
         check_all_finite({name: saved.to(own.dtype)})
 
 # %% ../../nbs/core/saving.ipynb #c21
-def load(
+def load_by(
     model: nn.Module, path, make_plan: Callable, commit: Callable
 ) -> nn.Module:
     """Adapt the plain base `model` as the adapter in folder `path` was, and

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'ENTRY', 'QUERY_VALUE', 'HEADS', 'Target', 'split_rows', 'ends_with', 'parse_rows', 'parse_view', 'views_of',
-           'joined', 'check_disjoint', 'linear_names', 'modules_matching', 'almost_linear', 'choose_entry',
+           'with_views', 'check_disjoint', 'linear_names', 'modules_matching', 'almost_linear', 'choose_entry',
            'check_runs', 'head_names', 'in_modules', 'query_value', 'choose', 'entries', 'all_linear', 'runs',
            'by_expression', 'exactly', 'tied_names', 'owners', 'own_linear']
 
@@ -21,10 +21,12 @@ from lora_book.core.errors import (
     unknown,
 )
 from lora_book.core.hosts import (
+    Host,
     View,
     check_site_is_plain,
+    host_of,
+    path_of,
     is_linear,
-    is_transposed,
     not_linear,
     out_features,
     site_name,
@@ -43,9 +45,7 @@ class Target:
 
     def sites(self) -> list[str]:
         "The public names of the target's adapters."
-        return [
-            site_name(self.name, key, view) for key, view in self.views.items()
-        ]
+        return [site_name(self.name, view) for view in self.views.values()]
 
 # %% ../../nbs/core/targets.ipynb #c06
 FUSED = "qkv"
@@ -86,17 +86,16 @@ def ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 # %% ../../nbs/core/targets.ipynb #c07
-def parse_rows(text: str, n: int, transposed: bool, entry: str) -> list[View]:
+def parse_rows(text: str, n: int, host: Host, entry: str) -> list[View]:
     """The views that the part in brackets stands for: `q,v` blocks of a fused
     projection, `a:b` rows; n rows in all.
     """
     return [
-        parse_view(part.strip(), n, transposed, entry)
-        for part in text.split(",")
+        parse_view(part.strip(), n, host, entry) for part in text.split(",")
     ]
 
 
-def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
+def parse_view(part: str, n: int, host: Host, entry: str) -> View:
     "One view: a block named q, k or v, or rows a:b."
     if part in tuple(FUSED):
         if n % 3:
@@ -105,7 +104,7 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
                 " k, v"
             )
         at = FUSED.index(part) * (n // 3)
-        return View((at, at + n // 3), transposed, part)
+        return View((at, at + n // 3), host, part)
     match = re.fullmatch(r"(\d+):(\d+)", part)
     if not match:
         raise BadValue(
@@ -115,7 +114,7 @@ def parse_view(part: str, n: int, transposed: bool, entry: str) -> View:
     start, stop = map(int, match.groups())
     if not start < stop <= n:
         raise BadValue(f"{entry!r}: rows {part} don't lie within 0:{n}")
-    return View((start, stop), transposed, part)
+    return View((start, stop), host, part)
 
 # %% ../../nbs/core/targets.ipynb #c08
 def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
@@ -123,14 +122,12 @@ def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
     view a part in brackets.
     """
     if rows is None:
-        return {"all": View(None, is_transposed(module), "")}
-    views = parse_rows(
-        rows, out_features(module), is_transposed(module), entry
-    )
-    return joined({}, {view.label: view for view in views}, module)
+        return {"all": View(None, host_of(module), "")}
+    views = parse_rows(rows, out_features(module), host_of(module), entry)
+    return with_views({}, {view.label: view for view in views}, module)
 
 
-def joined(known: dict, new: dict, module: nn.Module) -> dict:
+def with_views(known: dict, new: dict, module: nn.Module) -> dict:
     "`known` views and those `new` ones that stand for other rows than these."
     whole, found = (0, out_features(module)), dict(known)
     rows = {view.rows or whole for view in known.values()}
@@ -299,7 +296,7 @@ def choose(
         merged[target.name] = Target(
             target.name,
             target.module,
-            joined(known.views, target.views, target.module),
+            with_views(known.views, target.views, target.module),
         )
     for name, target in merged.items():
         check_disjoint(name, target.views)
@@ -425,7 +422,7 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
             if p is not None:
-                found.setdefault(id(p), []).append(f"{name}.{key}".lstrip("."))
+                found.setdefault(id(p), []).append(path_of(name, key))
     return found
 
 

@@ -47,7 +47,7 @@ from .models import logits
 from ..core.files import folder_of
 from ..core.saving import fill, put, trained_tensors
 from .settings import write_atomic
-from ..core.steps import advance, train_step
+from ..core.steps import open_links, train_step
 
 # %% ../../nbs/lab/training.ipynb #c04
 SCHEDULERS = {
@@ -550,7 +550,7 @@ def end_epoch(
         and epoch % advance_every == 0
         and all(a.has_next() for a in adapters(model).values())
     ):
-        advance(model, optimizer)
+        open_links(model, optimizer)
 
 # %% ../../nbs/lab/training.ipynb #c22
 class Stopped(KeyboardInterrupt):

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.adapter import LowRank
+from lora_book.core.adapter import (
+    LowRank,
+    Nudge,
+    is_dense,
+    nudged_product,
+)
 from ..core.method import Method
 from ..core.products import column_linear
 
@@ -86,20 +91,22 @@ class Columns(LowRank):
     @classmethod
     def nudged(cls, x, W, bias, blocks):
         "ΔW is linear in B, so a nudge along M_B is a move of B (@sec-mgpo)."
-        nudges = [b.adapter.nudge for b in blocks]
-        if any(n is not None and isinstance(n.M, Tensor) for n in nudges):
-            return super().nudged(x, W, bias, blocks)
-        terms = [
-            (b.rows, b.adapter.idx, b.adapter.shifted(), b.adapter.scaling)
-            for b in blocks
-        ]
+        if any(is_dense(block.adapter.nudge) for block in blocks):
+            return nudged_product(cls.product(x, W, bias, blocks), x, blocks)
+        terms = []
+        for block in blocks:
+            own, B = block.adapter, block.adapter.B
+            if own.nudge is not None:
+                B = B + own.nudge.prepare(block)[0]
+            terms.append((block.rows, own.idx, B, own.scaling))
         return column_linear(x, W, bias, terms)
 
-    def shifted(self) -> Tensor:
-        "B as the nudge moves it, (n, r)."
-        if self.nudge is None or "B" not in self.nudge.M:
-            return self.B
-        return self.B + self.nudge.size * self.nudge.M["B"]
+    def moves_along(self, nudge: Nudge, W0: Tensor) -> list:
+        "[E_B]: the columns stay, and S isn't made for it."
+        if is_dense(nudge):
+            return nudge.products(self, W0)
+        B = nudge.M.get("B", torch.zeros_like(self.B))
+        return [nudge.size * B.detach()]
 
     def _load_from_state_dict(self, state, prefix, *rest):
         for name in ("idx", "links_idx"):

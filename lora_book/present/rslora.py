@@ -6,14 +6,17 @@ __all__ = ['rslora', 'RsLoRA']
 # %% ../../nbs/present/rslora.ipynb #c09
 import math
 
+from ..core.adapter import LowRank
 from ..core.method import Method
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/rslora.ipynb #c10
-class RsLoRA(LoRA):
+class RsLoRA(LowRank):
     """ΔW = (α/√r)·B A with A, B as in LoRA (@eq-rslora-delta); source:
     Kalajdzievski 2023, ledger F5.
     """
+
+    Options, init = LoRA.Options, LoRA.init
 
     def scale(self) -> float:
         "s = α/√r."
