@@ -661,3 +661,28 @@ def test_no_experiment_names_a_device():
             word in path.read_text(encoding="utf-8")
             for word in (".cuda()", '"cuda:', "to('cuda", 'to("cuda')
         )
+
+
+def test_a_ray_that_cannot_start_is_an_error_with_its_reason(tmp_path, monkeypatch):
+    def init(**own):
+        raise RuntimeError("the node timed out")
+
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(init=init, is_initialized=lambda: False)
+    )
+    monkeypatch.setattr(runner, "installed", lambda package: True)
+    with pytest.raises(lb.LoraBookError, match="Ray can't start.*the node timed out"):
+        runner.grid(ROW, ["lora"], [0], profile="smoke", folder=tmp_path, engine="ray", **SMALL)
+
+
+def test_a_mistake_in_one_worker_is_that_runs_failure(monkeypatch):
+    errors = ray_errors()
+    error = errors.RayTaskError("a traceback")
+    error.cause = KeyError("gone")
+
+    def get(ready):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get, exceptions=errors))
+    result, said = runner.of_worker(0, runner.job(ROW, "lora", "smoke", 0))
+    assert result is None and "lora--smoke--0" in said and "gone" in said

@@ -1,5 +1,5 @@
-"""Reading stored runs: nothing invented, missing runs said to be missing, verdicts as the rule
-gives them.
+"""Reading stored runs: nothing invented, missing runs said to be missing, effects as the
+protocol gives them.
 """
 
 import statistics
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lora_book.core.errors import BadValue, UnknownName
 from lora_book.experiments import text
-from lora_book.experiments.report import verdict
 from lora_book.experiments.rows import row
+from lora_book.lab.protocol import effects
 
 ROW = "vit_tiny/cifar10"
 SHARES = st.lists(st.integers(0, 250).map(lambda count: count / 250), min_size=1, max_size=5)
@@ -44,7 +44,7 @@ def runs(**methods) -> list:
 
 @given(SHARES, SHARES, st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_a_table_says_mean_spread_and_the_rules_verdict_whatever_the_order_of_the_files(
+def test_a_table_says_mean_spread_and_the_effect_whatever_the_order_of_the_files(
     lora, c3la, random
 ):
     stored = runs(lora=lora, c3la=c3la)
@@ -54,15 +54,12 @@ def test_a_table_says_mean_spread_and_the_rules_verdict_whatever_the_order_of_th
     assert found == wanted and list(found) == list(row(ROW).methods)
     assert (
         found["c3la"]["test"].startswith(f"{100 * statistics.mean(c3la):.1f}")
-        and found["lora"]["against lora"] == ""
+        and found["lora"]["minus lora"] == ""
     )
-    known = text.runs_of(ROW, found=stored)
-    said = (
-        "one seed"
-        if min(len(lora), len(c3la)) == 1
-        else verdict(*(text.summed(known[m]) for m in ("c3la", "lora")))
-    )
-    assert found["c3la"]["against lora"] == said
+    both = range(min(len(lora), len(c3la)))
+    pair = tuple({seed: 100 * values[seed] for seed in both} for values in (c3la, lora))
+    said = effects({"c3la": pair})["c3la"].text(1) if len(both) > 1 else "missing"
+    assert found["c3la"]["minus lora"] == said
 
 
 def test_missing_runs_are_said_to_be_missing_and_other_profiles_are_not_used():
@@ -70,13 +67,12 @@ def test_missing_runs_are_said_to_be_missing_and_other_profiles_are_not_used():
     found = text.compared(ROW, found=stored)
     assert found["cla"] == {
         "test": "missing",
-        "against lora": "missing",
+        "minus lora": "missing",
         "gap": "missing",
         "trained": None,
     }
-    assert "missing: `full`" in text.summary(
-        ROW, found=stored
-    ) and "no run is stored" in text.effort(ROW, found=[])
+    assert text.summary(ROW, found=stored).count("0 of 0 comparisons") == 1
+    assert "no run is stored" in text.effort(ROW, found=[])
     assert (
         "too few runs" in text.resolution(ROW, found=stored)
         and text.compared(ROW, found=[])["lora"]["test"] == "missing"
@@ -88,35 +84,32 @@ def test_a_clear_difference_is_told_and_a_small_one_is_not():
         lora=[0.80, 0.81, 0.82],
         cla=[0.90, 0.91, 0.92],
         rac=[0.815, 0.80, 0.83],
-        full=[0.5, 0.51, 0.52],
+        full=[0.5, 0.512, 0.52],
     )
-    words = {m: line["against lora"] for m, line in text.compared(ROW, found=stored).items()}
-    assert (words["cla"], words["rac"], words["full"], words["cola"]) == (
-        "better",
-        "none",
-        "worse",
-        "missing",
-    )
+    found = {m: line["minus lora"] for m, line in text.compared(ROW, found=stored).items()}
+    assert found["cola"] == "missing" and found["full"].startswith("-29.9 [")
+    assert found["full"].endswith(" *") and not found["rac"].endswith(" *")
     said = text.summary(ROW, found=stored)
-    assert "better: `cla`" in said and "worse: `full`" in said and "none: `rac`" in said
+    assert "full -29.9" in said and "rac" not in said
 
 
 def test_a_reference_without_runs_is_missing_and_not_an_error():
     stored = runs(cla=[0.9, 0.8])
     for reference in ("lora", "loldu"):
         assert (
-            text.compared(ROW, reference, found=stored)["cla"][f"against {reference}"] == "missing"
+            text.compared(ROW, reference, found=stored)["cla"][f"minus {reference}"] == "missing"
             and text.thresholds(ROW, reference, found=stored) == []
         )
 
 
-def test_a_lower_perplexity_is_better():
+def test_an_effect_is_in_the_metrics_own_unit():
     stored = [
-        run(m, s, 0.0, metric="perplexity") | {"test": {"loss": 1.0, "perplexity": value + s / 100}}
+        run(m, s, 0.0, metric="perplexity")
+        | {"test": {"loss": 1.0, "perplexity": value + s * s / (100 if m == "cla" else 50)}}
         for m, value in (("lora", 3.0), ("cla", 2.0))
         for s in range(3)
     ]
-    assert text.compared(ROW, found=stored)["cla"]["against lora"] == "better"
+    assert text.compared(ROW, found=stored)["cla"]["minus lora"].startswith("-1.0")
 
 
 def test_runs_of_other_data_are_not_averaged():

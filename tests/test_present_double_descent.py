@@ -4,6 +4,8 @@ and runs that resume.
 
 import copy
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lora_book.core.laws import randomise
 from lora_book.lab.models import load_model
 from lora_book.present import double_descent as chapter
 from lora_book.present.double_descent import (
-    Task,
+    Sweep,
     best_losses,
     feature_errors,
     has_three_phases,
@@ -217,7 +219,7 @@ def test_sharpness_of_weights_knows_no_factors_and_leaves_the_model_alone():
 
 # Runs
 
-TINY = Task(
+TINY = Sweep(
     "digits",
     "tiny_vit",
     None,
@@ -237,8 +239,19 @@ TINY = Task(
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(chapter, "TASKS", {"tiny": TINY})
+    monkeypatch.setattr(chapter, "SWEEPS", {"tiny": TINY})
     monkeypatch.setattr(chapter, "WAYS", {"lora": [{}], "mgpo": [{"rho": 0.01}, {"rho": 0.1}]})
+
+
+GRIDS = {"sweep": chapter.SWEEP_RESULTS, "ways": chapter.WAYS_RESULTS}
+
+
+def fill(folder, adapt=lb.adapt):
+    "The sweep of the tiny task, then its comparison of steps."
+    for name, plan in {"sweep": chapter.sweep_plan, "ways": chapter.ways_plan}.items():
+        results = replace(GRIDS[name], place=folder)
+        run = partial(chapter.several, adapt, compare=name == "ways", seeds=range(2))
+        results.fill(plan("tiny"), run)
 
 
 def contents(folder):
@@ -249,7 +262,7 @@ def contents(folder):
 
 
 def test_runs_resume_with_the_same_numbers(tiny, tmp_path):
-    chapter.run_all(lb.adapt, tmp_path, ("tiny",), seeds=range(2))
+    fill(tmp_path)
     first = contents(tmp_path)
     assert set(first) == {
         "sweep-tiny-lora-1-0.01.json",
@@ -268,7 +281,7 @@ def test_runs_resume_with_the_same_numbers(tiny, tmp_path):
     )
     lost.unlink()
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"marked": 1}))
-    chapter.run_all(lb.adapt, tmp_path, ("tiny",), seeds=range(2))
+    fill(tmp_path)
     assert json.loads(kept.read_text()).get("marked") == 1, "a finished result isn't run again"
     again = contents(tmp_path)
     again[kept.name].pop("marked")
@@ -285,22 +298,22 @@ def test_an_interrupted_setting_leaves_no_file(tiny, tmp_path):
         return lb.adapt(*args, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        chapter.run_all(adapt, tmp_path, ("tiny",), seeds=range(2))
+        fill(tmp_path, adapt)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_still_curve_is_measured_with_nothing_moved(tiny):
-    plain = chapter.run(lb.adapt, "tiny", "lora", 2, 1e-9, 0, True)
-    moved = chapter.run(lb.adapt, "tiny", "mgpo", 2, 1e-9, 0, True, rho=5.0)
+    plain = chapter.swept_run(lb.adapt, "tiny", "lora", 2, 1e-9, 0, True)
+    moved = chapter.swept_run(lb.adapt, "tiny", "mgpo", 2, 1e-9, 0, True, rho=5.0)
     assert plain["seen"] == pytest.approx(moved["seen"], abs=1e-5)
 
 
 def test_stored_results_are_whole():
     for kind in ("sweep", "ways"):
-        found = chapter.stored(kind)
+        found = GRIDS[kind].stored()
         assert found
         for result in found:
-            made = chapter.TASKS[result["task"]]
+            made = chapter.SWEEPS[result["task"]]
             assert (result["steps"], result["batch"], result["every"], result["judged"]) == (
                 made.steps,
                 made.batch,
@@ -314,17 +327,17 @@ def test_stored_results_are_whole():
                     and len(run["measured"]) == -(-made.steps // made.every) + 1
                 )
                 assert torch.isfinite(torch.tensor(run["seen"] + run["measured"])).all()
-    have = {(d["task"], d["method"], d["r"], d["lr"]) for d in chapter.stored("sweep")}
-    wanted = {(task, *setting) for task in chapter.TASKS for setting in chapter.sweep(task)}
+    have = {(d["task"], d["method"], d["r"], d["lr"]) for d in GRIDS["sweep"].stored()}
+    wanted = {(task, *setting) for task in chapter.SWEEPS for setting in chapter.sweep_points(task)}
     assert have <= wanted and {key for key in wanted if key[0] == "digits"} <= have
 
 
 @pytest.mark.parametrize("kind", ["sweep", "ways"])
 def test_a_copied_result_is_refused_with_its_name(tmp_path, kind):
-    first = next(chapter.RESULTS.glob(f"{kind}-digits-*-0.01.json"))
+    first = next(GRIDS[kind].place.glob(f"{kind}-digits-*-0.01.json"))
     (tmp_path / first.name).write_bytes(first.read_bytes())
-    assert len(chapter.stored(kind, tmp_path)) == 1
+    assert len(replace(GRIDS[kind], place=tmp_path).stored()) == 1
     wrong = tmp_path / first.name.replace("-0.01", "-0.001")
     wrong.write_bytes(first.read_bytes())
     with pytest.raises(lb.LoraBookError, match=wrong.name):
-        chapter.stored(kind, tmp_path)
+        replace(GRIDS[kind], place=tmp_path).stored()

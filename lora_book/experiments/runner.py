@@ -32,6 +32,7 @@ from torch import nn
 
 import lora_book as lb
 from lora_book.core.errors import (
+    BadState,
     BadValue,
     MissingFile,
     check_choice,
@@ -833,22 +834,30 @@ TRIES = 2
 
 
 def started() -> None:
-    "Start Ray, unless it runs; raises MissingPackage without it."
+    """Start Ray, unless it runs; raises MissingPackage without it, and
+    BadState, with the reason, where it can't start.
+    """
     if not installed("ray"):
         raise not_installed("ray", "scale")
     with extra("scale"):
         import ray
 
     if not ray.is_initialized():
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            num_cpus=(
-                None
-                if os.environ.get("RAY_ADDRESS")
-                else load_settings().workers
-            ),
-        )
+        try:
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                num_cpus=(
+                    None
+                    if os.environ.get("RAY_ADDRESS")
+                    else load_settings().workers
+                ),
+            )
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise BadState(
+                f"Ray can't start here ({error}); try again, or leave out"
+                " --engine ray: the runs are then made one after the other"
+            ) from error
 
 
 def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
@@ -868,22 +877,24 @@ def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
     while waiting:
         (ready,), _ = ray.wait(list(waiting))
         one, tries = waiting.pop(ready)
-        found = of_worker(ready)
+        found = of_worker(ready, one)
         if found is None and tries < TRIES:
             waiting[remote.remote(one, *own)] = (one, tries + 1)
         else:
             yield one, *(found or (None, lost(one)))
 
 
-def of_worker(ready) -> tuple | None:
-    "What a worker of Ray's has made; None if it was lost on the way."
+def of_worker(ready, one: Job) -> tuple | None:
+    """What a worker of Ray's has made, or (None, why it failed); None if it
+    was lost on the way.
+    """
     with extra("scale"):
         import ray
 
     try:
         return ray.get(ready)
-    except ray.exceptions.RayTaskError:
-        raise
+    except ray.exceptions.RayTaskError as error:
+        return None, f"{one.name}: {error.cause!r}"
     except ray.exceptions.RayError:
         return None
 

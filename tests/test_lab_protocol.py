@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lora_book.core.errors import BadValue
-from lora_book.experiments.protocol import (
+from lora_book.lab.protocol import (
     RISK,
     Effect,
     effects,
