@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared
-from ..core.method import Method
 from ..core.errors import check_choice
+from ..core.method import Method, Part
 
 # %% ../../nbs/past/lora.ipynb #c16
 def normal(r: int, m: int, generator: torch.Generator) -> Tensor:
-    "A ~ N(0, 0.02²), (r, m) (P2 §2.1)."
+    "A ~ N(0, 0.02²), (r, m)."
     return 0.02 * torch.randn(r, m, generator=generator)
 
 
@@ -44,7 +44,30 @@ class LoRA(LowRank):
         n, m = W0.shape
         return INITS[self.options.init](r, m, generator), torch.zeros(n, r)
 
-
+# %% ../../nbs/past/lora.ipynb #c17m
 lora = Method(
-    LoRA, "LoRA", "Hu et al. 2022", count=lambda n, m, r: r * (n + m)
+    LoRA,
+    "LoRA",
+    "Hu et al. 2022",
+    count=lambda n, m, r: r * (n + m),
+    flops=lambda T, n, m, r: (
+        2 * T * r * (3 * m + 2 * n) + 2 * r * m * n
+        if T >= 2 * m
+        else 6 * T * r * (m + n)
+    ),
+    family="scale and rate",
+    equation=r"\frac{\alpha}{r}BA",
+    picture=(
+        (Part("W_0", "n×m", start="pre-trained"),),
+        (
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ),
+    ),
+    start="B = 0, A random",
+    use="you have no special need: it is the default that others are"
+    " measured against, and every tool reads it",
+    avoid="a step may not keep the layer's input, or the change needs a high"
+    " rank",
 )

@@ -15,7 +15,7 @@ from lora_book.core.adapter import (
     wide,
     widened,
 )
-from ..core.method import Method
+from ..core.method import Method, Part
 from ..core.errors import BadType, check_choice
 from ..core.peft import LoraForm
 from lora_book.core.products import (
@@ -353,7 +353,36 @@ class DoRA(Adapter):
         "PEFT's DoRA: A, B, s and the lengths g."
         return LoraForm(self.A, self.B, self.scaling, self.magnitude)
 
-
+# %% ../../nbs/present/dora.ipynb #c22m
 dora = Method(
-    DoRA, "DoRA", "Liu et al. 2024", count=lambda n, m, r: r * (n + m) + n
+    DoRA,
+    "DoRA",
+    "Liu et al. 2024",
+    count=lambda n, m, r: r * (n + m) + n,
+    flops=lambda T, n, m, r: (
+        4 * T * r * (m + n) + 4 * r * m * n
+        if T >= m
+        else 2 * T * r * (3 * m + 4 * n) + 2 * r * m * n
+    ),
+    family="decomposition",
+    equation=r"\operatorname{diag}(g/\lVert V\rVert)\,V-W_0,\quad"
+    r" V=W_0+\frac{\alpha}{r}BA",
+    picture=(
+        (
+            Part("D", "n×n", trains=True, start="g / ‖V‖", form="diagonal"),
+            "(",
+            Part("W_0", "n×m", start="pre-trained"),
+        ),
+        (
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+            ")",
+        ),
+    ),
+    start="g = ‖W0‖ by rows, B = 0, A random",
+    use="the task rescales features, or LoRA at a low rank falls short of full"
+    " fine-tuning",
+    avoid="every step counts: it is slower than LoRA and keeps each layer's"
+    " output",
 )
