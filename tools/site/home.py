@@ -17,12 +17,12 @@ from lora_book.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = {  # colour, and where the name stands, of the methods that the figure names
-    "full": ("grey", (0, -13), "right"),
+    "full": ("grey", (8, 6), "right"),
     "lora": ("blue", (0, -15), "center"),
     "dora": ("purple", (8, 6), "left"),
-    "cla": ("vermillion", (0, 9), "center"),
+    "cla": ("vermillion", (-9, -14), "right"),
     "vera": ("green", (0, -15), "center"),
-    "loldu": ("purple", (0, 9), "center"),
+    "loldu": ("purple", (0, -15), "center"),
 }
 
 
@@ -79,7 +79,10 @@ def results(found: dict):
             words = short(name)
             style = {"textcoords": "offset points", "ha": side, "color": PALETTE[hue]}
             ax.annotate(words, at, offset, weight="bold", **style)
-    ax.text(0.01, high, "LoRA's range", transform=ax.get_yaxis_transform(), color=INK, va="bottom")
+    middle, across = (low + high) / 2, ax.get_yaxis_transform()
+    ax.text(0.99, middle, "LoRA's range", transform=across, color=INK, va="center", ha="right")
+    every = [value for _, own in shown.values() for value in own]
+    ax.set_ylim(min(every) - 0.004, max(every) + 0.004)
     counts = [count for count, _ in shown.values()]
     factor = max(counts) / min(counts)
     ax.set_title(f"Trained parameters differ by a factor of {factor:.0f}", loc="left")
