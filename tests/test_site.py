@@ -13,6 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_book.lab.figures import INK, PALETTE
+from lora_book.registry import METHODS
+from lora_book.sheet import chapter
+from tools.site import config, home
 from tools.site.__main__ import main
 from tools.site.audit import FETCHING, REMOTE
 from tools.site.frames import marked
@@ -824,3 +827,109 @@ def test_executed_notebooks_come_from_the_build_folder(tmp_path):
     (build / "nbs/a.ipynb").unlink()
     assert main(["--root", str(root), "--build", str(build)]) == 1
     assert main(["--root", str(root), "--build", str(build), "--partial"]) == 0
+
+
+# The pages that are made from the package
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFINES = re.compile(
+    r"(?:\bcalled|\bis an?) \*([a-z][a-z -]+)\*|\b[Aa]n? \*([a-z][a-z -]+)\* (?:is|has)\b"
+)
+
+
+def chapters() -> dict:
+    "{label: all markdown of a chapter}, of the book's own sources."
+    found = {}
+    for part in config.load(ROOT).pages:
+        content = part.file.read_text(encoding="utf-8")
+        if part.is_notebook:
+            content = "\n".join("".join(cell["source"]) for cell in json.loads(content)["cells"])
+        if label := re.search(r"^# .*?\{#(sec-[\w-]+)", content, re.MULTILINE):
+            found[label[1]] = content
+    return found
+
+
+def glossary() -> dict:
+    "{term: (what it means, the label of its chapter)}."
+    content = (ROOT / "glossary.qmd").read_text(encoding="utf-8")
+    entries = re.findall(r"^(.+)\n: (.+) @(sec-[\w-]+)$", content, re.MULTILINE)
+    assert content.count("\n: ") == len(entries)
+    return {term: (meaning, label) for term, meaning, label in entries}
+
+
+def test_the_glossary_has_one_sentence_and_a_chapter_for_each_term():
+    texts, entries = chapters(), glossary()
+    assert list(entries) == sorted(entries, key=str.lower)
+    for term, (meaning, label) in entries.items():
+        assert re.fullmatch(r"[^.]*\.", meaning), term
+        for word in term.lower().split():
+            stem = word.removesuffix("ing").removesuffix("s")
+            assert stem in texts[label].lower(), f"{term} isn't in {label}"
+
+
+def test_the_glossary_has_every_word_that_a_chapter_defines():
+    defined = {
+        (one or other).strip()
+        for text in chapters().values()
+        for one, other in DEFINES.findall(text)
+    }
+    assert defined and not {term.removesuffix("s") for term in defined} - {
+        term.removesuffix("s") for term in glossary()
+    }
+
+
+@pytest.mark.parametrize(
+    "text, term",
+    [("A *site* is here", "site"), ("It is called *sharp* when", "sharp"), ("the *last* link", "")],
+)
+def test_a_definition_is_seen(text, term):
+    assert ["".join(found) for found in DEFINES.findall(text)] == ([term] if term else [])
+
+
+@pytest.mark.parametrize("notebook", ["nbs/sheet.ipynb", "nbs/choose.ipynb"])
+def test_every_method_is_on_the_pages_of_all_methods(notebook):
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    outputs = json.dumps([cell.get("outputs") for cell in cells], ensure_ascii=False)
+    for name, own in METHODS.items():
+        assert outputs.count(own.title) >= 1, name
+        assert notebook != "nbs/sheet.ipynb" or f"]({chapter(name)}.ipynb)" in outputs, name
+
+
+def test_the_home_page_says_what_the_stored_runs_say():
+    assert home.sentence(home.runs()) in (ROOT / "index.qmd").read_text(encoding="utf-8")
+
+
+def test_few_words_stand_before_lora():
+    pages = config.load(ROOT).pages
+    number = next(n for n, page in enumerate(pages) if page.path == "nbs/past/lora.ipynb")
+    assert number <= 5
+    words = 0
+    for page in pages[:number]:
+        content = page.file.read_text(encoding="utf-8")
+        if page.is_notebook:
+            content = "\n".join("".join(cell["source"]) for cell in json.loads(content)["cells"])
+        words += len(content.split())
+    assert words <= 8000
+
+
+def test_what_a_page_marks_as_missing_is_a_problem(tmp_path):
+    cells = [md("# A {#sec-a}\n\nText."), code("x", shown(markdown="[No picture]{#m-x .missing}"))]
+    assert "a.ipynb: m-x: No picture" in problems(write(tmp_path, {"a.ipynb": cells}))
+
+
+def test_a_drawing_may_carry_its_own_words(tmp_path):
+    svg = '<svg width="9pt" viewBox="0 0 9 9"><title>W &amp; B</title><path d="M 0 0"/></svg>'
+    cells = [md("# A {#sec-a}\n\nText."), code("draw()", shown(svg=svg))]
+    assert problems(write(tmp_path, {"a.ipynb": cells})) == ""
+    html = page(tmp_path, "a.html")
+    assert 'aria-label="W &amp; B"' in html and "<title>W" not in html
+
+
+def test_vector_pictures_of_the_book_follow_the_theme(tmp_path):
+    root = write(tmp_path, {}, index="# Home {.unnumbered}\n\n![](docs/a.svg){fig-alt='A line'}\n")
+    (root / "docs").mkdir()
+    (root / "docs/a.svg").write_text('<svg width="9pt"><path style="stroke: #6b6b6b"/></svg>')
+    assert problems(root) == ""
+    html = page(root, "index.html")
+    assert 'aria-label="A line"' in html and "currentColor" in html and "<img" not in html

@@ -16,7 +16,7 @@ import yaml
 
 from .config import Page, Problems
 from .frames import marked
-from .svg import inline
+from .svg import inline, titled
 from .tree import attr, div, plain, raw_block, read
 
 OPTIONS = {
@@ -353,6 +353,7 @@ class _Filler:
         alts = alts if isinstance(alts, list) else [alts]
         self.pictures += 1
         alt = str(alts[min(self.pictures, len(alts)) - 1]) if alts else ""
+        alt = alt or (titled(body) if extension == "svg" else "")
         if not alt.strip():
             self.problem("image without alt text: add #| fig-alt")
         if extension == "svg":

@@ -67,6 +67,7 @@ class Book:
     library: str
     repository: str
     description: str
+    lang: str
     problems: Problems
     labels: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
@@ -123,6 +124,7 @@ def load(root: Path, build: Path | None = None, partial: bool = False) -> Book:
         _library(root),
         str(book.get("repo-url") or "").rstrip("/"),
         str(book.get("description") or book.get("subtitle") or ""),
+        str(config.get("lang") or "en"),
         problems,
     )
 

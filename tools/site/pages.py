@@ -39,6 +39,7 @@ class Site:
         full = escape(name if page.path == "index.qmd" else f"{name} – {self.book.title}")
         return TEMPLATE.substitute(
             full=full,
+            lang=escape(self.book.lang),
             up=page.up,
             book=escape(self.book.title),
             subtitle=escape(self.book.subtitle),

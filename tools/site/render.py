@@ -11,7 +11,8 @@ from tools import folders
 from . import audit, cells, code, config, ledger, links, maths, pages, previews, search
 from .numbering import Numbering
 from .spread import spread
-from .tree import each, read_aloud, save
+from .svg import inline, titled
+from .tree import each, raw, read_aloud, save, text, transform
 
 
 def render(
@@ -47,6 +48,8 @@ def prepare(book: config.Book) -> tuple[dict, dict]:
         if page.is_notebook:
             exports[page.path] = pages.exported(shown, every)
             files[page.path] = page.file.read_bytes()
+        missing(page, book.problems)
+        page.blocks = drawn(page, book.root)
         numbering.run(page, meta)
     links.resolve(book, numbering.labels)
     book.labels, book.rows = numbering.labels, ledger.mark(book)
@@ -73,6 +76,28 @@ def publish(book: config.Book, files: dict, exports: dict, folder: Path) -> None
     for name in ("style.css", "book.js", "favicon.svg"):
         save(folder / "assets" / name, (pages.ASSETS / name).read_bytes())
     audit.audit(folder, seen, {page.url: page.path for page in book.pages}, book.problems)
+
+
+def missing(page: config.Page, problems: config.Problems) -> None:
+    "What a page itself marks as missing, `[words]{#label .missing}`, is a problem of the book."
+    for item in each(page.blocks):
+        if item["t"] == "Span" and "missing" in item["c"][0][1]:
+            problems.add(page.path, item["c"][0][0], text(item["c"][1]).strip())
+
+
+def drawn(page: config.Page, root: Path) -> list:
+    "The page's blocks with the vector pictures of the book's own files as elements of the page."
+
+    def visit(item: dict):
+        target = item["c"][2][0] if item["t"] == "Image" else ""
+        file = root / posixpath.normpath(posixpath.join(posixpath.dirname(page.path), target))
+        if not target.endswith(".svg") or not file.is_file():
+            return None
+        svg = file.read_text(encoding="utf-8")
+        alt = dict(item["c"][0][2]).get("fig-alt") or text(item["c"][1]).strip() or titled(svg)
+        return [raw(inline(svg, file.stem, alt))] if alt else None
+
+    return transform(page.blocks, visit)
 
 
 def _pictures(book: config.Book, made: dict) -> dict:

@@ -3,7 +3,7 @@ are the page's own.
 """
 
 import re
-from html import escape
+from html import escape, unescape
 
 INK = {"#6b6b6b", "#7a7a7a"}
 HUES = {
@@ -17,7 +17,9 @@ HUES = {
     "#a6a61e": "olive",
 }
 NUMBER = re.compile(r"-?\d+\.\d{3,}")
-UNUSED = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->\s*|<!DOCTYPE[^>]*>", re.DOTALL)
+UNUSED = re.compile(
+    r"<metadata>.*?</metadata>|<title>.*?</title>|<!--.*?-->\s*|<!DOCTYPE[^>]*>", re.DOTALL
+)
 
 
 def inline(svg: str, prefix: str, alt: str) -> str:
@@ -30,6 +32,12 @@ def inline(svg: str, prefix: str, alt: str) -> str:
     style = f' style="width: {float(size[1]) / 72:.2f}in"' if size else ""
     head = f'<svg role="img" aria-label="{escape(alt)}"{style}'
     return re.sub(r"<svg\b", lambda _: head, svg, count=1).replace("\n\n", "\n").strip()
+
+
+def titled(svg: str) -> str:
+    "What a drawing says of itself: its `<title>`."
+    found = re.search(r"<title>(.*?)</title>", svg, re.DOTALL)
+    return unescape(found[1]).strip() if found else ""
 
 
 def _own(svg: str, prefix: str) -> str:
