@@ -133,6 +133,7 @@ full = Method(
     Full,
     "Full fine-tuning",
     "the reference that all methods are measured against",
+    whole_model=True,
     targets=every_parameter,
     count=lambda n, m, r: n * m,
 )
@@ -140,6 +141,7 @@ linear_probe = Method(
     LinearProbe,
     "Linear probe",
     "a classifier on frozen features",
+    whole_model=True,
     targets=nothing,
     count=lambda n, m, r: 0,
 )
@@ -147,6 +149,7 @@ bitfit = Method(
     BitFit,
     "BitFit",
     "Ben Zaken, Goldberg, Ravfogel 2022",
+    whole_model=True,
     targets=every_bias,
     count=lambda n, m, r: n,
 )
