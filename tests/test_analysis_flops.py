@@ -12,20 +12,22 @@ from torch import nn
 
 import lora_book as lb
 from lora_book.analysis import flops as fl
+from lora_book.core import method as forms
 from lora_book.core.adapter import generator
 from lora_book.core.products import count_flops
+from lora_book.registry import method as method_of
 
 FORMS = {
     **dict.fromkeys(
         ("lora", "rslora", "lora_plus", "cola", "pissa", "adalora", "sam", "mgpo", "ggpo"),
-        fl.low_rank_flops,
+        forms.low_rank_flops,
     ),
-    **dict.fromkeys(("asymmetric", "rac", "vera"), fl.frozen_factor_flops),
-    "full": fl.dense_flops,
-    "dora": fl.row_scaled_flops,
-    **dict.fromkeys(("cla", "random_cla", "c3la", "random_c3la", "paca"), fl.column_flops),
-    "loldu": fl.two_sided_flops,
-    **dict.fromkeys(("bitfit", "linear_probe"), fl.no_flops),
+    **dict.fromkeys(("asymmetric", "rac", "vera"), forms.frozen_factor_flops),
+    "full": forms.dense_flops,
+    "dora": forms.row_scaled_flops,
+    **dict.fromkeys(("cla", "random_cla", "c3la", "random_c3la", "paca"), forms.column_flops),
+    "loldu": forms.two_sided_flops,
+    **dict.fromkeys(("bitfit", "linear_probe"), forms.no_flops),
 }
 SIZES = st.tuples(st.integers(1, 40), st.integers(2, 12), st.integers(2, 12), st.integers(1, 2))
 
@@ -49,10 +51,12 @@ def test_counting_gives_the_closed_form(method):
     def run(sizes):
         T, n, m, r = sizes
         assume(method != "loldu" or r < min(n, m))
-        assert counted(layer(None, n, m, r), T, m) == fl.floor_flops(T, n, m)
-        assert counted(layer(method, n, m, r), T, m) - fl.floor_flops(T, n, m) == FORMS[method](
+        assert counted(layer(None, n, m, r), T, m) == forms.floor_flops(T, n, m)
+        assert counted(layer(method, n, m, r), T, m) - forms.floor_flops(T, n, m) == FORMS[method](
             T, n, m, r
         )
+        own = method_of(method).flops
+        assert own is None or own(T, n, m, r) == FORMS[method](T, n, m, r)
 
     run()
 
@@ -63,8 +67,8 @@ def test_loldu_stays_below_its_dense_form(sizes):
     T, n, m, r = sizes
     assert (
         0
-        < counted(layer("loldu", n, m, r), T, m) - fl.floor_flops(T, n, m)
-        <= fl.two_sided_flops(T, n, m, r)
+        < counted(layer("loldu", n, m, r), T, m) - forms.floor_flops(T, n, m)
+        <= forms.two_sided_flops(T, n, m, r)
     )
 
 
@@ -82,12 +86,12 @@ def test_a_later_link_costs_what_the_first_did():
 def test_forms_are_in_their_order_and_linear_in_tokens(sizes):
     T, n, m, r = sizes
     assert (
-        fl.column_flops(max(T, m), n, m, r)
-        < fl.frozen_factor_flops(max(T, m), n, m, r)
-        < fl.low_rank_flops(max(T, m), n, m, r)
+        forms.column_flops(max(T, m), n, m, r)
+        < forms.frozen_factor_flops(max(T, m), n, m, r)
+        < forms.low_rank_flops(max(T, m), n, m, r)
     )
-    assert fl.low_rank_flops(2 * m + T, n, m, r) <= 6 * (2 * m + T) * r * (m + n)
-    for form in (fl.dense_flops, fl.two_sided_flops):
+    assert forms.low_rank_flops(2 * m + T, n, m, r) <= 6 * (2 * m + T) * r * (m + n)
+    for form in (forms.dense_flops, forms.two_sided_flops):
         assert form(3 * T, n, m, r) == 3 * form(T, n, m, r)
 
 
@@ -129,9 +133,9 @@ def test_memory_is_counted_in_bytes():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: fl.low_rank_flops(1, 4, 4, 5), "r must"),
-        (lambda: fl.floor_flops(0, 1, 1), "T must"),
-        (lambda: fl.column_flops(1, 2, 2.0, 1), "m must"),
+        (lambda: forms.low_rank_flops(1, 4, 4, 5), "r must"),
+        (lambda: forms.floor_flops(0, 1, 1), "T must"),
+        (lambda: forms.column_flops(1, 2, 2.0, 1), "m must"),
         (lambda: fl.epoch_flops(0, 1, 1), "flops"),
         (
             lambda: fl.memory_account(
@@ -155,5 +159,7 @@ def test_bad_input_is_refused_and_named(call, words):
 
 
 def test_a_wrong_form_is_told_apart():
-    got = counted(layer("lora", 8, 8, 2), 16, 8) - fl.floor_flops(16, 8, 8)
-    assert got != fl.frozen_factor_flops(16, 8, 8, 2) and got != fl.two_sided_flops(16, 8, 8, 2)
+    got = counted(layer("lora", 8, 8, 2), 16, 8) - forms.floor_flops(16, 8, 8)
+    assert got != forms.frozen_factor_flops(16, 8, 8, 2) and got != forms.two_sided_flops(
+        16, 8, 8, 2
+    )

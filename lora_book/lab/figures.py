@@ -8,6 +8,7 @@ from contextlib import suppress
 from zlib import crc32
 
 from ..core.errors import extra
+from ..core.method import REGISTERED
 
 with extra("lab"):
     import matplotlib.pyplot as plt
@@ -23,47 +24,43 @@ PALETTE = {
     "purple": "#CC79A7",
     "grey": "#7F7F7F",
     "olive": "#A6A61E",
+    "indigo": "#5B4FC0",
 }
 INK = "#6B6B6B"
 MARKERS = "osD^vPX*<>hp"
 
 # %% ../../nbs/lab/figures.ipynb #c06
 COLOURS = {
-    "full": "grey",
-    "linear_probe": "olive",
-    "bitfit": "purple",
-    "lora": "blue",
-    "lora_plus": "sky",
-    "rslora": "purple",
-    "asymmetric": "orange",
-    "cola": "vermillion",
-    "rac": "olive",
-    "cla": "green",
-    "c3la": "vermillion",
-    "dora": "purple",
-    "pissa": "orange",
-    "loldu": "vermillion",
-    "sam": "orange",
-    "mgpo": "green",
-    "ggpo": "sky",
+    "baseline": "grey",
+    "scale and rate": "blue",
+    "frozen factor": "orange",
+    "chain": "sky",
+    "columns": "green",
+    "column chain": "vermillion",
+    "decomposition": "purple",
+    "budget": "indigo",
+    "step": "olive",
 }
 
 
 def colour(method: str) -> str:
-    """The colour of a method id, as a hexadecimal string; the same in every
-    figure of the book.
+    """The colour of a registered method's family, as a hexadecimal string; the
+    ink of the page for any other name, and for a family without a colour.
     """
-    names = list(PALETTE)
-    return PALETTE[
-        COLOURS.get(method, names[crc32(method.encode()) % len(names)])
-    ]
+    known = REGISTERED.get(method)
+    hue = COLOURS.get(known.family) if known else None
+    return PALETTE[hue] if hue else INK
 
 
 def marker(method: str) -> str:
-    """The plotting marker of a method id; it tells apart methods that share a
-    colour.
+    """The plotting marker of a method id: its place among the registered
+    methods of its family; of any other name, from a checksum.
     """
-    return MARKERS[crc32(method.encode()) % len(MARKERS)]
+    if method not in REGISTERED:
+        return MARKERS[crc32(method.encode()) % len(MARKERS)]
+    family = REGISTERED[method].family
+    kin = [name for name, own in REGISTERED.items() if own.family == family]
+    return MARKERS[kin.index(method) % len(MARKERS)]
 
 # %% ../../nbs/lab/figures.ipynb #c08
 def use_style(width: float = 6.4, height: float = 3.4) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import LowRank, declared
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 from ..core.errors import BadValue, check_count, check_number
 from ..core.peft import LoraForm
 
@@ -279,4 +279,25 @@ adalora = Method(
     after=prune,
     penalty=orthogonality,
     count=lambda n, m, r: r * (n + m + 1),
+    flops=low_rank_flops,
+    family="budget",
+    equation=r"sP\operatorname{diag}(\lambda)\,Q",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"s",
+            Part("P", "n×r", trains=True, start="random"),
+            Part(
+                "\\lambda",
+                "r×r",
+                trains=True,
+                start="starts at 0",
+                form="diagonal",
+            ),
+            Part("Q", "r×m", trains=True, start="random"),
+        ],
+    ),
+    start="λ = 0, P and Q random",
+    use="layers need different ranks, and the total is bounded",
+    avoid="training is short: the budget falls step by step",
 )

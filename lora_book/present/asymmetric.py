@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared
-from ..core.method import Method
+from ..core.method import Method, Part, frozen_factor_flops
 from ..core.errors import BadValue, check_choice, check_number
 from ..past.lora import kaiming
 
@@ -86,4 +86,18 @@ asymmetric = Method(
     "Asymmetric LoRA",
     "Zhu et al. 2024",
     count=lambda n, m, r: r * n,
+    flops=frozen_factor_flops,
+    family="frozen factor",
+    equation=r"\frac{\alpha}{r}BA_0",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A_0", "r×m", start="random"),
+        ],
+    ),
+    start="B = 0, A₀ random",
+    use="a step may keep only r numbers a token, or many tasks share A₀",
+    avoid="the rank must be small: half the factors can't turn to the data",
 )

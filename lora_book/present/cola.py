@@ -7,7 +7,7 @@ __all__ = ['cola', 'CoLA']
 import torch
 
 from ..core.adapter import declared
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 from ..core.chain import Chain
 from ..core.errors import check_choice
 from ..past.lora import INITS
@@ -37,4 +37,23 @@ cola = Method(
     "Chain of LoRA",
     "Xia, Qin, Hazan 2024",
     count=lambda n, m, r: r * (n + m),
+    flops=low_rank_flops,
+    family="chain",
+    equation=r"\frac{\alpha}{r}\sum_jB^jA^j",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B^1", "n×r", start="trained first"),
+            Part("A^1", "r×m", start="trained first"),
+        ],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B^2", "n×r", trains=True, start="starts at 0"),
+            Part("A^2", "r×m", trains=True, start="random"),
+        ],
+    ),
+    start="B = 0 and A random for each link",
+    use="the change needs a high rank, and memory allows a low one",
+    avoid="training is too short for more than one link",
 )

@@ -4,7 +4,7 @@
 __all__ = ['lora_plus']
 
 # %% ../../nbs/present/lora_plus.ipynb #c12
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/lora_plus.ipynb #c13
@@ -14,4 +14,18 @@ lora_plus = Method(
     "Hayou, Ghosh, Yu 2024",
     lr_ratio=16.0,
     count=lambda n, m, r: r * (n + m),
+    flops=low_rank_flops,
+    family="scale and rate",
+    equation=r"\frac{\alpha}{r}BA",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ],
+    ),
+    start="B = 0, A random",
+    use="LoRA learns slowly on a wide model, and two rates may be tuned",
+    avoid="there is no room to tune the ratio of the two rates",
 )

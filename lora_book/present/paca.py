@@ -16,7 +16,7 @@ from lora_book.core.adapter import (
     is_dense,
     nudged_product,
 )
-from ..core.method import Method
+from ..core.method import Method, Part, column_flops
 from ..core.products import column_linear
 
 # %% ../../nbs/present/paca.ipynb #c12
@@ -130,4 +130,23 @@ class PaCA(Columns):
         return torch.randperm(m, generator=generator)[:r].sort().values
 
 
-paca = Method(PaCA, "PaCA", "Woo et al. 2025", count=lambda n, m, r: r * n)
+paca = Method(
+    PaCA,
+    "PaCA",
+    "Woo et al. 2025",
+    count=lambda n, m, r: r * n,
+    flops=column_flops,
+    family="columns",
+    equation=r"sBS",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"s",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("S", "r×m", start="random columns", form="columns"),
+        ],
+    ),
+    start="B = 0, columns drawn",
+    use="a step must cost and keep least, and any columns will do",
+    avoid="few columns can't make the change, whatever they are",
+)

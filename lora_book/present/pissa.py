@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 
 # %% ../../nbs/present/pissa.ipynb #c12
 def principal(W0: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -38,5 +38,27 @@ class PiSSA(LowRank):
 
 
 pissa = Method(
-    PiSSA, "PiSSA", "Meng et al. 2024", count=lambda n, m, r: r * (n + m)
+    PiSSA,
+    "PiSSA",
+    "Meng et al. 2024",
+    count=lambda n, m, r: r * (n + m),
+    flops=low_rank_flops,
+    family="decomposition",
+    equation=r"sBA-sB_0A_0",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"s",
+            Part("B", "n×r", trains=True, start="B₀"),
+            Part("A", "r×m", trains=True, start="A₀"),
+        ],
+        [
+            r"(-s)",
+            Part("B_0", "n×r", start="best rank r"),
+            Part("A_0", "r×m", start="of W₀"),
+        ],
+    ),
+    start="B = B₀, A = A₀: the leading singular triples of W₀",
+    use="LoRA starts too slowly, and W₀ may be decomposed once",
+    avoid="what W₀ does best mustn't be touched, or W₀ is too large for an SVD",
 )

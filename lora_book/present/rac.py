@@ -7,7 +7,7 @@ __all__ = ['rac', 'RAC']
 import torch
 
 from ..core.adapter import declared
-from ..core.method import Method
+from ..core.method import Method, Part, frozen_factor_flops
 from ..core.chain import Chain
 from .asymmetric import frozen_law
 
@@ -40,4 +40,23 @@ rac = Method(
     "Randomised asymmetric chain of LoRA",
     "Malinovsky et al. 2024",
     count=lambda n, m, r: r * n,
+    flops=frozen_factor_flops,
+    family="chain",
+    equation=r"\frac{\alpha}{r}\sum_jB^jA^j_0",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B^1", "n×r", start="trained first"),
+            Part("A^1_0", "r×m", start="random"),
+        ],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B^2", "n×r", trains=True, start="starts at 0"),
+            Part("A^2_0", "r×m", start="drawn anew"),
+        ],
+    ),
+    start="B = 0 and A₀ drawn for each link",
+    use="a chain is wanted whose steps keep r numbers a token",
+    avoid="training is too short for more than one link",
 )

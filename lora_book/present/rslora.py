@@ -7,7 +7,7 @@ __all__ = ['rslora', 'RsLoRA']
 import math
 
 from ..core.adapter import LowRank
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 from ..past.lora import LoRA
 
 # %% ../../nbs/present/rslora.ipynb #c10
@@ -28,4 +28,18 @@ rslora = Method(
     "Rank-stabilised LoRA",
     "Kalajdzievski 2023",
     count=lambda n, m, r: r * (n + m),
+    flops=low_rank_flops,
+    family="scale and rate",
+    equation=r"\frac{\alpha}{\sqrt r}BA",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{\sqrt{r}}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ],
+    ),
+    start="B = 0, A random",
+    use="the rank is large, or it changes and the rate shouldn't",
+    avoid="the rank is small: with α tuned it is LoRA",
 )

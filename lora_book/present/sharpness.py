@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Method
+from ..core.method import Method, Part, low_rank_flops
 from ..core.errors import BadType, check_number
 from ..core.steps import Step
 from ..past.lora import LoRA
@@ -79,6 +79,20 @@ sam = Method(
     "Foret et al. 2021",
     step="sam",
     count=lambda n, m, r: r * (n + m),
+    flops=low_rank_flops,
+    family="step",
+    equation=r"\frac{\alpha}{r}BA",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ],
+    ),
+    start="B = 0, A random",
+    use="a flat minimum is worth two gradients a step",
+    avoid="a step's time counts",
 )
 
 # %% ../../nbs/present/sharpness.ipynb #c17

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank, declared, generator
-from ..core.method import Method
+from ..core.method import Method, Part, frozen_factor_flops
 from ..core.errors import check_number
 from ..core.peft import VeraForm
 
@@ -122,4 +122,24 @@ vera = Method(
     "Kopiczko et al. 2024",
     seeds=same_seed,
     count=lambda n, m, r: r + n,
+    flops=frozen_factor_flops,
+    family="frozen factor",
+    equation=r"s\operatorname{diag}(b)\,B\operatorname{diag}(d)\,A",
+    picture=(
+        [Part("W_0", "n×m", start="pre-trained")],
+        [
+            r"s",
+            Part(
+                "b", "n×n", trains=True, start="starts at 0", form="diagonal"
+            ),
+            Part("B", "n×r", start="random"),
+            Part(
+                "d", "r×r", trains=True, start="starts at 0.1", form="diagonal"
+            ),
+            Part("A", "r×m", start="random"),
+        ],
+    ),
+    start="b = 0, d = 0.1",
+    use="thousands of adapters are stored, each as small as can be",
+    avoid="a step must be cheaper or better than LoRA's: only storage is",
 )

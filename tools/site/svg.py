@@ -15,6 +15,7 @@ HUES = {
     "#cc79a7": "purple",
     "#7f7f7f": "grey",
     "#a6a61e": "olive",
+    "#5b4fc0": "indigo",
 }
 NUMBER = re.compile(r"-?\d+\.\d{3,}")
 UNUSED = re.compile(
