@@ -60,5 +60,5 @@ pissa = Method(
     ),
     start="B = B₀, A = A₀: the leading singular triples of W₀",
     use="LoRA starts too slowly, and W₀ may be decomposed once",
-    avoid="what W₀ does best mustn't be touched, or W₀ is too large for an SVD",
+    avoid="what W₀ does best must stay, or W₀ is too large for an SVD",
 )
