@@ -113,8 +113,9 @@ def told_sentence(found: Mapping, digits: int = 3, scale: float = 1.0) -> str:
         if effect.told
     ]
     rest = "for the others the" if told else "each"
+    hidden = f"; {rest} interval says how large a difference could hide"
     return (
         f"{len(told)} of {len(found)} comparisons tell two methods apart"
         + f" ({'; '.join(told)})" * bool(told)
-        + f"; {rest} interval says how large a difference could hide"
+        + hidden * (len(told) < len(found))
     )

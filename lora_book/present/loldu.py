@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['INITS', 'SIGMA_MIN', 'loldu', 'GROWTH', 'BLOCK', 'ROWS', 'uniform', 'normal', 'check_flags', 'check_constraints',
-           'project', 'same_pivots', 'LoLDU', 'Part', 'is_whole', 'row_strips', 'column_strips', 'times', 'in_cache',
+           'project', 'same_pivots', 'LoLDU', 'Beside', 'is_whole', 'row_strips', 'column_strips', 'times', 'in_cache',
            'Whole', 'base_rows', 'base_output', 'base_input_grad', 'LDUProduct', 'ldu_linear']
 
 # %% ../../nbs/present/loldu.ipynb #c02
@@ -21,7 +21,7 @@ from lora_book.core.adapter import (
     wide,
     widened,
 )
-from ..core.method import Method
+from ..core.method import Method, Part, two_sided_flops
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.ldu import ldu, unpermute
 from ..core.products import Product, rows_of
@@ -283,7 +283,7 @@ class LoLDU(Adapter):
             d = self.beside + widened(self.sigma) * widened(self.z)
             return self.standing(rows, self.left.to(dtype)), d
         PL = self.ordered(self.left).to(dtype)
-        return Part(rows, PL, self.right.to(dtype)), self.change()
+        return Beside(rows, PL, self.right.to(dtype)), self.change()
 
     def standing(self, rows: slice | None, L: Tensor) -> "Whole":
         """A whole block's factors for `ldu_linear`; made once, and again when
@@ -338,10 +338,30 @@ loldu = Method(
     "Shi et al. 2024",
     after=project,
     count=lambda n, m, r: r + 1,
+    flops=two_sided_flops,
+    family="decomposition",
+    equation=r"PL_r\,\mathrm{diag}(\sigma z-\sigma_0z_0)\,U_r",
+    picture=(
+        [Part("W_0", "n×m")],
+        [
+            Part("PL_r", "n×r", start="from W0", form="lower"),
+            Part(
+                r"\sigma z-\sigma_0z_0",
+                "r×r",
+                trains=True,
+                start="0 at first",
+                form="diagonal",
+            ),
+            Part("U_r", "r×m", start="from W0", form="upper"),
+        ],
+    ),
+    start="z of the factorisation of W0, so that nothing changes",
+    use="as few trained parameters as a bias has must do",
+    avoid="the weight is larger than what one factorisation may cost",
 )
 
 # %% ../../nbs/present/loldu.ipynb #c20
-class Part:
+class Beside:
     """A block that adds X Uᵀ diag(d) (P L)ᵀ to the base's output; PL (n, r)
     and U (r, m) in the input's type.
     """
@@ -489,11 +509,11 @@ class Whole:
         GX: Tensor | None,
         wanted: bool,
     ) -> tuple:
-        """As `Part.backward`; skips the blocks of zeros unless the gradient is
+        """As `Beside.backward`; skips the blocks of zeros unless the gradient is
         to be differentiated again.
         """
         if torch.is_grad_enabled() or gv is not None:
-            return Part(self.rows, self.L[self.inverse], self.U).backward(
+            return Beside(self.rows, self.L[self.inverse], self.U).backward(
                 G, V, d, gv, GX, wanted
             )
         own, gd = G.new_empty(G.shape[0], self.U.shape[1]), None
@@ -602,7 +622,7 @@ def ldu_linear(
     or put in their place (@eq-loldu-whole).
 
     x (..., m); W (n, m); bias (n,) or None; blocks: a list of (part, d), a
-    `Part` or `Whole` and its diagonal (r,). Returns (..., n). Keeps T·r
+    `Beside` or `Whole` and its diagonal (r,). Returns (..., n). Keeps T·r
     numbers a block for the backward pass, never x, and forms no (n, m) matrix.
     """
     X = x.reshape(-1, x.shape[-1])
