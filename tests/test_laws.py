@@ -1,4 +1,4 @@
-"""The ten laws for every method, host and number format, with random shapes, ranks and seeds."""
+"""The laws for every method, host and number format, with random shapes, ranks and seeds."""
 
 import pytest
 import torch
