@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Nudge, generator, widened
-from ..core.method import Method
+from ..core.method import Method, Part
 from ..core.adapting import record_of
 from ..core.errors import BadType, BadValue, check_choice, check_number
 from ..core.hosts import adapted_blocks, adapters
@@ -355,6 +355,22 @@ mgpo = Method(
     "Chang et al. 2025",
     step="mgpo",
     count=lambda n, m, r: r * (n + m),
+    family="step",
+    equation=r"\Delta W=\frac{\alpha}{r}BA,\ \nabla\mathcal L(W+\epsilon)",
+    picture=(
+        (Part("W_0", "n×m", start="pre-trained"),),
+        (
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ),
+        (Part(r"\epsilon", "n×m", start="for one gradient"),),
+    ),
+    start="B = 0, A random",
+    use="you want a step that looks beyond the current weight for the"
+    " price of one gradient",
+    avoid="the optimizer keeps no momentum, or there is no time to choose"
+    " the length of the move",
 )
 
 # %% ../../nbs/present/mgpo.ipynb #c55
@@ -416,4 +432,19 @@ ggpo = Method(
     "Chang et al. 2025, version 1",
     step="ggpo",
     count=lambda n, m, r: r * (n + m),
+    family="step",
+    equation=r"\Delta W=\frac{\alpha}{r}BA,\ \nabla\mathcal L(W+\epsilon)",
+    picture=(
+        (Part("W_0", "n×m", start="pre-trained"),),
+        (
+            r"\frac{\alpha}{r}",
+            Part("B", "n×r", trains=True, start="starts at 0"),
+            Part("A", "r×m", trains=True, start="random"),
+        ),
+        (Part(r"\epsilon", "n×m", start="random, one gradient"),),
+    ),
+    start="B = 0, A random",
+    use="you study random perturbations beside MGPO's",
+    avoid="a step may not cost a second product with a matrix of the"
+    " weight's size",
 )
