@@ -14,7 +14,7 @@ from torch import nn
 import lora_book as lb
 from lora_book.core.adapter import LowRank
 from lora_book.core.adapting import Method
-from lora_book.core.laws import HOSTS, LAWS, BrokenLaw, Case, check, moved
+from lora_book.core.laws import HOSTS, NUMBERED, BrokenLaw, Case, check, moved
 from lora_book.core.products import saved_bytes
 from lora_book.past.lora import LoRA
 from lora_book.present.asymmetric import Asymmetric, asymmetric, frozen_law, orthonormal
@@ -82,7 +82,7 @@ def test_a_scale_changed_in_one_place_breaks_law_2():
         def delta(self, W0):
             return super().delta(W0) * math.sqrt(self.r)
 
-    assert check(Case(rslora), rslora.count) == len(LAWS) + 1
+    assert check(Case(rslora), rslora.count) == len(NUMBERED) + 1
     with pytest.raises(BrokenLaw, match="law 2"):
         check(Case(Method(OnePlace, "mutant", "none")))
 
@@ -211,7 +211,7 @@ def test_an_impossible_ratio_is_refused(ratio, error):
 def test_laws_hold_for_both_mirrors(shape, seed, train, init, host, dtype):
     n, m, r = shape
     case = Case(asymmetric, host, n, m, r, dtype, seed, {"train": train, "init": init})
-    assert check(case, lambda n, m, r: r * (n if train == "B" else m)) == len(LAWS) + 1
+    assert check(case, lambda n, m, r: r * (n if train == "B" else m)) == len(NUMBERED) + 1
 
 
 @FEW
@@ -353,7 +353,7 @@ def test_planted_mutants_are_caught(make, law):
     case = Case(Method(make, "mutant", "none"))
     with pytest.raises(BrokenLaw, match=law):
         check(case, asymmetric.count)
-    assert check(replace(case, method=asymmetric), asymmetric.count) == len(LAWS) + 1
+    assert check(replace(case, method=asymmetric), asymmetric.count) == len(NUMBERED) + 1
 
 
 def test_a_mutant_that_freezes_the_wrong_factor_is_seen_by_the_shape_of_its_gradient():

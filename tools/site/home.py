@@ -8,10 +8,10 @@ import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from lora_book.experiments.protocol import effects
 
 from lora_book.core.method import Part
 from lora_book.lab.figures import INK, PALETTE, use_style
+from lora_book.lab.protocol import effects
 from lora_book.lab.schematic import schematic
 from lora_book.registry import METHODS
 
