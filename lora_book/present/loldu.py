@@ -222,7 +222,7 @@ class LoLDU(Adapter):
         return self.between(self.change())
 
     def residual(self, W0: Tensor) -> Tensor:
-        "P4's RSM, W0 − σ0 P L_r diag(z0) U_r, (n, m) (@eq-loldu-residual)."
+        "The RSM, W0 − σ0 P L_r diag(z0) U_r, (n, m) (@eq-loldu-residual)."
         return widened(W0) - self.between(self.sigma0 * widened(self.z0))
 
     def factors(self, W0: Tensor) -> list:
@@ -256,7 +256,7 @@ class LoLDU(Adapter):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (P4, equation 10);
+        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (equation 10 of Shi et al.);
         nothing without project=True.
         """
         if self.eps is not None:
