@@ -121,9 +121,12 @@ def views_of(module: nn.Module, rows: str | None, entry: str) -> dict:
     """Views by key of one module: the whole weight under the key `all`, or one
     view a part in brackets.
     """
+    host = host_of(module)
+    if host is None:
+        raise BadType(f"{entry!r} names no linear map")
     if rows is None:
-        return {"all": View(None, host_of(module), "")}
-    views = parse_rows(rows, out_features(module), host_of(module), entry)
+        return {"all": View(None, host, "")}
+    views = parse_rows(rows, out_features(module), host, entry)
     return with_views({}, {view.label: view for view in views}, module)
 
 
