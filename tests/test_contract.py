@@ -520,7 +520,7 @@ def test_training_walks_over_no_model(monkeypatch):
                 train(around, optimizer)
                 list(sites(model)), lb.adapters(model)
             found[size] = len(visited)
-    assert found[1] == found[100] < 20
+    assert found[1] == found[100]
 
 
 def copies(model):
