@@ -9,18 +9,21 @@ import json
 import sys
 from importlib.resources import files
 
-import matplotlib.pyplot as plt
 import torch
-from IPython.display import SVG, Markdown, display
 from torch import nn
 
 from .core.adapting import n_trainable, param_groups
+from .core.errors import extra
 from .core.hosts import adapters
 from .core.method import Method, Part
 from .core.products import count_flops, saved_bytes
 from .core.steps import train_step
 from .lab.schematic import picture
 from .registry import METHODS, adapt
+
+with extra("lab"):
+    import matplotlib.pyplot as plt
+    from IPython.display import SVG, Markdown, display
 
 # %% ../nbs/sheet.ipynb #c07
 def layer(name: str, n: int, m: int, r: int) -> nn.Module:
@@ -113,7 +116,7 @@ def drawing(name: str) -> SVG:
     "A method's schematic as SVG that carries its own words."
     method, file = METHODS[name], io.StringIO()
     figure = picture(method)
-    words = {"Title": told(method), "Date": None}
+    words = {"Title": heading(method), "Date": None}
     figure.savefig(file, format="svg", metadata=words, transparent=True)
     plt.close(figure)
     return SVG(file.getvalue())

@@ -31,7 +31,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @st.composite
 def cases(draw, method_id, dtype):
-    n, m = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    # with one column a row is one number, of which DoRA keeps the sign: rounding can turn it
+    least = 2 if dtype is torch.bfloat16 else 1
+    n, m = draw(st.integers(1, 9)), draw(st.integers(least, 9))
     return Case(
         METHODS[method_id],
         draw(st.sampled_from(list(HOSTS))),

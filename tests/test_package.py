@@ -152,7 +152,7 @@ def test_every_method_lives_without_the_extras():
     "code, package",
     [
         ("import lora_book.lab.figures", "matplotlib"),
-        ("import lora_book.experiments.protocol", "scipy"),
+        ("import lora_book.lab.protocol", "scipy"),
         ("import lora_book.lab.telling", "pandas"),
         ("from lora_book.lab.models import load_model; load_model('minilm', 2)", "transformers"),
         ("from lora_book.lab.models import load_model; load_model('digits_vit', 2)", "timm"),

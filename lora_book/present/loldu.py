@@ -256,8 +256,8 @@ class LoLDU(Adapter):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1 (equation 10 of Shi et al.);
-        nothing without project=True.
+        """Project onto ‖z‖ <= eps and SIGMA_MIN <= σ <= 1, equation 10 of Shi
+        et al.; nothing without project=True.
         """
         if self.eps is not None:
             self.z.mul_(torch.clamp(self.eps / self.z.norm(), max=1))
@@ -509,8 +509,8 @@ class Whole:
         GX: Tensor | None,
         wanted: bool,
     ) -> tuple:
-        """As `Beside.backward`; skips the blocks of zeros unless the gradient is
-        to be differentiated again.
+        """As `Beside.backward`; skips the blocks of zeros unless the gradient
+        is to be differentiated again.
         """
         if torch.is_grad_enabled() or gv is not None:
             return Beside(self.rows, self.L[self.inverse], self.U).backward(

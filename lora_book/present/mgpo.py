@@ -155,21 +155,23 @@ def check_momentum(found: dict, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def check_tangents(blocks: dict, name: str) -> None:
-    """Raise BadType unless there are adapters and each knows how its weight
-    moves with its parameters.
+    """Raise BadType unless there are adapters and each has a parameter that
+    moves its weight.
     """
     if not blocks:
         raise BadType(f"{name} moves adapted weights, and this model has none")
-    for block in blocks.values():
-        block.adapter.direction(
-            {key: p.detach() for key, p in block.adapter.named_parameters()},
-            block.W0,
-        )
+    for site, block in blocks.items():
+        moves = block.adapter.trained()
+        if not block.adapter.direction(moves, block.W0):
+            raise BadType(
+                f"{name} moves adapted weights, and nothing that trains in"
+                f" {site!r} moves its weight"
+            )
 
 # %% ../../nbs/present/mgpo.ipynb #c19
 class Moving(Step):
-    """One gradient, taken where `nudges` puts the weights, and a memory of what
-    it learnt of its gradients, by adapter. A step of this kind says where
+    """One gradient, taken where `nudges` puts the weights, and a memory of
+    what it learnt of its gradients, by adapter. A step of this kind says where
     (`nudges`), and what to learn (`learn`).
     """
 
