@@ -657,7 +657,6 @@ def test_a_public_name_of_core_stands_for_one_thing():
 
 # Names of core that another room still has a thing of its own under.
 ALLOWED = {
-    "Part": "present.loldu",
     "WEIGHTS": "theory.claims_related",
     "WHOLE": "experiments.rows",
     "check": "theory.claims_record",
@@ -666,12 +665,9 @@ ALLOWED = {
     "fitting": "experiments.tasks",
     "leading": "analysis.spectra",
     "nearest": "theory.claims_loldu",
-    "read": "experiments.comparison",
     "rows_of": "experiments.report",
-    "save": "experiments.comparison",
     "shown": "experiments.report",
     "summed": "experiments.report",
-    "sweep": "present.double_descent",
     "write": "experiments.tasks",
 }
 
