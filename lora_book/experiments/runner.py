@@ -841,7 +841,9 @@ def started() -> None:
     with extra("scale"):
         import ray
 
-    if not ray.is_initialized():
+    for attempt in range(TRIES):
+        if ray.is_initialized():
+            return
         try:
             ray.init(
                 include_dashboard=False,
@@ -852,11 +854,13 @@ def started() -> None:
                     else load_settings().workers
                 ),
             )
-        except (OSError, RuntimeError, TimeoutError) as error:
-            raise BadState(
-                f"Ray can't start here ({error}); try again, or leave out"
-                " --engine ray: the runs are then made one after the other"
-            ) from error
+        except Exception as error:  # Ray raises no narrower class than this
+            ray.shutdown()
+            if attempt + 1 == TRIES:
+                raise BadState(
+                    f"Ray can't start here ({error}); try again, or leave out"
+                    " --engine ray: the runs are then made one after the other"
+                ) from error
 
 
 def through_ray(todo: list[Job], place: Path, **how) -> Iterator[tuple]:
