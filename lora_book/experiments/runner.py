@@ -841,6 +841,7 @@ def started() -> None:
     with extra("scale"):
         import ray
 
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     for attempt in range(TRIES):
         if ray.is_initialized():
             return
